@@ -1,0 +1,42 @@
+# What people, hooks and CI run. A bare clone needs git, make and python3 (3.11 or newer), nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+ACTIVATE := . "$(VENV)/bin/activate"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lint ui seeds lock
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name does; do printf '  make %-8s %s\n' "$$name" "$$does"; done
+
+$(INSTALLED): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv "$(VENV)"
+	$(ACTIVATE) && python -m pip install --disable-pip-version-check --requirement requirements.lock
+	touch "$@"
+
+setup: $(INSTALLED)  ## make .venv and install everything that requirements.lock names
+
+repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visualize
+	$(ACTIVATE) && dvc repro
+	@$(ACTIVATE) && echo && python -m pipeline.results
+
+test: $(INSTALLED)  ## run the test suite
+	$(ACTIVATE) && python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## check style and types
+	$(ACTIVATE) && ruff check . && ruff format --check . && mypy
+
+ui: $(INSTALLED)  ## open MLflow at http://127.0.0.1:5000, for this machine only
+	$(ACTIVATE) && MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
+
+seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures
+	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS)
+
+lock: $(INSTALLED)  ## write requirements.lock anew from pyproject.toml, keeping the versions that still fit
+	$(ACTIVATE) && python -m pip install --quiet uv && uv pip compile pyproject.toml --all-extras --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --no-header --output-file requirements.lock

@@ -1,0 +1,82 @@
+"""The recipe of params.yaml over many seeds: mean and deviation of its test accuracy and loss.
+
+    python -m bench.seeds --seeds 10
+
+Needs the prepared splits (`dvc repro prepare`) and writes bench/seeds.json.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline import files
+from pipeline.errors import run_command
+from pipeline.images.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
+from pipeline.network import scoring, training
+from pipeline.network.cnn import CNN, Architecture
+from pipeline.params import Params, read_params
+
+RESULTS = Path("bench/seeds.json")
+
+
+def main() -> None:
+    """Train and score once a seed, print a line each and the summary, write bench/seeds.json."""
+    parser = argparse.ArgumentParser(description="Test accuracy and loss of the recipe in params.yaml over many seeds.")
+    parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 0 on (default: 10)")
+    seeds = parser.parse_args().seeds
+    params, dataset = read_params(), read_dataset()
+    device = training.set_up(params.train.device, params.train.threads, params.train.precision)
+    splits = {name: read_split(dataset, name).to(device) for name in (TRAIN, VALIDATION, TEST)}
+
+    rows = []
+    for seed in range(seeds):
+        rows.append({"seed": seed, **_run(seed, params, dataset, splits)})
+        print("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()), flush=True)
+    summary = {key: _summary([row[key] for row in rows]) for key in ("test_accuracy", "test_loss", "seconds")}
+    for key, value in summary.items():
+        print(f"{key}: mean {value['mean']:.5g}, deviation {value['deviation']:.2g}, n = {seeds}")
+    files.write_json(RESULTS, {"dataset": dataset.name, "machine": _machine(), "summary": summary, "rows": rows})
+
+
+def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, LabelledImages]) -> dict[str, float]:
+    architecture = Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
+    cnn = CNN(architecture, torch.Generator().manual_seed(seed))
+    train, validation, test = (splits[name] for name in (TRAIN, VALIDATION, TEST))
+    started = time.perf_counter()
+    *_, last = training.fit(
+        cnn,
+        (train.images, train.labels),
+        (validation.images, validation.labels),
+        generator=torch.Generator(train.images.device).manual_seed(seed),
+        **params.train.model_dump(exclude={"device", "threads"}),
+    )
+    seconds = time.perf_counter() - started
+    logits = scoring.predict_logits(cnn, test.images)
+    return {
+        "test_accuracy": scoring.accuracy(logits, test.labels),
+        "test_loss": scoring.cross_entropy(logits, test.labels),
+        "validation_accuracy": last.validation_accuracy,
+        "seconds": seconds,
+    }
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _machine() -> dict[str, object]:
+    return {
+        "processor": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""convtrack: an experiment-tracked CNN workflow, from raw images to a registered model."""

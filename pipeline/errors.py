@@ -1,0 +1,41 @@
+"""How every command ends: one line for the person who reads it, and an exit code that says whose turn it is."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user can mend: what was wrong, where, what is allowed, what to do. Exit code 2."""
+
+
+class Fault(Exception):
+    """Something that failed around the command (a store, a disk, a number that is not finite). Exit code 1."""
+
+
+def run_command(command: Callable[[], None]) -> NoReturn:
+    """Run ``command`` and exit: 0, 2 after a UserError, 1 after a fault, 130 / 143 when interrupted.
+
+    Any other exception is a defect of this project: it keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _exit_143)
+    try:
+        command()
+    except UserError as error:
+        _stop(2, f"error: {error}")
+    except (Fault, OSError) as fault:
+        _stop(1, f"error: {fault}")
+    except KeyboardInterrupt:
+        _stop(130, "interrupted")
+    sys.exit(0)
+
+
+def _stop(code: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _exit_143(signal_number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signal_number)

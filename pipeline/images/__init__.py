@@ -1,0 +1,1 @@
+"""Images and labels: where they come from, and the prepared splits on disk."""

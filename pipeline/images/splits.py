@@ -1,0 +1,148 @@
+"""The prepared splits: cut, write, read, digest."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from pipeline import files
+from pipeline.errors import Fault
+
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images (N, H, W, C) uint8 and their labels (N,) int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> "LabelledImages":
+        return LabelledImages(self.images[rows], self.labels[rows])
+
+    def to(self, device: torch.device) -> "LabelledImages":
+        """The same images and labels in the memory of ``device``."""
+        return LabelledImages(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What ``dataset.json`` says of one split: how many images, how many of each class, the file's SHA-256."""
+
+    count: int
+    per_class: dict[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What ``dataset.json`` says of the prepared data.
+
+    ``name`` is the data set that was really used and ``requested`` the one that params.yaml names; they differ after
+    the offline fall-back. ``mean`` and ``std`` are those of the training pixels in [0, 1], one value a channel.
+    """
+
+    name: str
+    requested: str
+    source: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # (H, W, C)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: dict[str, SplitFacts]
+
+    @property
+    def sha256(self) -> str:
+        """One digest for all the data: the SHA-256 of the splits' digests, one after the other."""
+        return files.sha256("".join(self.splits[name].sha256 for name in SPLITS).encode())
+
+
+def cut(
+    train: LabelledImages,
+    test: LabelledImages | None,
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, LabelledImages]:
+    """The three splits. Validation is the last part of the published training images, in their published order.
+
+    Where the publisher names no test split, the images are put into a random order first (``seed``) and the last
+    ``test_fraction`` of them become the test split.
+    """
+    if test is None:
+        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
+        train, test = _cut_off(train, test_fraction)
+    train, validation = _cut_off(train, validation_fraction)
+    return {TRAIN: train, VALIDATION: validation, TEST: test}
+
+
+def _cut_off(images: LabelledImages, fraction: float) -> tuple[LabelledImages, LabelledImages]:
+    kept = len(images) - round(len(images) * fraction)
+    return images[:kept], images[kept:]
+
+
+def write_splits(
+    splits: dict[str, LabelledImages],
+    folder: Path,
+    *,
+    name: str,
+    requested: str,
+    source: str,
+    class_names: tuple[str, ...],
+) -> Dataset:
+    """Write one safetensors file a split, then ``dataset.json``. The same splits give the same bytes."""
+    facts = {
+        split: _write_split(images, folder / f"{split}.safetensors", class_names) for split, images in splits.items()
+    }
+    pixels = splits[TRAIN].images.reshape(-1, splits[TRAIN].images.shape[-1]).double() / 255
+    height, width, channels = splits[TRAIN].images.shape[1:]
+    dataset = Dataset(
+        name=name,
+        requested=requested,
+        source=source,
+        class_names=class_names,
+        image_shape=(height, width, channels),
+        mean=_rounded(pixels.mean(dim=0)),
+        std=_rounded(pixels.std(dim=0)),
+        splits=facts,
+    )
+    files.write_json(folder / "dataset.json", asdict(dataset))
+    return dataset
+
+
+def _write_split(split: LabelledImages, path: Path, class_names: tuple[str, ...]) -> SplitFacts:
+    content = safetensors.torch.save({"images": split.images.contiguous(), "labels": split.labels.contiguous()})
+    files.write(path, content)
+    counts = torch.bincount(split.labels, minlength=len(class_names)).tolist()
+    return SplitFacts(len(split), dict(zip(class_names, counts, strict=True)), files.sha256(content))
+
+
+def _rounded(values: torch.Tensor) -> tuple[float, ...]:
+    # Six digits are more than anyone reads and fewer than the order of summation can change.
+    return tuple(round(value, 6) for value in values.tolist())
+
+
+def read_dataset(folder: Path = files.PREPARED) -> Dataset:
+    """What ``dataset.json`` says."""
+    content = json.loads(files.read(folder / "dataset.json", made_by="prepare"))
+    return Dataset(
+        **content
+        | {key: tuple(content[key]) for key in ("class_names", "image_shape", "mean", "std")}
+        | {"splits": {name: SplitFacts(**facts) for name, facts in content["splits"].items()}}
+    )
+
+
+def read_split(dataset: Dataset, split: str, folder: Path = files.PREPARED) -> LabelledImages:
+    """One split. Its SHA-256 is checked, because DVC trusts the files in its cache without hashing them again."""
+    path = folder / f"{split}.safetensors"
+    content = files.read(path, made_by="prepare")
+    if files.sha256(content) != dataset.splits[split].sha256:
+        raise Fault(f"{path} is damaged (its SHA-256 is not that of dataset.json): run `dvc repro -f prepare`")
+    return LabelledImages(**safetensors.torch.load(content))

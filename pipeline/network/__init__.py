@@ -1,0 +1,1 @@
+"""The CNN: its layers, its training, its scores and its explanations. Imports torch and numpy only."""

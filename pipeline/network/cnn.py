@@ -1,0 +1,193 @@
+"""The CNN: blocks of convolution, pooling and ReLU, then flatten, dropout and one dense layer."""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Pool = Literal["max", "mean", "min"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that decides the CNN's layers. ``image_shape`` is (H, W, C); one filter count a block."""
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    filters: tuple[int, ...]
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int = 0
+    pool: Pool = "max"
+    pool_size: int = 2
+    dropout: float = 0.5
+    batch_norm: bool = False
+
+
+class Layer(NamedTuple):
+    """One row of the summary table: ``output_shape`` is (H, W, C) or (features,) for one image."""
+
+    name: str
+    output_shape: tuple[int, ...]
+    parameters: int
+
+
+def layers(architecture: Architecture) -> list[Layer]:
+    """The CNN's layers in order, with their output shapes and parameter counts, without building it.
+
+    Raises ValueError where a filter or a pooling window is larger than what reaches it.
+    """
+    return list(_layers(architecture))
+
+
+def _layers(architecture: Architecture) -> Iterator[Layer]:
+    a = architecture
+    height, width, channels = a.image_shape
+    for index, filters in enumerate(a.filters):
+        suffix = f"_{index}" if index else ""
+        height, width = (
+            _places(side, a.kernel_size, a.stride, a.padding, f"block {index + 1}'s filter") for side in (height, width)
+        )
+        yield Layer(f"conv2d{suffix}", (height, width, filters), filters * (channels * a.kernel_size**2 + 1))
+        if a.batch_norm:
+            yield Layer(f"batch_norm{suffix}", (height, width, filters), 2 * filters)
+        height, width = (
+            _places(side, a.pool_size, a.pool_size, 0, f"block {index + 1}'s pooling window")
+            for side in (height, width)
+        )
+        yield Layer(f"{a.pool}_pooling2d{suffix}", (height, width, filters), 0)
+        channels = filters
+    features = height * width * channels
+    yield Layer("flatten", (features,), 0)
+    yield Layer("dropout", (features,), 0)
+    yield Layer("dense", (len(a.class_names),), (features + 1) * len(a.class_names))
+
+
+def _places(side: int, window: int, stride: int, padding: int, what: str) -> int:
+    """At how many places along one side a window fits."""
+    if window > side + 2 * padding:
+        raise ValueError(f"{what} ({window} x {window}) is larger than the {side + 2 * padding} pixels that reach it")
+    return (side + 2 * padding - window) // stride + 1
+
+
+def summary(architecture: Architecture) -> str:
+    """The table of layers, output shapes and parameter counts."""
+    rows = [("Layer", "Output shape", "Param #")]
+    for layer in layers(architecture):
+        rows.append((layer.name, f"({', '.join(map(str, layer.output_shape))})", f"{layer.parameters:,}"))
+    rows.append(("total", "", f"{parameter_count(architecture):,}"))
+    return "\n".join(f"{name:<18}{shape:<20}{parameters:>10}" for name, shape, parameters in rows)
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """How many numbers the training adjusts."""
+    return sum(layer.parameters for layer in layers(architecture))
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is drawn from the generator that is passed in (Srivastava et al., 2014).
+
+    While training each feature is set to zero with probability ``p`` (in steps of 1/65,536) and the others are
+    divided by the share that is kept, so that the expected sum does not change.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.dropped = min(round(p * 65536), 65535)
+
+    def forward(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Features of any shape in, the same shape out; ``generator`` is needed while training only."""
+        if not self.training or not self.dropped:
+            return features
+        # Four 16-bit masks are cut from each 64-bit random number: bernoulli_ draws one number a feature and takes
+        # an eighth of a training step.
+        numbers = torch.empty(math.ceil(features.numel() / 4), dtype=torch.int64, device=features.device)
+        numbers.random_(-(2**63), None, generator=generator)
+        kept = numbers.view(torch.int16)[: features.numel()].view(features.shape) >= self.dropped - 32768
+        return features * kept * (65536 / (65536 - self.dropped))
+
+
+class Block(nn.Module):
+    """Convolution, batch normalisation if wanted, pooling and ReLU: (N, C, H, W) -> (N, filters, H', W')."""
+
+    def __init__(self, channels: int, filters: int, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.convolution = nn.Conv2d(channels, filters, a.kernel_size, a.stride, a.padding)
+        self.normalisation = nn.BatchNorm2d(filters) if a.batch_norm else nn.Identity()
+        self.pool, self.pool_size = a.pool, a.pool_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in, (N, filters, H', W') out."""
+        maps: Tensor = self.normalisation(self.convolution(images))
+        if self.pool == "mean":
+            return pooled(F.relu(maps), self.pool, self.pool_size)
+        # ReLU never changes which value of a window is the largest or smallest: after pooling it has a quarter
+        # of the work and the result is the same.
+        return F.relu(pooled(maps, self.pool, self.pool_size))
+
+
+def pooled(maps: Tensor, pool: Pool, size: int) -> Tensor:
+    """The maximum, mean or minimum of each ``size`` x ``size`` window of (N, C, H, W); what is left over is cut off."""
+    if size == 1:
+        return maps
+    match pool:
+        case "max":
+            return F.max_pool2d(maps, size)
+        case "mean":
+            return F.avg_pool2d(maps, size)
+        case "min":
+            return -F.max_pool2d(-maps, size)
+
+
+class CNN(nn.Module):
+    """The network. Weights are Glorot-uniform (Glorot and Bengio, 2010), biases zero, as in Keras."""
+
+    def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
+        """Build the layers of ``architecture`` with first weights drawn from ``generator`` (on the CPU).
+
+        Raises ValueError where the layers do not fit the images.
+        """
+        super().__init__()
+        features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
+        channels = (architecture.image_shape[2], *architecture.filters)
+        self.architecture = architecture
+        self.blocks = nn.Sequential(
+            *(Block(before, after, architecture) for before, after in itertools.pairwise(channels))
+        )
+        self.dropout = Dropout(architecture.dropout)
+        self.dense = nn.Linear(features, len(architecture.class_names))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) float in [0, 1]; ``generator`` draws the dropout masks."""
+        logits: Tensor = self.dense(self.dropout(self.blocks(images).flatten(1), generator))
+        return logits
+
+
+def as_input(images: Tensor) -> Tensor:
+    """What the CNN takes, (N, C, H, W) float32 in [0, 1], from images (N, H, W, C) uint8."""
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+class Classifier(nn.Module):
+    """The CNN as others use it: images (N, H, W, C) uint8 in, class probabilities (N, classes) out."""
+
+    def __init__(self, cnn: CNN) -> None:
+        super().__init__()
+        # torch.export stores weights in the plain memory format only; channels_last pays off in training alone.
+        self.cnn = copy.deepcopy(cnn).cpu().eval().to(memory_format=torch.contiguous_format)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities, each row adding up to 1."""
+        return self.cnn(as_input(images)).softmax(dim=1)  # type: ignore[no-any-return]

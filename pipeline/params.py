@@ -1,0 +1,229 @@
+"""params.yaml as frozen, strict models. The only reader and writer of that file."""
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+
+from pipeline import files
+from pipeline.errors import UserError
+
+PARAMS = Path("params.yaml")
+LARGEST_FILE = 100_000  # bytes; the committed file has 4,000
+
+
+class Section(BaseModel):
+    """A section of params.yaml: nothing is converted, nothing unknown is let in, nothing changes afterwards."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+FilterCount = Annotated[int, Field(ge=1, le=1024)]
+
+
+class Data(Section):
+    """Which images, and how they are cut into splits."""
+
+    dataset: str
+    offline_fallback: str | None
+    validation_fraction: Fraction
+    test_fraction: Fraction
+    split_seed: int = Field(ge=0, le=2**32 - 1)
+
+
+class Model(Section):
+    """The CNN's layers."""
+
+    filters: tuple[FilterCount, ...] = Field(min_length=1, max_length=8, strict=False)  # YAML has lists, no tuples
+    kernel_size: int = Field(ge=1, le=15)
+    stride: int = Field(ge=1, le=8)
+    padding: int = Field(ge=0, le=15)
+    pool: Literal["max", "mean", "min"]
+    pool_size: int = Field(ge=1, le=8)
+    dropout: Share
+    batch_norm: bool
+
+
+class Train(Section):
+    """How the CNN is trained, and on what."""
+
+    epochs: Epochs
+    batch_size: int = Field(ge=1, le=65536)
+    optimizer: Literal["adam", "adamw", "sgd"]
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "one-cycle"]
+    weight_decay: float = Field(ge=0)
+    label_smoothing: Share
+    max_shift: int = Field(ge=0, le=16)
+    precision: Literal["float32", "bfloat16"]
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
+
+
+class Evaluate(Section):
+    """How the trained CNN is scored."""
+
+    calibration_bins: int = Field(ge=2, le=100)
+
+
+class Visualize(Section):
+    """What the figures show."""
+
+    image: int = Field(ge=0)
+    mistakes: int = Field(ge=1, le=100)
+
+
+class Range(Section):
+    """What a tuned knob may be: a number from ``low`` to ``high``, both included, or one of ``choices``."""
+
+    low: float | None = None
+    high: float | None = None
+    step: Annotated[float, Field(gt=0)] | None = None
+    log: bool = False
+    choices: Annotated[list[Any], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "Range":
+        if self.choices is not None:
+            if self.model_fields_set != {"choices"}:
+                raise ValueError("choices stand alone, without low, high, step or log")
+        elif self.low is None or self.high is None:
+            raise ValueError("both low and high are needed, or choices")
+        elif self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        elif self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a logarithmic range starts above 0 and has no step")
+        return self
+
+
+class Tune(Section):
+    """What the tuning study searches. A key of ``space`` is the dotted path of a knob."""
+
+    trials: int = Field(ge=1)
+    epochs: Epochs
+    space: dict[str, Range] = Field(min_length=1)
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: int = Field(ge=0, le=2**32 - 1)
+    data: Data
+    model: Model
+    train: Train
+    evaluate: Evaluate
+    visualize: Visualize
+    tune: Tune
+
+    @property
+    def sha256(self) -> str:
+        """One digest for all the knobs that decide the trained model."""
+        return files.sha256(self.model_dump_json(include={"seed", "data", "model", "train"}).encode())
+
+
+def read_params(path: Path = PARAMS) -> Params:
+    """The parameters in ``path``; a UserError of one line names the key, what was given and what is allowed."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run this in the repository's root") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{path} has {len(content):,} bytes; allowed: {LARGEST_FILE:,}")
+    return _validated(_parsed(content, path), path)
+
+
+def _parsed(content: bytes, path: Path) -> object:
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        # A few nested aliases stand for billions of values; a list of knobs has no use for any.
+        if any(isinstance(event, AliasEvent) for event in yaml.parse(content)):
+            raise UserError(f"{path}: YAML aliases (*name) are not allowed")
+        return yaml.load(content)
+    except MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: {place}{error.problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not YAML: {_one_line(str(error))}") from None
+
+
+def _validated(content: object, path: Path) -> Params:
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A misspelt knob is also a missing one: the spelling is what helps.
+        errors.sort(key=lambda each: each["type"] != "extra_forbidden")
+        raise UserError(f"{path}: {_explained(errors[0])}") from None
+
+
+def _explained(error: ErrorDetails) -> str:
+    *above, last = keys = error["loc"] or ("the file",)
+    name, given = ".".join(str(key) for key in keys), reprlib.repr(error["input"])
+    match error["type"]:
+        case "missing":
+            return f"{name} is missing; allowed: {_allowed(_schema_at(keys))}"
+        case "extra_forbidden":
+            known = list(_schema_at(above)["properties"])
+            close = difflib.get_close_matches(str(last), known, n=1)
+            return f"{name} is no knob; {f'did you mean {close[0]}?' if close else f'allowed: {_listed(known)}'}"
+        case "value_error":
+            return f"{name} is {given}: {error['msg'].removeprefix('Value error, ')}"
+        case _:
+            return f"{name} is {given}; allowed: {_allowed(_schema_at(keys))}"
+
+
+def _schema_at(keys: Sequence[int | str]) -> dict[str, Any]:
+    """The JSON schema of the knob at ``keys``, that of the whole file for no keys."""
+    schema = Params.model_json_schema()
+    node, definitions = schema, schema["$defs"]
+    for key in keys:
+        inner = node.get("properties", {}).get(key) or node.get("items") or node.get("additionalProperties")
+        node = _resolved(inner or node, definitions)
+    return node
+
+
+def _resolved(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" in node:
+        return definitions[node["$ref"].rsplit("/", 1)[1]]  # type: ignore[no-any-return]
+    if "anyOf" in node:
+        return node | {"anyOf": [_resolved(choice, definitions) for choice in node["anyOf"]]}
+    return node
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a knob's schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return " | ".join(schema["enum"])
+    match schema.get("type"):
+        case "integer" | "number" as kind:
+            bounds = [f"{sign} {schema[bound]}" for bound, sign in BOUNDS.items() if bound in schema]
+            return f"{'an integer' if kind == 'integer' else 'a number'} {' and '.join(bounds)}".strip()
+        case "array":
+            return f"a list of {schema['minItems']} or more, each {_allowed(schema['items'])}"
+        case "object" if "properties" in schema:
+            return f"a section with the keys {_listed(schema['properties'])}"
+        case kind:
+            return {"boolean": "true | false", "string": "text", "null": "null", None: "a value"}.get(kind, "a section")
+
+
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,34 @@
+"""Stage `prepare`: download the images, verify them, cut the splits, write them to data/prepared."""
+
+from pipeline import files
+from pipeline.errors import run_command
+from pipeline.images import sources, splits
+from pipeline.params import read_params
+
+
+def main() -> None:
+    """Read params.yaml and the published files, write data/prepared."""
+    params = read_params().data
+    source = sources.load(params.dataset, params.offline_fallback)
+    cut = splits.cut(
+        source.train,
+        source.test,
+        validation_fraction=params.validation_fraction,
+        test_fraction=params.test_fraction,
+        seed=params.split_seed,
+    )
+    dataset = splits.write_splits(
+        cut,
+        files.PREPARED,
+        name=source.name,
+        requested=params.dataset,
+        source=source.origin,
+        class_names=source.class_names,
+    )
+    counts = ", ".join(f"{facts.count:,} {split}" for split, facts in dataset.splits.items())
+    shape = " x ".join(str(side) for side in dataset.image_shape)
+    print(f"{dataset.name}: {counts} images of {shape}, {len(dataset.class_names)} classes -> {files.PREPARED}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,28 @@
+"""Prints where the last `dvc repro` stands: the data set really used, the test figures, where to look."""
+
+import json
+
+from pipeline import files
+from pipeline.errors import run_command
+from pipeline.images.splits import TEST, TRAIN, read_dataset
+
+
+def main() -> None:
+    """Read what the stages wrote, print one line a fact."""
+    dataset = read_dataset()
+    metrics = json.loads(files.read(files.METRICS, made_by="evaluate"))
+    test, count = metrics["test"], dataset.splits[TEST].count
+    stand_in = "" if dataset.name == dataset.requested else f", standing in for {dataset.requested}"
+    facts = {
+        "data set": f"{metrics['dataset']}{stand_in} ({dataset.splits[TRAIN].count:,} training images)",
+        "test accuracy": f"{test['accuracy']:.2%} ({test['error_count']} errors in {count:,} images)",
+        "test loss": f"{test['loss']:.4f}",
+        "parameters": f"{metrics['parameters']:,}",
+        "pictures": f"{files.FIGURES}/",
+        "everything": "source .venv/bin/activate && mlflow ui     then open http://127.0.0.1:5000",
+    }
+    print("\n".join(f"{name:<15}{fact}" for name, fact in facts.items()))
+
+
+if __name__ == "__main__":
+    run_command(main)

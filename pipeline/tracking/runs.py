@@ -1,0 +1,194 @@
+"""MLflow runs: open one, find one by its hashes, and write numbers, figures, data sets and the model into it."""
+
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import torch
+from mlflow import MlflowClient
+from mlflow.data.numpy_dataset import from_numpy
+from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
+from mlflow.entities import DatasetInput, InputTag, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from sqlalchemy.exc import SQLAlchemyError
+
+from pipeline import files
+from pipeline.errors import Fault
+from pipeline.images.splits import Dataset
+from pipeline.network.cnn import CNN, Classifier, parameter_count
+from pipeline.network.training import Epoch
+from pipeline.params import Params
+
+EXPERIMENT = "convtrack"
+MODEL_SHA256 = "model.sha256"
+PASSWORD = re.compile(r"(?<=://)[^@/\s]+(?=@)")
+
+
+def connect() -> None:
+    """Point mlflow at ``MLFLOW_TRACKING_URI``, else at mlflow.db and mlruns/ in the repository's root.
+
+    These two are also where `mlflow ui` looks when it is started there without a flag. Raises Fault.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or f"sqlite:///{files.root() / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # every migration and every registration is a line else
+    try:
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            _create_experiment(None if given else (files.root() / "mlruns").as_uri())
+        mlflow.set_experiment(EXPERIMENT)
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = PASSWORD.sub("***", str(error)).splitlines()[0]
+        raise Fault(f"the tracking store {PASSWORD.sub('***', uri)} cannot be used: {reason}") from error
+
+
+def _create_experiment(artifact_location: str | None) -> None:
+    try:
+        mlflow.create_experiment(EXPERIMENT, artifact_location)
+    except MlflowException:
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            raise  # otherwise another process was faster, which is as good
+
+
+@contextmanager
+def training_run(params: Params, dataset: Dataset) -> Iterator[str]:
+    """Open a run with its parameters, tags and data sets; yields its id. The run ends with a true status:
+
+    FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``.
+    """
+    name = os.environ.get("DVC_EXP_NAME") or dataset.name
+    run = mlflow.start_run(run_name=name, tags=_lineage(params, dataset), log_system_metrics=False)
+    try:
+        mlflow.log_params(_flat(params.model_dump(include={"seed", "data", "model", "train"})))
+        MlflowClient().log_inputs(
+            run.info.run_id,
+            [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")],
+        )
+        yield run.info.run_id
+    except (KeyboardInterrupt, SystemExit):
+        mlflow.end_run(RunStatus.to_string(RunStatus.KILLED))
+        raise
+    except BaseException as error:
+        mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
+        mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
+        raise
+    mlflow.end_run()
+
+
+def _lineage(params: Params, dataset: Dataset) -> dict[str, str]:
+    """What decides the model, and what ran it. Names that DVC or git did not give are left out."""
+    tags = {
+        "data.name": dataset.name,
+        "data.requested": dataset.requested,
+        "data.sha256": dataset.sha256,
+        "params.sha256": params.sha256,
+        "git.commit": _git("rev-parse", "HEAD"),
+        "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
+        "dvc.stage": os.environ.get("DVC_STAGE"),
+        "dvc.exp": os.environ.get("DVC_EXP_NAME"),
+        "torch.version": torch.__version__,
+        "cpu.capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu.threads": str(torch.get_num_threads()),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _dataset_input(dataset: Dataset, split: str, context: str) -> DatasetInput:
+    facts = dataset.splits[split]
+    # mlflow reads shapes and types off the arrays, and its own digest off a few of their values. Our digest is that
+    # of every byte, so arrays that only have the right shape do.
+    described = from_numpy(
+        np.broadcast_to(np.uint8(0), (facts.count, *dataset.image_shape)),
+        source=LocalArtifactDatasetSource(str(files.PREPARED / f"{split}.safetensors")),
+        targets=np.broadcast_to(np.int64(0), (facts.count,)),
+        name=f"{dataset.name}-{split}",
+        digest=facts.sha256[:32],
+    )
+    return DatasetInput(described._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
+
+
+def log_epoch(epoch: Epoch) -> None:
+    """One row of metrics into the open run."""
+    row = asdict(epoch)
+    mlflow.log_metrics(row, step=row.pop("epoch"))
+
+
+def log_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
+    """The trained CNN into the open run: uint8 images (N, H, W, C) in, class probabilities (N, classes) out."""
+    a = cnn.architecture
+    name = os.environ.get("DVC_EXP_NAME") or f"{dataset.name}-{model_sha256[:8]}"
+    mlflow.set_tags({MODEL_SHA256: model_sha256, "mlflow.runName": name})
+    mlflow.log_param("parameters", parameter_count(a))
+    mlflow.pytorch.log_model(
+        Classifier(cnn),
+        name="model",
+        serialization_format="pt2",
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *a.image_shape))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(a.class_names)))]),
+        ),
+        input_example=np.zeros((2, *a.image_shape), dtype=np.uint8),  # two rows leave the batch size free
+        pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "torch")],
+        tags={MODEL_SHA256: model_sha256, "data.sha256": dataset.sha256},
+    )
+
+
+def find_or_restore(
+    model_sha256: str, cnn: CNN, params: Params, dataset: Dataset, history: Sequence[Mapping[str, str]]
+) -> str:
+    """The id of the newest finished run whose model has this hash.
+
+    Where there is none, because DVC took the model from its cache, a run is opened from what the files tell and
+    tagged ``restored``. ``history`` are the rows of history.csv.
+    """
+    found = mlflow.search_runs(
+        filter_string=f"tags.`{MODEL_SHA256}` = '{model_sha256}' and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    if found:
+        return str(found[0].info.run_id)
+    with training_run(params, dataset) as run_id:
+        mlflow.set_tag("restored", "true")
+        for row in history:
+            mlflow.log_metrics({key: float(row[key]) for key in row if key != "epoch"}, step=int(row["epoch"]))
+        log_model(cnn, dataset, model_sha256)
+    return run_id
+
+
+def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
+    """The scores on the test images, and that data set, into a run that has ended; its status stays."""
+    mlflow.log_metrics({f"test_{key}": float(str(value)) for key, value in _flat(scores).items()}, run_id=run_id)
+    MlflowClient().log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
+
+
+def log_files(run_id: str, paths: Iterable[Path], folder: str) -> None:
+    """Files into a run that has ended; its status stays."""
+    for path in paths:
+        MlflowClient().log_artifact(run_id, str(path), folder)

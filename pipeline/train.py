@@ -1,0 +1,91 @@
+"""Stage `train`: fit the CNN on the training images, watch it on the validation images, log it to MLflow."""
+
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from pipeline import files
+from pipeline.errors import Fault, UserError, run_command
+from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
+from pipeline.network import checkpoint, training
+from pipeline.network.cnn import CNN, Architecture, summary
+from pipeline.params import Params, read_params
+from pipeline.tracking import runs
+
+
+def main() -> None:
+    """Read params.yaml and two of the splits; write the model and the history of its training."""
+    params = read_params()
+    dataset = read_dataset()
+    device = _device(params)
+    train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
+    cnn = _network(params, dataset)
+    print(summary(cnn.architecture), flush=True)
+
+    runs.connect()
+    with runs.training_run(params, dataset):
+        history = _fit(cnn, train, validation, params)
+        model = checkpoint.to_bytes(cnn)
+        files.write(files.MODEL, model)
+        files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
+        runs.log_model(cnn, dataset, files.sha256(model))
+    print(f"{files.MODEL}: SHA-256 {files.sha256(model)[:12]}..., trained on {dataset.name}")
+
+
+def _device(params: Params) -> torch.device:
+    try:
+        return training.set_up(params.train.device, params.train.threads, params.train.precision)
+    except ValueError as error:
+        raise UserError(f"params.yaml: train.{error}") from None
+
+
+def _network(params: Params, dataset: Dataset) -> CNN:
+    architecture = Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
+    try:
+        return CNN(architecture, torch.Generator().manual_seed(params.seed))
+    except ValueError as error:
+        raise UserError(f"params.yaml: model: {error}") from None
+
+
+def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Params) -> list[training.Epoch]:
+    """Train to the end, with a bar on a terminal and a line an epoch anywhere."""
+    history = []
+    generator = torch.Generator(train.images.device).manual_seed(params.seed)
+    with tqdm(total=params.train.epochs * len(train), unit=" images", unit_scale=True, disable=None) as bar:
+        try:
+            for epoch in training.fit(
+                cnn,
+                (train.images, train.labels),
+                (validation.images, validation.labels),
+                generator=generator,
+                on_batch=bar.update,
+                **params.train.model_dump(exclude={"device", "threads"}),
+            ):
+                history.append(epoch)
+                runs.log_epoch(epoch)
+                bar.set_postfix(loss=f"{epoch.validation_loss:.4f}", accuracy=f"{epoch.validation_accuracy:.2%}")
+                bar.write(_line(epoch, params.train.epochs))
+        except training.DivergedError as error:
+            raise Fault(
+                f"{error}: lower train.learning_rate ({params.train.learning_rate:g}) in params.yaml"
+            ) from error
+    return history
+
+
+def _line(epoch: training.Epoch, epochs: int) -> str:
+    return (
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}"
+        f"  train loss {epoch.train_loss:.4f}, accuracy {epoch.train_accuracy:.2%}"
+        f"  validation loss {epoch.validation_loss:.4f}, accuracy {epoch.validation_accuracy:.2%}"
+        f"  {epoch.seconds:.1f} s"
+    )
+
+
+def _row(epoch: training.Epoch) -> dict[str, object]:
+    """A row of history.csv. Without the seconds: the same inputs give the same bytes, however long they take."""
+    return {key: value for key, value in asdict(epoch).items() if key != "seconds"}
+
+
+if __name__ == "__main__":
+    run_command(main)

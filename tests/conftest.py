@@ -1,0 +1,124 @@
+"""Shared by the tests: prepared digits, workspaces that look like a clone, and a migrated tracking database."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipeline import evaluate, prepare, train, visualize
+from pipeline.images import splits
+from pipeline.tracking import runs
+
+REPOSITORY = Path(__file__).parents[1]
+QUICK = {"dataset: mnist ": "dataset: mnist-5k ", "epochs: 15": "epochs: 2"}
+
+Edit = Callable[[dict[str, str]], None]
+
+
+def edit_params(folder: Path, changes: dict[str, str]) -> None:
+    """Replace text in params.yaml; each text must stand there exactly once."""
+    text = (folder / "params.yaml").read_text()
+    for before, after in changes.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (folder / "params.yaml").write_text(text)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME", "DVC_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db with all its tables: they take 2.5 s to make, so they are made once and copied."""
+    folder = tmp_path_factory.mktemp("database")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with params.yaml for two epochs on mnist-5k, and the prepared splits."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copy(REPOSITORY / "params.yaml", folder)
+    edit_params(folder, QUICK)
+    with chdir(folder):
+        prepare.main()
+    return folder
+
+
+@pytest.fixture
+def workspace(prepared: Path, migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as after `dvc repro prepare`, the current one, with a tracking store of its own."""
+    return _enter(tmp_path / "workspace", prepared, migrated_database, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def _all_stages(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = _enter(tmp_path_factory.mktemp("all") / "workspace", prepared, migrated_database, patch)
+        for stage in (train, evaluate, visualize):
+            stage.main()
+        yield folder
+
+
+@pytest.fixture
+def finished(_all_stages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which all four stages have run, the current one. For reading only: all tests share it."""
+    monkeypatch.setenv("DVC_ROOT", str(_all_stages))
+    monkeypatch.chdir(_all_stages)
+    runs.connect()
+    return _all_stages
+
+
+@pytest.fixture
+def finished_copy(_all_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, migrated_database: Path) -> Path:
+    """The outputs of all four stages in a folder of its own, with an empty tracking store: a restored checkout."""
+    folder = tmp_path / "copy"
+    shutil.copytree(_all_stages, folder, ignore=shutil.ignore_patterns("mlruns", "mlflow.db*"))
+    shutil.copy(migrated_database, folder)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    monkeypatch.chdir(folder)
+    runs.connect()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(prepared: Path) -> dict[str, splits.LabelledImages]:
+    """The three splits of mnist-5k: 3,600 / 400 / 1,000 digits."""
+    dataset = splits.read_dataset(prepared / "data/prepared")
+    return {name: splits.read_split(dataset, name, prepared / "data/prepared") for name in splits.SPLITS}
+
+
+def _enter(folder: Path, prepared: Path, database: Path, patch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(prepared, folder)
+    shutil.copy(database, folder)
+    patch.setenv("DVC_ROOT", str(folder))
+    patch.chdir(folder)
+    return folder
+
+
+def run_stage(stage: str, folder: Path, **environment: str) -> tuple[int, str]:
+    """`python -m pipeline.<stage>` in ``folder`` as a process of its own: exit code and standard error."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", f"pipeline.{stage}"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stderr

@@ -1,0 +1,128 @@
+"""The prepared splits: their sizes, that they are disjoint, that damage is noticed."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import Fault, UserError
+from pipeline.images import sources, splits
+from pipeline.images.splits import LabelledImages
+
+FRACTIONS = {"validation_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
+
+
+def numbered(count: int) -> LabelledImages:
+    """Images whose first pixels tell their number."""
+    images = torch.zeros(count, 2, 2, 1, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(count) % 256
+    images[:, 0, 1, 0] = torch.arange(count) // 256
+    return LabelledImages(images, torch.arange(count) % 3)
+
+
+def numbers(split: LabelledImages) -> list[int]:
+    return (split.images[:, 0, 0, 0].long() + 256 * split.images[:, 0, 1, 0].long()).tolist()
+
+
+def fingerprints(split: LabelledImages) -> set[bytes]:
+    return {hashlib.sha256(image.numpy().tobytes()).digest() for image in split.images}
+
+
+def test_validation_is_the_last_part_of_the_published_training_images() -> None:
+    cut = splits.cut(numbered(600), numbered(10), **FRACTIONS)  # type: ignore[arg-type]
+    assert numbers(cut["train"]) == list(range(540))
+    assert numbers(cut["validation"]) == list(range(540, 600))
+    assert numbers(cut["test"]) == list(range(10))
+
+
+def test_without_a_published_test_split_the_images_are_shuffled_and_cut() -> None:
+    cut = splits.cut(numbered(600), None, **FRACTIONS)  # type: ignore[arg-type]
+    assert [len(cut[name]) for name in splits.SPLITS] == [432, 48, 120]
+    assert sorted(numbers(cut["train"]) + numbers(cut["validation"]) + numbers(cut["test"])) == list(range(600))
+    assert numbers(cut["test"]) != sorted(numbers(cut["test"]))
+    again = splits.cut(numbered(600), None, **FRACTIONS)  # type: ignore[arg-type]
+    other = splits.cut(numbered(600), None, **FRACTIONS | {"seed": 1})  # type: ignore[arg-type]
+    assert numbers(again["test"]) == numbers(cut["test"]) != numbers(other["test"])
+
+
+def test_the_splits_of_the_packaged_digits_are_disjoint(digits: dict[str, LabelledImages]) -> None:
+    assert [len(digits[name]) for name in splits.SPLITS] == [3600, 400, 1000]
+    train, validation, test = (fingerprints(digits[name]) for name in splits.SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+@pytest.mark.skipif(sources.MIRROR_VARIABLE not in os.environ, reason="needs MNIST: set PIPELINE_DATA_MIRROR")
+def test_the_splits_of_mnist_are_the_published_ones_and_disjoint() -> None:
+    source = sources.load("mnist")
+    cut = splits.cut(source.train, source.test, **FRACTIONS)  # type: ignore[arg-type]
+    assert [len(cut[name]) for name in splits.SPLITS] == [54_000, 6_000, 10_000]
+    assert cut["train"].images.shape == (54_000, 28, 28, 1)
+    train, validation, test = (fingerprints(cut[name]) for name in splits.SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def write(folder: Path, count: int = 600) -> splits.Dataset:
+    return splits.write_splits(
+        splits.cut(numbered(count), None, **FRACTIONS),  # type: ignore[arg-type]
+        folder,
+        name="numbers",
+        requested="letters",
+        source="a test",
+        class_names=("a", "b", "c"),
+    )
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    assert splits.read_dataset(tmp_path) == written
+    expected = splits.cut(numbered(600), None, **FRACTIONS)  # type: ignore[arg-type]
+    for name in splits.SPLITS:
+        read = splits.read_split(written, name, tmp_path)
+        assert torch.equal(read.images, expected[name].images)
+        assert torch.equal(read.labels, expected[name].labels)
+
+
+def test_dataset_json_tells_what_was_used(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    assert content["name"] == "numbers"
+    assert content["requested"] == "letters"
+    assert content["class_names"] == ["a", "b", "c"]
+    assert content["image_shape"] == [2, 2, 1]
+    pixels = splits.read_split(written, "train", tmp_path).images.double() / 255
+    assert content["mean"] == [pytest.approx(pixels.mean().item(), abs=1e-6)]
+    assert content["std"] == [pytest.approx(pixels.std().item(), abs=1e-6)]
+    for name in splits.SPLITS:
+        facts = content["splits"][name]
+        assert sum(facts["per_class"].values()) == facts["count"]
+        assert facts["sha256"] == hashlib.sha256((tmp_path / f"{name}.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_same_data_has_the_same_digest_and_other_data_another(tmp_path: Path) -> None:
+    first, again, other = write(tmp_path / "1"), write(tmp_path / "2"), write(tmp_path / "3", count=601)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert (tmp_path / "1/dataset.json").read_bytes() == (tmp_path / "2/dataset.json").read_bytes()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    dataset = write(tmp_path)
+    path = tmp_path / "train.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Fault, match=r"train\.safetensors is damaged .* run `dvc repro -f prepare`"):
+        splits.read_split(dataset, "train", tmp_path)
+
+
+def test_a_split_that_is_not_there_names_the_stage(tmp_path: Path) -> None:
+    dataset = write(tmp_path)
+    (tmp_path / "test.safetensors").unlink()
+    with pytest.raises(UserError, match=r"test\.safetensors does not exist: run `dvc repro prepare` first"):
+        splits.read_split(dataset, "test", tmp_path)

@@ -1,0 +1,34 @@
+"""The model file rebuilds its own network."""
+
+import pytest
+import torch
+
+from pipeline.errors import Fault
+from pipeline.network import checkpoint
+from pipeline.network.cnn import CNN, Architecture
+
+ARCHITECTURE = Architecture(
+    (16, 20, 3), ("cat", "dog"), (4, 6), kernel_size=5, padding=2, pool="min", dropout=0.25, batch_norm=True
+)
+
+
+def network(seed: int) -> CNN:
+    return CNN(ARCHITECTURE, torch.Generator().manual_seed(seed))
+
+
+def test_the_file_holds_all_that_the_network_is() -> None:
+    cnn = network(0)
+    read = checkpoint.from_bytes(checkpoint.to_bytes(cnn))
+    assert read.architecture == ARCHITECTURE
+    images = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(read(images), cnn.eval()(images), rtol=0, atol=0)
+
+
+def test_the_same_weights_give_the_same_bytes() -> None:
+    assert checkpoint.to_bytes(network(0)) == checkpoint.to_bytes(network(0)) != checkpoint.to_bytes(network(1))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 200, checkpoint.to_bytes(network(0))[:-5]])
+def test_a_damaged_file_is_refused_with_the_remedy(content: bytes) -> None:
+    with pytest.raises(Fault, match=r"the model file is damaged .* run `dvc repro -f train`"):
+        checkpoint.from_bytes(content)

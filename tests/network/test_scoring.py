@@ -1,0 +1,46 @@
+"""Scores against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from pipeline.images.splits import LabelledImages
+from pipeline.network import scoring
+from pipeline.network.cnn import CNN, Architecture, as_input
+
+LABELS = torch.tensor([0, 0, 1, 2])
+PREDICTED = torch.tensor([0, 1, 1, 1])
+
+
+def test_accuracy_and_cross_entropy() -> None:
+    logits = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]).log()
+    labels = torch.tensor([0, 1, 1])
+    assert scoring.accuracy(logits, labels) == pytest.approx(2 / 3)
+    assert scoring.cross_entropy(logits, labels) == pytest.approx(-math.log(0.9 * 0.8 * 0.4) / 3)
+
+
+def test_confusion_matrix_has_actual_rows_and_predicted_columns() -> None:
+    assert scoring.confusion_matrix(LABELS, PREDICTED, 3).tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_precision_and_recall_of_each_class() -> None:
+    scores = scoring.per_class(scoring.confusion_matrix(LABELS, PREDICTED, 3))
+    assert [(score.precision, score.recall) for score in scores] == [(1, 0.5), (pytest.approx(1 / 3), 1), (0, 0)]
+
+
+def test_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> None:
+    probabilities = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.65, 0.35], [0.65, 0.35]])
+    labels = torch.tensor([0, 1, 0, 0])
+    # Two images at 0.95, half of them right; two at 0.65, both right.
+    assert scoring.expected_calibration_error(probabilities, labels, 10) == pytest.approx((0.45 + 0.35) / 2)
+    assert scoring.expected_calibration_error(torch.eye(2), torch.tensor([0, 1]), 10) == 0
+
+
+def test_logits_are_the_same_alone_and_in_a_batch(digits: dict[str, LabelledImages]) -> None:
+    cnn = CNN(Architecture((28, 28, 1), tuple("0123456789"), (8,)), torch.Generator().manual_seed(0))
+    images = digits["train"].images[: scoring.BATCH + 3]  # more than one batch, the last one small
+    logits = scoring.predict_logits(cnn, images)
+    assert cnn.training  # left as it was found
+    with torch.no_grad():
+        torch.testing.assert_close(logits[-1:], cnn.eval()(as_input(images[-1:])))

@@ -1,0 +1,123 @@
+"""The training loop on real digits."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.images.splits import LabelledImages
+from pipeline.network import checkpoint, scoring, training
+from pipeline.network.cnn import CNN, Architecture
+
+ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
+RECIPE: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "learning_rate": 0.002,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "max_shift": 0,
+    "precision": "float32",
+}
+
+
+def fit(digits: dict[str, LabelledImages], seed: int = 0, **changed: Any) -> tuple[CNN, list[training.Epoch]]:
+    train, validation = digits["train"], digits["validation"]
+    cnn = CNN(ARCHITECTURE, torch.Generator().manual_seed(seed))
+    epochs = training.fit(
+        cnn,
+        (train.images, train.labels),
+        (validation.images, validation.labels),
+        generator=torch.Generator().manual_seed(seed),
+        **RECIPE | changed,
+    )
+    return cnn, list(epochs)
+
+
+def test_it_learns_and_tells_of_every_epoch(digits: dict[str, LabelledImages]) -> None:
+    taken: list[int] = []
+    cnn, history = fit(digits, epochs=3, on_batch=taken.append)
+    assert [epoch.epoch for epoch in history] == [1, 2, 3]
+    assert history[0].train_loss > history[1].train_loss > history[2].train_loss
+    assert history[-1].validation_accuracy > 0.9
+    assert sum(taken) == 3 * len(digits["train"])
+    assert all(epoch.seconds > 0 for epoch in history)
+    # The last row is what the returned network really does.
+    logits = scoring.predict_logits(cnn, digits["validation"].images)
+    assert scoring.accuracy(logits, digits["validation"].labels) == history[-1].validation_accuracy
+    assert scoring.cross_entropy(logits, digits["validation"].labels) == history[-1].validation_loss
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict[str, LabelledImages]) -> None:
+    first, again, other = (checkpoint.to_bytes(fit(digits, seed, epochs=1)[0]) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optimizer": "adamw", "weight_decay": 0.01},
+        {"optimizer": "sgd", "learning_rate": 0.05},
+        {"schedule": "one-cycle", "learning_rate": 0.01},
+        {"label_smoothing": 0.1},
+        {"max_shift": 2},
+    ],
+)
+def test_every_choice_of_the_recipe_learns(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
+    _, history = fit(digits, **changed)
+    assert history[-1].validation_accuracy > 0.85
+    plain = fit(digits, epochs=1)[1][0]
+    assert history[0].train_loss != plain.train_loss  # the choice is not ignored
+
+
+def test_one_cycle_goes_up_and_then_down_to_nothing(digits: dict[str, LabelledImages]) -> None:
+    _, history = fit(digits, epochs=5, schedule="one-cycle", learning_rate=0.01)
+    rates = [epoch.learning_rate for epoch in history]
+    assert max(rates) == rates[1] > 0.009
+    assert rates[-1] < 1e-6
+
+
+@pytest.mark.skipif(not training._has_bfloat16(torch.device("cpu")), reason="needs a processor with bfloat16")
+def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages]) -> None:
+    _, history = fit(digits, epochs=3, precision="bfloat16")
+    assert history[-1].validation_accuracy > 0.9
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("learning_rate", [1e6, 1e30])
+def test_a_loss_beyond_recovery_ends_the_training(
+    digits: dict[str, LabelledImages], optimizer: str, learning_rate: float
+) -> None:
+    with pytest.raises(training.DivergedError, match=r"the training loss is (nan|[\d.]+e\+\d+) in epoch 1"):
+        fit(digits, optimizer=optimizer, learning_rate=learning_rate)
+
+
+def test_shifted_images_are_moved_and_what_comes_into_view_is_black() -> None:
+    image = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 5, 5, 1)
+    shifts = training.shifted(image.expand(500, 5, 5, 1), 1, torch.Generator().manual_seed(0))
+    by_hand = set()
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            moved = torch.zeros(7, 7, dtype=torch.uint8)
+            moved[1 + down : 6 + down, 1 + right : 6 + right] = image[0, :, :, 0]
+            by_hand.add(tuple(moved[1:6, 1:6].flatten().tolist()))
+    assert {tuple(each.flatten().tolist()) for each in shifts} == by_hand
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=r"device is cuda, but torch finds no GPU; allowed here: auto \| cpu"):
+        training.set_up("cuda", None, "float32")
+
+
+def test_the_threads_asked_for_are_the_threads_used() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert training.set_up("cpu", 1, "float32") == torch.device("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""A whole `dvc repro` in a fresh clone, the way a person runs it: real DVC, real MLflow, real digits, no network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from pipeline import files
+from tests.conftest import REPOSITORY, edit_params
+
+ONE_EPOCH = {"dataset: mnist ": "dataset: mnist-5k ", "epochs: 15": "epochs: 1"}
+TOOLS = Path(sys.executable).parent
+
+
+def run(*command: str, folder: Path, more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A command with this environment's tools first on the PATH and nothing of the tests in its variables."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC", "PYTEST"))}
+        | {"PATH": f"{TOOLS}:{os.environ['PATH']}", **(more or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+
+
+def succeed(*command: str, folder: Path) -> str:
+    done = run(*command, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git knows or would add, committed in a new repository whose path has a space and an umlaut."""
+    folder = tmp_path_factory.mktemp("clones") / "frische Kopie ü"
+    for name in succeed("git", "ls-files", "-z", "-co", "--exclude-standard", folder=REPOSITORY).split("\0"):
+        if name and (REPOSITORY / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    edit_params(folder, ONE_EPOCH)
+    succeed("git", "init", "-q", folder=folder)
+    succeed("git", "add", "-A", folder=folder)
+    succeed("git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "clone", folder=folder)
+    succeed("dvc", "repro", folder=folder)
+    return folder
+
+
+def runs_of(clone: Path) -> list[Run]:
+    mlflow.set_tracking_uri(f"sqlite:///{clone / 'mlflow.db'}")
+    return list(mlflow.search_runs(search_all_experiments=True, output_format="list"))
+
+
+def test_the_workflow_runs_from_nothing(clone: Path) -> None:
+    metrics = json.loads((clone / files.METRICS).read_text())
+    assert metrics["dataset"] == "mnist-5k"
+    assert metrics["test"]["accuracy"] > 0.6  # one epoch on 3,600 digits
+    assert len(list((clone / files.FIGURES).glob("*.png"))) == 5
+    (training_run,) = runs_of(clone)
+    assert training_run.info.status == "FINISHED"
+    assert training_run.data.tags["git.commit"] == succeed("git", "rev-parse", "HEAD", folder=clone).strip()
+    assert training_run.data.tags["dvc.stage"] == "train"
+
+
+def test_dvc_shows_the_metrics_the_plots_and_the_figures(clone: Path) -> None:
+    assert "mnist-5k" in succeed("dvc", "metrics", "show", folder=clone)
+    succeed("dvc", "plots", "show", "--out", "plots page", folder=clone)
+    page = (clone / "plots page/index.html").read_text()
+    for part in ("train_loss", "validation_accuracy", "Confusion matrix", "learning_curves.png"):
+        assert part in page
+
+
+def test_nothing_of_what_a_run_leaves_is_seen_by_git(clone: Path) -> None:
+    changed = succeed("git", "status", "--porcelain", folder=clone).splitlines()
+    names = {line[3:] for line in changed if "plots page" not in line}
+    assert names <= {"dvc.lock", "reports/history.csv", "reports/metrics.json"}
+
+
+def test_the_champion_is_served_to_any_process_without_this_repository(clone: Path, tmp_path: Path) -> None:
+    code = """
+import sys, numpy as np, mlflow
+assert not any("pipeline" in name for name in sys.modules)
+model = mlflow.pyfunc.load_model("models:/mnist-5k-cnn@champion")
+for count in (1, 5, 300):
+    probabilities = model.predict(np.zeros((count, 28, 28, 1), dtype=np.uint8))
+    assert probabilities.shape == (count, 10) and abs(probabilities.sum(axis=1) - 1).max() < 1e-5
+try:
+    model.predict(np.zeros((5, 32, 32, 1), dtype=np.uint8))
+except mlflow.MlflowException as error:
+    print(error)
+"""
+    more = {"MLFLOW_TRACKING_URI": f"sqlite:///{clone / 'mlflow.db'}", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = run(sys.executable, "-c", code, folder=tmp_path, more=more)
+    assert done.returncode == 0, done.stderr
+    assert "(-1, 28, 28, 1)" in done.stdout
+    assert "(5, 32, 32, 1)" in done.stdout
+
+
+def test_a_second_call_runs_nothing(clone: Path) -> None:
+    before = (clone / "dvc.lock").read_bytes()
+    told = succeed("dvc", "repro", folder=clone)
+    assert "Running stage" not in told
+    assert "Data and pipelines are up to date." in told
+    assert (clone / "dvc.lock").read_bytes() == before
+
+
+def test_a_forced_repetition_gives_the_same_lock_and_a_new_run_with_the_same_hashes(clone: Path) -> None:
+    lock = (clone / "dvc.lock").read_bytes()
+    succeed("dvc", "repro", "-f", folder=clone)
+    assert (clone / "dvc.lock").read_bytes() == lock
+    newest, oldest = runs_of(clone)
+    assert newest.info.run_id != oldest.info.run_id
+    for tag in ("model.sha256", "data.sha256", "params.sha256"):
+        assert newest.data.tags[tag] == oldest.data.tags[tag]
+    versions = mlflow.MlflowClient().search_model_versions("name = 'mnist-5k-cnn'")
+    assert [str(version.version) for version in versions] == ["1"]
+    assert str(mlflow.MlflowClient().get_model_version_by_alias("mnist-5k-cnn", "champion").version) == "1"
+
+
+def test_the_values_of_params_yaml_reach_no_shell(clone: Path) -> None:
+    done = run("dvc", "exp", "run", "-S", "data.dataset='; touch PWNED'", folder=clone)
+    assert done.returncode != 0
+    assert "data.dataset is '; touch PWNED'; allowed: mnist" in done.stdout + done.stderr
+    assert not list(clone.rglob("PWNED"))

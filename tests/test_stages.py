@@ -1,0 +1,205 @@
+"""The four stages as their users meet them: what they write, and how they say no."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline import evaluate, files, prepare, results, train, visualize
+from pipeline.errors import Fault, UserError
+from pipeline.network import checkpoint
+from tests.conftest import QUICK, REPOSITORY, edit_params, run_stage
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that the stages wrote, without MLflow's."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for top in ("data", "models", "reports")
+        for path in sorted((folder / top).rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_stages_write_the_promised_files_and_no_others(finished: Path) -> None:
+    assert sorted(contents(finished)) == [
+        "data/prepared/dataset.json",
+        "data/prepared/test.safetensors",
+        "data/prepared/train.safetensors",
+        "data/prepared/validation.safetensors",
+        "models/model.safetensors",
+        "reports/figures/confident_mistakes.png",
+        "reports/figures/confusion_matrix.png",
+        "reports/figures/feature_maps.png",
+        "reports/figures/first_layer_filters.png",
+        "reports/figures/learning_curves.png",
+        "reports/history.csv",
+        "reports/metrics.json",
+        "reports/predictions.csv",
+    ]
+
+
+def test_metrics_and_predictions_agree(finished: Path) -> None:
+    metrics = json.loads(files.METRICS.read_text())
+    with files.PREDICTIONS.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "actual", "predicted", "confidence"]
+    assert [row["index"] for row in rows] == [str(index) for index in range(1000)]
+    errors = [row for row in rows if row["actual"] != row["predicted"]]
+    assert metrics["test"]["error_count"] == len(errors)
+    assert metrics["test"]["accuracy"] == 1 - len(errors) / 1000
+    assert 0.88 < metrics["test"]["accuracy"] < 0.97  # two epochs on 3,600 digits
+    assert 0 < metrics["test"]["ece"] < 0.2
+    sevens = [row for row in rows if row["actual"] == "7"]
+    right = [row for row in sevens if row["predicted"] == "7"]
+    assert metrics["test"]["per_class"]["7"]["recall"] == pytest.approx(len(right) / len(sevens))
+    assert metrics["parameters"] == 34826
+    assert metrics["dataset"] == "mnist-5k"
+    history = files.read_table(files.HISTORY, made_by="train")
+    assert metrics["validation"]["accuracy"] == pytest.approx(float(history[-1]["validation_accuracy"]))
+    assert metrics["validation"]["loss"] == pytest.approx(float(history[-1]["validation_loss"]))
+
+
+def test_the_model_file_rebuilds_the_network(finished: Path) -> None:
+    architecture = checkpoint.from_bytes(files.MODEL.read_bytes()).architecture
+    assert architecture.filters == (32, 64)
+    assert architecture.class_names == tuple("0123456789")
+    assert architecture.image_shape == (28, 28, 1)
+
+
+def test_a_second_run_gives_the_same_bytes(finished: Path, workspace: Path) -> None:
+    for stage in (train, evaluate, visualize):
+        stage.main()
+    assert contents(workspace) == contents(finished)
+
+
+def test_results_tell_the_data_set_the_figures_and_where_to_look(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.main()
+    told = capsys.readouterr().out
+    accuracy = json.loads(files.METRICS.read_text())["test"]["accuracy"]
+    assert "mnist-5k (3,600 training images)" in told
+    assert f"{accuracy:.2%}" in told
+    assert "mlflow ui" in told
+
+
+def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main()
+    told = capsys.readouterr().out
+    assert "conv2d_1          (11, 11, 64)            18,496" in told
+    lines = [line for line in told.splitlines() if line.startswith("epoch ")]
+    assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert all("train loss" in line and "validation loss" in line and line.endswith(" s") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing", "line"),
+    [
+        ("train", "data", "error: data/prepared/dataset.json does not exist: run `dvc repro prepare` first\n"),
+        ("evaluate", "models", "error: models/model.safetensors does not exist: run `dvc repro train` first\n"),
+        ("visualize", "reports/history.csv", "error: reports/history.csv does not exist: run `dvc repro train` first\n"),
+        ("visualize", "reports/predictions.csv", "error: reports/predictions.csv does not exist: run `dvc repro evaluate` first\n"),
+        ("results", "reports/metrics.json", "error: reports/metrics.json does not exist: run `dvc repro evaluate` first\n"),
+    ],
+)  # fmt: skip
+def test_a_stage_before_its_inputs_names_the_stage_to_run(
+    finished_copy: Path, stage: str, missing: str, line: str
+) -> None:
+    target = finished_copy / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    before = contents(finished_copy)
+    assert run_stage(stage, finished_copy) == (2, line)
+    assert contents(finished_copy) == before
+
+
+def test_a_bad_knob_is_one_line_and_nothing_is_written(workspace: Path) -> None:
+    before = contents(workspace)
+    edit_params(workspace, {"dropout: 0.5": "dropout: 5"})
+    for stage in ("prepare", "train"):
+        code, line = run_stage(stage, workspace)
+        assert (code, line) == (2, "error: params.yaml: model.dropout is 5; allowed: a number >= 0 and < 1\n")
+    assert contents(workspace) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        (
+            "kernel_size: 3",
+            "kernel_size: 15",
+            r"params\.yaml: model: block 2's filter \(15 x 15\) is larger than the 7",
+        ),
+        ("device: auto", "device: cuda", r"params\.yaml: train\.device is cuda, but torch finds no GPU"),
+    ],
+)
+def test_what_only_the_data_or_the_machine_can_tell_is_said_before_a_run_is_opened(
+    workspace: Path, before: str, after: str, line: str
+) -> None:
+    edit_params(workspace, {before: after})
+    with pytest.raises(UserError, match=line):
+        train.main()
+    assert not (workspace / "mlruns").exists()
+
+
+def test_the_image_to_draw_must_exist(finished_copy: Path) -> None:
+    edit_params(finished_copy, {"image: 0  ": "image: 1000"})
+    with pytest.raises(UserError, match=r"visualize\.image is 1000; allowed: 0 \.\.\. 999"):
+        visualize.main()
+
+
+def test_a_damaged_model_is_refused(finished_copy: Path) -> None:
+    files.MODEL.write_bytes(b"no model")
+    with pytest.raises(Fault, match="the model file is damaged"):
+        evaluate.main()
+
+
+def test_without_a_mirror_and_without_a_fall_back_prepare_is_one_line(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    edit_params(
+        tmp_path, {"offline_fallback: mnist-5k": "offline_fallback: null    ", "dataset: mnist ": "dataset: kmnist"}
+    )
+    code, line = run_stage("prepare", tmp_path, PIPELINE_DATA_MIRROR=str(tmp_path / "nowhere"))
+    assert code == 1
+    assert line.startswith("error: train-images-idx3-ubyte.gz could not be downloaded (")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "data/prepared").exists()
+
+
+def test_prepare_twice_gives_the_same_bytes(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    edit_params(tmp_path, QUICK)
+    monkeypatch.chdir(tmp_path)
+    prepare.main()
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_colour_images_of_other_sizes_go_all_the_way(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but sources.py knows what the images are: 24 x 20 pixels, three channels, two classes, no mistakes."""
+    import torch
+
+    from pipeline.images import splits
+
+    shutil.rmtree(workspace / "data")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    images = torch.randint(100, (400, 24, 20, 3), dtype=torch.uint8, generator=generator)
+    images[labels == 1, :, :, 0] += 100  # the second class is redder
+    cut = splits.cut(splits.LabelledImages(images, labels), None, validation_fraction=0.1, test_fraction=0.2, seed=0)
+    splits.write_splits(
+        cut, files.PREPARED, name="toys", requested="toys", source="a test", class_names=("pale", "a long red name")
+    )
+    for stage in (train, evaluate, visualize):
+        stage.main()
+    metrics = json.loads(files.METRICS.read_text())
+    assert metrics["dataset"] == "toys"
+    assert metrics["test"]["accuracy"] > 0.9
+    assert set(metrics["test"]["per_class"]) == {"pale", "a long red name"}
+    for path in files.FIGURES.iterdir():
+        with Image.open(path) as picture:
+            picture.verify()

@@ -1,0 +1,202 @@
+"""What a user finds in MLflow after the stages have run; on a real MLflow database."""
+
+import json
+import os
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline import evaluate, files, train, visualize
+from pipeline.errors import Fault
+from pipeline.images.splits import read_dataset
+from pipeline.network import checkpoint
+from pipeline.network.cnn import Classifier
+from pipeline.params import read_params
+from pipeline.tracking import runs
+from tests.conftest import edit_params
+
+
+def every_run() -> list[Run]:
+    return list(mlflow.search_runs(output_format="list", order_by=["attributes.start_time DESC"]))
+
+
+def only_run() -> Run:
+    (run,) = every_run()
+    return run
+
+
+def test_one_run_holds_the_whole_story(finished: Path) -> None:
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == f"mnist-5k-{files.sha256(files.MODEL.read_bytes())[:8]}"
+    assert run.data.params["model.filters"] == "(32, 64)"
+    assert run.data.params["train.epochs"] == "2"
+    assert run.data.params["seed"] == "0"
+    assert run.data.params["parameters"] == "34826"
+
+
+def test_the_curves_have_one_point_an_epoch_and_agree_with_the_history(finished: Path) -> None:
+    run = only_run()
+    history = files.read_table(files.HISTORY, made_by="train")
+    assert list(history[0]) == [
+        "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate",
+    ]  # fmt: skip
+    for name in [*list(history[0])[1:], "seconds"]:
+        points = MlflowClient().get_metric_history(run.info.run_id, name)
+        assert [point.step for point in points] == [1, 2]
+        if name != "seconds":
+            assert [point.value for point in points] == [float(row[name]) for row in history]
+
+
+def test_the_tags_tell_where_the_model_comes_from(finished: Path) -> None:
+    tags = only_run().data.tags
+    dataset = read_dataset()
+    assert tags["model.sha256"] == files.sha256(files.MODEL.read_bytes())
+    assert tags["data.sha256"] == dataset.sha256
+    assert tags["data.name"] == "mnist-5k"
+    assert tags["params.sha256"] == read_params().sha256
+    assert tags["torch.version"] == torch.__version__
+    assert tags["cpu.threads"] == str(torch.get_num_threads())
+    assert tags["cpu.capability"] == torch.backends.cpu.get_cpu_capability()
+    assert "restored" not in tags
+
+
+def test_the_data_sets_carry_our_digests(finished: Path) -> None:
+    dataset = read_dataset()
+    logged = only_run().inputs
+    assert logged is not None
+    inputs = {entry.tags[0].value: entry.dataset for entry in logged.dataset_inputs}
+    assert set(inputs) == {"training", "validation", "testing"}
+    for context, split in (("training", "train"), ("validation", "validation"), ("testing", "test")):
+        assert inputs[context].name == f"mnist-5k-{split}"
+        assert dataset.splits[split].sha256.startswith(inputs[context].digest)
+        assert json.loads(str(inputs[context].profile))["features_shape"] == [dataset.splits[split].count, 28, 28, 1]
+
+
+def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
+    run = only_run()
+    metrics = json.loads(files.METRICS.read_text())
+    assert run.data.metrics["test_accuracy"] == metrics["test"]["accuracy"]
+    assert run.data.metrics["test_error_count"] == metrics["test"]["error_count"]
+    assert run.data.metrics["test_per_class.7.recall"] == metrics["test"]["per_class"]["7"]["recall"]
+    logged = {file.path for folder in ("figures", "evaluation") for file in MlflowClient().list_artifacts(run.info.run_id, folder)}  # fmt: skip
+    drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
+    assert len(drawn) == 5
+    assert logged == drawn | {"evaluation/metrics.json", "evaluation/predictions.csv"}
+
+
+def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    outputs = only_run().outputs
+    assert outputs is not None
+    loaded = mlflow.pyfunc.load_model(f"models:/{outputs.model_outputs[0].model_id}")
+    images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = Classifier(checkpoint.from_bytes(files.MODEL.read_bytes()))(images).numpy()
+    for count in (5, 1, 3):
+        np.testing.assert_allclose(loaded.predict(images[:count].numpy()), expected[:count], atol=1e-6)
+    with pytest.raises(mlflow.MlflowException, match=r"\(-1, 28, 28, 1\)"):
+        loaded.predict(np.zeros((2, 32, 32, 1), dtype=np.uint8))
+
+
+def test_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: Path) -> None:
+    edit_params(workspace, {"learning_rate: 0.001": "learning_rate: 1000000.0"})
+    with pytest.raises(Fault, match=r"the training loss is .* in epoch 1: lower train.learning_rate \(1e\+06\)"):
+        train.main()
+    run = only_run()
+    assert run.info.status == "FAILED"
+    assert "the training loss is" in run.data.tags["failure"]
+    assert not (workspace / "models").exists()
+    assert not (workspace / "reports").exists()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupted_training_is_a_killed_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
+) -> None:
+    def interrupt(epoch: object) -> None:
+        raise interruption
+
+    monkeypatch.setattr(runs, "log_epoch", interrupt)
+    with pytest.raises(type(interruption)):
+        train.main()
+    assert only_run().info.status == "KILLED"
+
+
+def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> None:
+    assert every_run() == []
+    evaluate.main()
+    visualize.main()
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["restored"] == "true"
+    assert run.data.tags["model.sha256"] == files.sha256(files.MODEL.read_bytes())
+    history = files.read_table(files.HISTORY, made_by="train")
+    points = MlflowClient().get_metric_history(run.info.run_id, "validation_loss")
+    assert [(point.step, point.value) for point in points] == [
+        (int(row["epoch"]), float(row["validation_loss"])) for row in history
+    ]
+    assert "test_accuracy" in run.data.metrics
+    assert len(MlflowClient().list_artifacts(run.info.run_id, "figures")) == 5
+
+
+def test_the_newest_run_of_a_model_is_the_one_that_is_written_into(workspace: Path) -> None:
+    edit_params(workspace, {"epochs: 2": "epochs: 1"})
+    train.main()
+    train.main()
+    evaluate.main()
+    newest, oldest = every_run()
+    assert newest.data.tags["model.sha256"] == oldest.data.tags["model.sha256"]
+    assert "test_accuracy" in newest.data.metrics
+    assert "test_accuracy" not in oldest.data.metrics
+
+
+def test_the_experiment_of_dvc_names_the_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
+    monkeypatch.setenv("DVC_STAGE", "train")
+    edit_params(workspace, {"epochs: 2": "epochs: 1"})
+    train.main()
+    assert only_run().info.run_name == "bold-idea"
+    assert only_run().data.tags["dvc.exp"] == "bold-idea"
+    assert only_run().data.tags["dvc.stage"] == "train"
+
+
+def test_the_commit_is_in_the_tags_where_there_is_one(workspace: Path) -> None:
+    def git(*words: str) -> str:
+        return runs._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
+
+    params, dataset = read_params(), read_dataset()
+    assert "git.commit" not in runs._lineage(params, dataset)
+    git("init")
+    git("add", "params.yaml")
+    git("commit", "-m", "x")
+    lineage = runs._lineage(params, dataset)
+    assert lineage["git.commit"] == git("rev-parse", "HEAD")
+    assert len(lineage["git.commit"]) == 40
+    assert lineage["git.dirty"] == "true"  # the data is not committed
+
+
+def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:
+    (workspace / "mlflow.db").unlink()
+    runs.connect()
+    assert (workspace / "mlflow.db").exists()
+    experiment = mlflow.get_experiment_by_name(runs.EXPERIMENT)
+    assert experiment is not None
+    assert experiment.artifact_location == (workspace / "mlruns").as_uri()
+
+
+def test_a_store_that_cannot_be_used_is_one_line_without_the_password(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://mary:secret@host/db")
+    with pytest.raises(Fault) as error:
+        runs.connect()
+    assert "nonsense://***@host/db cannot be used" in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert os.environ["MLFLOW_TRACKING_URI"].endswith("db")
