@@ -28,20 +28,26 @@ def edit_params(folder: Path, changes: dict[str, str]) -> None:
     (folder / "params.yaml").write_text(text)
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forget_settings() -> None:
+    """Those from outside, and the one that mlflow.set_tracking_uri leaves in the environment."""
     for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME", "DVC_STAGE"):
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    _forget_settings()
+    yield
+    _forget_settings()
 
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An mlflow.db with all its tables: they take 2.5 s to make, so they are made once and copied."""
     folder = tmp_path_factory.mktemp("database")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-        mlflow.search_experiments()
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    mlflow.search_experiments()
+    _forget_settings()
     return folder / "mlflow.db"
 
 
@@ -63,12 +69,14 @@ def workspace(prepared: Path, migrated_database: Path, tmp_path: Path, monkeypat
 
 
 @pytest.fixture(scope="session")
-def _all_stages(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def _all_stages(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    _forget_settings()
     with pytest.MonkeyPatch.context() as patch:
         folder = _enter(tmp_path_factory.mktemp("all") / "workspace", prepared, migrated_database, patch)
         for stage in (train, evaluate, visualize):
             stage.main()
-        yield folder
+    _forget_settings()
+    return folder
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def connect() -> None:
 
 def _create_experiment(artifact_location: str | None) -> None:
     try:
-        mlflow.create_experiment(EXPERIMENT, artifact_location)
+        # The UI opens such an experiment with its runs and charts; others with traces and judges of language models.
+        mlflow.create_experiment(EXPERIMENT, artifact_location, {"mlflow.experimentKind": "custom_model_development"})
     except MlflowException:
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             raise  # otherwise another process was faster, which is as good

@@ -1,0 +1,44 @@
+"""After `make repro` in ./convtrack: the figures are those of the published network, and its model serves others."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.exceptions import MlflowException
+
+CLONE = Path("convtrack").resolve()
+
+
+def test_the_test_accuracy_is_that_of_the_published_network() -> None:
+    """Above: something is wrong with the training. Below: the test images were seen, or too few were counted."""
+    metrics = json.loads((CLONE / "reports/metrics.json").read_text())
+    assert metrics["dataset"] == "mnist"
+    assert metrics["parameters"] == 34826
+    assert 0.985 <= metrics["test"]["accuracy"] <= 0.9995
+
+
+def test_the_registered_model_loads_and_predicts_outside_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    mlflow.set_tracking_uri(f"sqlite:///{CLONE / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model("models:/mnist-cnn@champion")
+    for count in (1, 5, 300):
+        probabilities = model.predict(np.zeros((count, 28, 28, 1), dtype=np.uint8))
+        assert probabilities.shape == (count, 10)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    with pytest.raises(MlflowException, match=r"\(-1, 28, 28, 1\)"):
+        model.predict(np.zeros((5, 32, 32, 1), dtype=np.uint8))
+    assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
+
+
+def test_the_champion_answers_the_test_images_as_the_predictions_say() -> None:
+    from safetensors.numpy import load_file
+
+    images = load_file(CLONE / "data/prepared/test.safetensors")["images"]
+    lines = (CLONE / "reports/predictions.csv").read_text().splitlines()[1:]
+    mlflow.set_tracking_uri(f"sqlite:///{CLONE / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model("models:/mnist-cnn@champion")
+    predicted = np.concatenate([model.predict(batch).argmax(axis=1) for batch in np.split(images, 10)])
+    assert [line.split(",")[2] for line in lines] == [str(digit) for digit in predicted]

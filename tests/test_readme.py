@@ -1,0 +1,45 @@
+"""The README says what is so: its knobs are those of params.yaml, its targets and files exist."""
+
+import re
+
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):\s*(?P<value>[^#]*?)\s*#\s*(?P<comment>.*)$")
+
+
+def knobs() -> list[str]:
+    """The rows of the README's table of knobs, read off params.yaml and its comments."""
+    rows, section = [], ""
+    for line in (REPOSITORY / "params.yaml").read_text().splitlines():
+        if re.fullmatch(r"\w+:", line):
+            section = line[:-1] + "."
+        elif found := LINE.match(line):
+            name = (section if found["indent"] else "") + found["key"]
+            value = f"`{found['value']}`" if found["value"] else ""
+            comment = found["comment"].replace("|", "\\|")
+            rows.append(f"| `{name}` | {value} | {comment} |")
+    return rows
+
+
+def test_the_table_of_knobs_is_that_of_params_yaml() -> None:
+    assert len(knobs()) > 25
+    assert "\n".join(knobs()) in README
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z]+)", README, flags=re.MULTILINE)) | set(re.findall(r"`make ([a-z]+)`", README))
+    assert {"repro", "test", "lint", "ui"} <= named <= targets
+
+
+def test_every_picture_and_every_file_of_the_pipeline_that_is_named_exists() -> None:
+    named = re.findall(r"\]\((docs/[^)]+)\)", README) + re.findall(r"`(pipeline/[\w/]+(?:\.py)?)`?", README)
+    assert len(named) >= 9
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def test_pictures_are_kept_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in (REPOSITORY / "docs").glob("*.png")}
+    assert len(sizes) == 5
+    assert max(sizes.values()) < 150_000
