@@ -5,12 +5,13 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 ACTIVATE := . "$(VENV)/bin/activate"
 ARGS ?=
+export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test lint ui seeds lock
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name does; do printf '  make %-8s %s\n' "$$name" "$$does"; done
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 ...")'
@@ -31,7 +32,7 @@ lint: $(INSTALLED)  ## check style and types
 	$(ACTIVATE) && ruff check . && ruff format --check . && mypy
 
 ui: $(INSTALLED)  ## open MLflow at http://127.0.0.1:5000, for this machine only
-	$(ACTIVATE) && MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	$(ACTIVATE) && MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
 
 seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures

@@ -16,8 +16,8 @@ from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network import scoring, training
-from pipeline.network.cnn import CNN, Architecture
 from pipeline.params import Params, read_params
+from pipeline.train import build
 
 RESULTS = Path("bench/seeds.json")
 
@@ -25,7 +25,9 @@ RESULTS = Path("bench/seeds.json")
 def main() -> None:
     """Train and score once a seed, print a line each and the summary, write bench/seeds.json."""
     parser = argparse.ArgumentParser(description="Test accuracy and loss of the recipe in params.yaml over many seeds.")
-    parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 0 on (default: 10)")
+    parser.add_argument(
+        "--seeds", type=int, default=10, choices=range(2, 1001), metavar="N", help="2 ... 1000 (default: 10)"
+    )
     seeds = parser.parse_args().seeds
     params, dataset = read_params(), read_dataset()
     device = training.set_up(params.train.device, params.train.threads, params.train.precision)
@@ -42,8 +44,7 @@ def main() -> None:
 
 
 def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, LabelledImages]) -> dict[str, float]:
-    architecture = Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
-    cnn = CNN(architecture, torch.Generator().manual_seed(seed))
+    cnn = build(params.model_copy(update={"seed": seed}), dataset)
     train, validation, test = (splits[name] for name in (TRAIN, VALIDATION, TEST))
     *_, last = training.fit(
         cnn,
@@ -61,7 +62,7 @@ def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, Labelled
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
+    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
 
 def _processor() -> str:

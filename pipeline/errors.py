@@ -1,5 +1,6 @@
 """How every command ends: one line for the person who reads it, and an exit code that says whose turn it is."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -24,12 +25,17 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        _stop(2, f"error: {error}")
+        _stop(2, f"error: {without_password(str(error))}")
     except (Fault, OSError) as fault:
-        _stop(1, f"error: {fault}")
+        _stop(1, f"error: {without_password(str(fault))}")
     except KeyboardInterrupt:
         _stop(130, "interrupted")
     sys.exit(0)
+
+
+def without_password(text: str) -> str:
+    """``text`` with what stands before the @ of each URL hidden."""
+    return re.sub(r"(?<=://)[^@/\s]+(?=@)", "***", text)
 
 
 def _stop(code: int, line: str) -> NoReturn:

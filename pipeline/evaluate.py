@@ -22,7 +22,12 @@ def main() -> None:
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
     logits = scoring.predict_logits(cnn, test.images)
-    scores = _scores(logits, test, dataset.class_names, params.evaluate.calibration_bins)
+    error_count = int((logits.argmax(dim=1) != test.labels).sum())
+    scores = _brief_scores(logits, test) | {
+        "error_count": error_count,
+        "ece": scoring.expected_calibration_error(logits.softmax(dim=1), test.labels, params.evaluate.calibration_bins),
+        "per_class": _class_scores(logits, test, dataset.class_names),
+    }
     metrics = {
         "test": scores,
         "validation": _brief_scores(scoring.predict_logits(cnn, validation.images), validation),
@@ -33,7 +38,8 @@ def main() -> None:
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
     runs.connect()
-    run_id = runs.find_or_restore(files.sha256(model), cnn, params, dataset, files.read_table(files.HISTORY, "train"))
+    history = files.read_table(files.HISTORY, made_by="train")
+    run_id = runs.find_or_restore(files.sha256(model), cnn, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], "evaluation")
     registered = registry.register(
@@ -41,24 +47,12 @@ def main() -> None:
         f"{dataset.name}-cnn",
         model_sha256=files.sha256(model),
         test_sha256=dataset.splits[TEST].sha256,
-        error_count=_error_count(logits, test),
+        error_count=error_count,
     )
     print(
-        f"{dataset.name}: test accuracy {scoring.accuracy(logits, test.labels):.2%},"
-        f" {_error_count(logits, test)} errors in {len(test):,} images\n"
+        f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {error_count} errors in {len(test):,} images\n"
         f"{registered.name} version {registered.version} is {registered.alias}: {registered.reason}"
     )
-
-
-def _scores(logits: Tensor, test: LabelledImages, class_names: tuple[str, ...], bins: int) -> dict[str, object]:
-    confusion = scoring.confusion_matrix(test.labels, logits.argmax(dim=1), len(class_names))
-    return _brief_scores(logits, test) | {
-        "error_count": _error_count(logits, test),
-        "ece": scoring.expected_calibration_error(logits.softmax(dim=1), test.labels, bins),
-        "per_class": {
-            name: asdict(score) for name, score in zip(class_names, scoring.per_class(confusion), strict=True)
-        },
-    }
 
 
 def _brief_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:
@@ -68,8 +62,9 @@ def _brief_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:
     }
 
 
-def _error_count(logits: Tensor, split: LabelledImages) -> int:
-    return int((logits.argmax(dim=1) != split.labels).sum())
+def _class_scores(logits: Tensor, test: LabelledImages, class_names: tuple[str, ...]) -> dict[str, object]:
+    confusion = scoring.confusion_matrix(test.labels, logits.argmax(dim=1), len(class_names))
+    return {name: asdict(score) for name, score in zip(class_names, scoring.per_class(confusion), strict=True)}
 
 
 def _predictions(logits: Tensor, test: LabelledImages, dataset: Dataset) -> list[dict[str, object]]:

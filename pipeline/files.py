@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import Fault, UserError
 
 PREPARED = Path("data/prepared")
 MODEL = Path("models/model.safetensors")
@@ -62,8 +62,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def read_table(path: Path, made_by: str) -> list[dict[str, str]]:
-    """The rows of a CSV file; a UserError that names the stage to run where there is none."""
-    return list(csv.DictReader(io.StringIO(read(path, made_by).decode(), newline="")))
+    """The rows of a CSV file, at least one; errors name the stage to run."""
+    rows = list(csv.DictReader(io.StringIO(read(path, made_by).decode(), newline="")))
+    if not rows:
+        raise Fault(f"{path} is empty: run `dvc repro -f {made_by}`")
+    return rows
 
 
 def sha256(content: bytes) -> str:

@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from pipeline import files
 from pipeline.errors import UserError
 
 PARAMS = Path("params.yaml")
-LARGEST_FILE = 100_000  # bytes; the committed file has 4,000
+LARGEST_FILE = 20_000  # bytes; the committed file has 3,400
+DEEPEST_NESTING = 10
 
 
 class Section(BaseModel):
@@ -125,10 +126,29 @@ class Params(Section):
     visualize: Visualize
     tune: Tune
 
+    @model_validator(mode="after")
+    def _tunes_knobs(self) -> "Params":
+        for path in self.tune.space:
+            if not _is_knob(self.model_dump(), path):
+                raise ValueError(f"tune.space names {path}, which is no knob")
+        return self
+
     @property
     def sha256(self) -> str:
         """One digest for all the knobs that decide the trained model."""
         return files.sha256(self.model_dump_json(include={"seed", "data", "model", "train"}).encode())
+
+
+def _is_knob(section: dict[str, Any], path: str) -> bool:
+    """Whether the dotted ``path`` leads to a value; a number in it counts the items of a list."""
+    value: Any = section
+    for key in path.split("."):
+        inside = dict(enumerate(value)) if isinstance(value, tuple) else value
+        key_there = int(key) if isinstance(value, tuple) and key.isdecimal() else key
+        if not isinstance(inside, dict) or key_there not in inside:
+            return False
+        value = inside[key_there]
+    return not isinstance(value, dict | tuple)
 
 
 def read_params(path: Path = PARAMS) -> Params:
@@ -145,15 +165,23 @@ def read_params(path: Path = PARAMS) -> Params:
 def _parsed(content: bytes, path: Path) -> object:
     yaml = YAML(typ="safe", pure=True)
     try:
-        # A few nested aliases stand for billions of values; a list of knobs has no use for any.
-        if any(isinstance(event, AliasEvent) for event in yaml.parse(content)):
-            raise UserError(f"{path}: YAML aliases (*name) are not allowed")
+        _refuse_bombs(yaml, content, path)
         return yaml.load(content)
     except MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{path}: {place}{error.problem}") from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {_one_line(str(error))}") from None
+
+
+def _refuse_bombs(yaml: YAML, content: bytes, path: Path) -> None:
+    """A few nested aliases stand for billions of values, and nesting costs the square of its depth."""
+    depth = 0
+    for event in yaml.parse(content):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent) or depth > DEEPEST_NESTING:
+            line = event.start_mark.line + 1
+            raise UserError(f"{path}: line {line}: aliases and more than {DEEPEST_NESTING} levels are not allowed")
 
 
 def _validated(content: object, path: Path) -> Params:
@@ -177,7 +205,10 @@ def _explained(error: ErrorDetails) -> str:
             close = difflib.get_close_matches(str(last), known, n=1)
             return f"{name} is no knob; {f'did you mean {close[0]}?' if close else f'allowed: {_listed(known)}'}"
         case "value_error":
-            return f"{name} is {given}: {error['msg'].removeprefix('Value error, ')}"
+            message = error["msg"].removeprefix("Value error, ")
+            return f"{name} is {given}: {message}" if error["loc"] else message
+        case "invalid_key":
+            return f"{name} is no knob; the names of knobs are text"
         case _:
             return f"{name} is {given}; allowed: {_allowed(_schema_at(keys))}"
 
@@ -211,7 +242,8 @@ def _allowed(schema: dict[str, Any]) -> str:
             bounds = [f"{sign} {schema[bound]}" for bound, sign in BOUNDS.items() if bound in schema]
             return f"{'an integer' if kind == 'integer' else 'a number'} {' and '.join(bounds)}".strip()
         case "array":
-            return f"a list of {schema['minItems']} or more, each {_allowed(schema['items'])}"
+            most = f"to {schema['maxItems']}" if "maxItems" in schema else "or more"
+            return f"a list of {schema['minItems']} {most}, each {_allowed(schema['items'])}"
         case "object" if "properties" in schema:
             return f"a section with the keys {_listed(schema['properties'])}"
         case kind:

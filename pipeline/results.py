@@ -12,9 +12,8 @@ def main() -> None:
     dataset = read_dataset()
     metrics = json.loads(files.read(files.METRICS, made_by="evaluate"))
     test, count = metrics["test"], dataset.splits[TEST].count
-    stand_in = "" if dataset.name == dataset.requested else f", standing in for {dataset.requested}"
     facts = {
-        "data set": f"{metrics['dataset']}{stand_in} ({dataset.splits[TRAIN].count:,} training images)",
+        "data set": f"{dataset.label} ({dataset.splits[TRAIN].count:,} training images)",
         "test accuracy": f"{test['accuracy']:.2%} ({test['error_count']} errors in {count:,} images)",
         "test loss": f"{test['loss']:.4f}",
         "parameters": f"{metrics['parameters']:,}",

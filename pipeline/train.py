@@ -20,7 +20,7 @@ def main() -> None:
     dataset = read_dataset()
     device = _device(params)
     train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
-    cnn = _network(params, dataset)
+    cnn = build(params, dataset)
     print(summary(cnn.architecture), flush=True)
 
     runs.connect()
@@ -30,7 +30,7 @@ def main() -> None:
         files.write(files.MODEL, model)
         files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
         runs.log_model(cnn, dataset, files.sha256(model))
-    print(f"{files.MODEL}: SHA-256 {files.sha256(model)[:12]}..., trained on {dataset.name}")
+    print(f"{files.MODEL}: SHA-256 {files.sha256(model)[:12]}..., trained on {dataset.label}")
 
 
 def _device(params: Params) -> torch.device:
@@ -40,7 +40,8 @@ def _device(params: Params) -> torch.device:
         raise UserError(f"params.yaml: train.{error}") from None
 
 
-def _network(params: Params, dataset: Dataset) -> CNN:
+def build(params: Params, dataset: Dataset) -> CNN:
+    """The untrained CNN of params.yaml for the images of ``dataset``; a UserError where they do not fit."""
     architecture = Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
     try:
         return CNN(architecture, torch.Generator().manual_seed(params.seed))
@@ -53,22 +54,26 @@ def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Pa
     history = []
     generator = torch.Generator(train.images.device).manual_seed(params.seed)
     with tqdm(total=params.train.epochs * len(train), unit=" images", unit_scale=True, disable=None) as bar:
+
+        def on_step(step: training.Step) -> None:
+            if bar.update(step.images):  # true a few times a second, on a terminal only
+                bar.set_postfix(loss=f"{step.loss.item():.3f}", accuracy=f"{step.hits.item() / step.images:.0%}")
+
         try:
             for epoch in training.fit(
                 cnn,
                 (train.images, train.labels),
                 (validation.images, validation.labels),
                 generator=generator,
-                on_batch=bar.update,
+                on_step=on_step,
                 **params.train.model_dump(exclude={"device", "threads"}),
             ):
                 history.append(epoch)
                 runs.log_epoch(epoch)
-                bar.set_postfix(loss=f"{epoch.validation_loss:.4f}", accuracy=f"{epoch.validation_accuracy:.2%}")
                 bar.write(_line(epoch, params.train.epochs))
         except training.DivergedError as error:
             raise Fault(
-                f"{error}: lower train.learning_rate ({params.train.learning_rate:g}) in params.yaml"
+                f"{error}: try a lower train.learning_rate than {params.train.learning_rate:g} in params.yaml"
             ) from error
     return history
 

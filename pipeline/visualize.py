@@ -27,9 +27,9 @@ def main() -> None:
         files.write(paths[-1], figures.as_png(figure))
 
     runs.connect()
-    run_id = runs.find_or_restore(files.sha256(model), cnn, params, dataset, history)
+    run_id = runs.find_or_restore(files.sha256(model), cnn, dataset, history)
     runs.log_files(run_id, paths, "figures")
-    print(f"{len(paths)} figures of a model trained on {dataset.name} -> {files.FIGURES}")
+    print(f"{len(paths)} figures of a model trained on {dataset.label} -> {files.FIGURES}")
 
 
 def _figures(
@@ -65,7 +65,7 @@ def _predicted(dataset: Dataset, test: LabelledImages, count: int) -> dict[str, 
     errors = int((predicted != test.labels).sum())
     return {
         "confusion_matrix": figures.confusion_matrix(
-            confusion.numpy(), dataset.class_names, f"{errors} mistakes in {len(test):,} test images of {dataset.name}"
+            confusion.numpy(), dataset.class_names, f"{errors} mistakes in {len(test):,} test images of {dataset.label}"
         ),
         "confident_mistakes": figures.mistakes(
             test.images[worst].numpy(),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 from mlflow.entities import Run
 
 from pipeline import files
-from tests.conftest import REPOSITORY, edit_params
+from tests.conftest import REPOSITORY, write_params
 
-ONE_EPOCH = {"dataset: mnist ": "dataset: mnist-5k ", "epochs: 15": "epochs: 1"}
+ONE_EPOCH = {"data.dataset": "mnist-5k", "train.epochs": 1}
 TOOLS = Path(sys.executable).parent
 
 
@@ -47,7 +48,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name and (REPOSITORY / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
-    edit_params(folder, ONE_EPOCH)
+    write_params(folder, ONE_EPOCH)
     succeed("git", "init", "-q", folder=folder)
     succeed("git", "add", "-A", folder=folder)
     succeed("git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "clone", folder=folder)
@@ -69,6 +70,7 @@ def test_the_workflow_runs_from_nothing(clone: Path) -> None:
     assert training_run.info.status == "FINISHED"
     assert training_run.data.tags["git.commit"] == succeed("git", "rev-parse", "HEAD", folder=clone).strip()
     assert training_run.data.tags["dvc.stage"] == "train"
+    assert training_run.data.tags["git.dirty"] == "false"
 
 
 def test_dvc_shows_the_metrics_the_plots_and_the_figures(clone: Path) -> None:
@@ -107,7 +109,9 @@ except mlflow.MlflowException as error:
 
 def test_a_second_call_runs_nothing(clone: Path) -> None:
     before = (clone / "dvc.lock").read_bytes()
+    started = time.perf_counter()
     told = succeed("dvc", "repro", folder=clone)
+    assert time.perf_counter() - started < 2
     assert "Running stage" not in told
     assert "Data and pipelines are up to date." in told
     assert (clone / "dvc.lock").read_bytes() == before
@@ -124,6 +128,13 @@ def test_a_forced_repetition_gives_the_same_lock_and_a_new_run_with_the_same_has
     versions = mlflow.MlflowClient().search_model_versions("name = 'mnist-5k-cnn'")
     assert [str(version.version) for version in versions] == ["1"]
     assert str(mlflow.MlflowClient().get_model_version_by_alias("mnist-5k-cnn", "champion").version) == "1"
+
+
+def test_what_stood_in_without_a_network_is_never_brought_back_in_silence(clone: Path) -> None:
+    """DVC's run cache would restore the outputs of an earlier `prepare` with the same knobs, without its warning."""
+    for fraction in (0.2, 0.1):
+        write_params(clone, ONE_EPOCH | {"data.validation_fraction": fraction})
+        assert "Running stage 'prepare'" in succeed("dvc", "repro", "prepare", folder=clone)
 
 
 def test_the_values_of_params_yaml_reach_no_shell(clone: Path) -> None:

@@ -2,16 +2,16 @@
 
 import re
 
-from tests.conftest import REPOSITORY
+from tests.conftest import PARAMS, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):\s*(?P<value>[^#]*?)\s*#\s*(?P<comment>.*)$")
 
 
 def knobs() -> list[str]:
-    """The rows of the README's table of knobs, read off params.yaml and its comments."""
+    """The rows of the README's table of knobs, read off the published recipe and its comments."""
     rows, section = [], ""
-    for line in (REPOSITORY / "params.yaml").read_text().splitlines():
+    for line in PARAMS.read_text().splitlines():
         if re.fullmatch(r"\w+:", line):
             section = line[:-1] + "."
         elif found := LINE.match(line):

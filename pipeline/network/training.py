@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class Epoch:
     """What one pass over the training images gave.
 
     The training loss and accuracy are means over the epoch's batches, seen with dropout and while the weights still
-    moved; those of the validation images are taken after the pass, without dropout. Losses are in nats.
+    moved; those of the validation images are taken after the pass, without dropout. Losses are in nats;
+    ``learning_rate`` is the one that the next step would take.
     """
 
     epoch: int
@@ -37,6 +38,14 @@ class Epoch:
     validation_accuracy: float
     learning_rate: float
     seconds: float
+
+
+class Step(NamedTuple):
+    """What one batch gave. ``loss`` (its mean) and ``hits`` stay on the device until they are asked for."""
+
+    images: int
+    loss: Tensor
+    hits: Tensor
 
 
 def set_up(device: DeviceName, threads: int | None, precision: Precision) -> torch.device:
@@ -81,13 +90,13 @@ def fit(
     max_shift: int,
     precision: Precision,
     generator: torch.Generator,
-    on_batch: Callable[[int], object] = lambda images: None,
+    on_step: Callable[[Step], object] = lambda step: None,
 ) -> Iterator[Epoch]:
     """Train ``cnn`` in place and yield an Epoch after each pass.
 
     ``train`` and ``validation`` are images (N, H, W, C) uint8 and labels (N,) int64 on the device of ``generator``,
-    from which the order of the images, the shifts and the dropout masks are drawn. ``on_batch`` is told how many
-    images each step took. Nothing is copied from the device within an epoch. Raises DivergedError.
+    from which the order of the images, the shifts and the dropout masks are drawn. ``on_step`` is called after each
+    step. Nothing is copied from the device within an epoch. Raises DivergedError.
     """
     images, labels = train
     cnn.to(images.device)
@@ -110,18 +119,21 @@ def fit(
             stepper.step()
             stepper.zero_grad()
             rate.step()
-            losses.append(loss.detach() * len(rows))
-            hits.append((logits.detach().argmax(dim=1) == targets).sum())
-            on_batch(len(rows))
+            step = Step(len(rows), loss.detach(), (logits.detach().argmax(dim=1) == targets).sum())
+            losses.append(step.loss * step.images)
+            hits.append(step.hits)
+            on_step(step)
         train_loss = torch.stack(losses).double().sum().item() / len(labels)
-        if not train_loss < LARGEST_LOSS:  # true for NaN too
-            raise DivergedError(f"the training loss is {train_loss:.3g} in epoch {epoch}")
         logits = scoring.predict_logits(cnn, validation[0])
+        validation_loss = scoring.cross_entropy(logits, validation[1])
+        for split, mean_loss in (("training", train_loss), ("validation", validation_loss)):
+            if not mean_loss < LARGEST_LOSS:  # true for NaN too
+                raise DivergedError(f"the {split} loss is {mean_loss:.3g} in epoch {epoch}")
         yield Epoch(
             epoch=epoch,
             train_loss=train_loss,
             train_accuracy=torch.stack(hits).sum().item() / len(labels),
-            validation_loss=scoring.cross_entropy(logits, validation[1]),
+            validation_loss=validation_loss,
             validation_accuracy=scoring.accuracy(logits, validation[1]),
             learning_rate=float(rate.get_last_lr()[0]),
             seconds=time.perf_counter() - started,

@@ -2,10 +2,9 @@
 
 import logging
 import os
-import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import files
-from pipeline.errors import Fault
+from pipeline.errors import Fault, without_password
 from pipeline.images.splits import Dataset
 from pipeline.network.cnn import CNN, Classifier, parameter_count
 from pipeline.network.training import Epoch
@@ -31,25 +30,46 @@ from pipeline.params import Params
 
 EXPERIMENT = "convtrack"
 MODEL_SHA256 = "model.sha256"
-PASSWORD = re.compile(r"(?<=://)[^@/\s]+(?=@)")
+DATA_DECIDES = ("image_shape", "class_names")
+STORE_ERRORS = (MlflowException, SQLAlchemyError)
 
 
+@contextmanager
+def store_faults() -> Iterator[None]:
+    """Errors of the tracking store leave as a Fault of one line. Also a decorator."""
+    try:
+        yield
+    except STORE_ERRORS as error:
+        reason = f"the tracking store {mlflow.get_tracking_uri()} failed: {str(error).splitlines()[0]}"
+        raise Fault(without_password(reason)) from error
+
+
+@store_faults()
 def connect() -> None:
     """Point mlflow at ``MLFLOW_TRACKING_URI``, else at mlflow.db and mlruns/ in the repository's root.
 
     These two are also where `mlflow ui` looks when it is started there without a flag. Raises Fault.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = given or f"sqlite:///{files.root() / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # every migration and every registration is a line else
-    try:
+    mlflow.set_tracking_uri(given or f"sqlite:///{files.root() / 'mlflow.db'}")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database tells of each of its migrations
+    with _impatience():
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())
         mlflow.set_experiment(EXPERIMENT)
-    except (MlflowException, SQLAlchemyError) as error:
-        reason = PASSWORD.sub("***", str(error)).splitlines()[0]
-        raise Fault(f"the tracking store {PASSWORD.sub('***', uri)} cannot be used: {reason}") from error
+
+
+@contextmanager
+def _impatience() -> Iterator[None]:
+    """mlflow tries for four minutes to reach a server; here a wrong address is said in seconds."""
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    lent = {name: value for name, value in short.items() if name not in os.environ}
+    os.environ.update(lent)
+    try:
+        yield
+    finally:
+        for name in lent:
+            del os.environ[name]
 
 
 def _create_experiment(artifact_location: str | None) -> None:
@@ -63,38 +83,51 @@ def _create_experiment(artifact_location: str | None) -> None:
 
 @contextmanager
 def training_run(params: Params, dataset: Dataset) -> Iterator[str]:
-    """Open a run with its parameters, tags and data sets; yields its id. The run ends with a true status:
+    """Open a run with its parameters, tags and data sets; yields its id.
 
-    FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``.
+    It ends FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``.
     """
-    name = os.environ.get("DVC_EXP_NAME") or dataset.name
-    run = mlflow.start_run(run_name=name, tags=_lineage(params, dataset), log_system_metrics=False)
-    try:
+    with store_faults(), _open_run(dataset, {"params.sha256": params.sha256} | _surroundings()) as run_id:
         mlflow.log_params(_flat(params.model_dump(include={"seed", "data", "model", "train"})))
+        yield run_id
+
+
+@contextmanager
+def _open_run(dataset: Dataset, tags: dict[str, str]) -> Iterator[str]:
+    data = {"data.name": dataset.name, "data.requested": dataset.requested, "data.sha256": dataset.sha256}
+    run_id = mlflow.start_run(run_name=_run_name(dataset.name), tags=data | tags, log_system_metrics=False).info.run_id
+    try:
         MlflowClient().log_inputs(
-            run.info.run_id,
-            [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")],
+            run_id, [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")]
         )
-        yield run.info.run_id
+        yield run_id
     except (KeyboardInterrupt, SystemExit):
-        mlflow.end_run(RunStatus.to_string(RunStatus.KILLED))
+        _end(RunStatus.KILLED)
         raise
     except BaseException as error:
-        mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
-        mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
+        _end(RunStatus.FAILED, f"{type(error).__name__}: {error}")
         raise
     mlflow.end_run()
 
 
-def _lineage(params: Params, dataset: Dataset) -> dict[str, str]:
-    """What decides the model, and what ran it. Names that DVC or git did not give are left out."""
+def _end(status: int, failure: str = "") -> None:
+    with suppress(*STORE_ERRORS):  # a store that is gone must not hide why the run ended
+        if failure:
+            mlflow.set_tag("failure", without_password(failure)[:5000])
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def _run_name(otherwise: str) -> str:
+    return os.environ.get("DVC_EXP_NAME") or otherwise
+
+
+def _surroundings() -> dict[str, str]:
+    """The code and the machine. Names that git or DVC did not give are left out."""
+    # DVC removes a stage's outputs before it runs it, so these say nothing of the code.
+    changes = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
     tags = {
-        "data.name": dataset.name,
-        "data.requested": dataset.requested,
-        "data.sha256": dataset.sha256,
-        "params.sha256": params.sha256,
         "git.commit": _git("rev-parse", "HEAD"),
-        "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
+        "git.dirty": None if changes is None else str(bool(changes)).lower(),
         "dvc.stage": os.environ.get("DVC_STAGE"),
         "dvc.exp": os.environ.get("DVC_EXP_NAME"),
         "torch.version": torch.__version__,
@@ -142,7 +175,7 @@ def log_epoch(epoch: Epoch) -> None:
 def log_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
     """The trained CNN into the open run: uint8 images (N, H, W, C) in, class probabilities (N, classes) out."""
     a = cnn.architecture
-    name = os.environ.get("DVC_EXP_NAME") or f"{dataset.name}-{model_sha256[:8]}"
+    name = _run_name(f"{dataset.name}-{model_sha256[:8]}")
     mlflow.set_tags({MODEL_SHA256: model_sha256, "mlflow.runName": name})
     mlflow.log_param("parameters", parameter_count(a))
     mlflow.pytorch.log_model(
@@ -159,13 +192,12 @@ def log_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
     )
 
 
-def find_or_restore(
-    model_sha256: str, cnn: CNN, params: Params, dataset: Dataset, history: Sequence[Mapping[str, str]]
-) -> str:
+@store_faults()
+def find_or_restore(model_sha256: str, cnn: CNN, dataset: Dataset, history: Sequence[Mapping[str, str]]) -> str:
     """The id of the newest finished run whose model has this hash.
 
     Where there is none, because DVC took the model from its cache, a run is opened from what the files tell and
-    tagged ``restored``. ``history`` are the rows of history.csv.
+    tagged ``restored``: the architecture, the data and the rows of history.csv, not how and where it was trained.
     """
     found = mlflow.search_runs(
         filter_string=f"tags.`{MODEL_SHA256}` = '{model_sha256}' and attributes.status = 'FINISHED'",
@@ -175,20 +207,24 @@ def find_or_restore(
     )
     if found:
         return str(found[0].info.run_id)
-    with training_run(params, dataset) as run_id:
-        mlflow.set_tag("restored", "true")
+    with _open_run(dataset, {"restored": "true"}) as run_id:
+        layers = {key: value for key, value in asdict(cnn.architecture).items() if key not in DATA_DECIDES}
+        mlflow.log_params({f"model.{key}": value for key, value in layers.items()})
         for row in history:
             mlflow.log_metrics({key: float(row[key]) for key in row if key != "epoch"}, step=int(row["epoch"]))
         log_model(cnn, dataset, model_sha256)
     return run_id
 
 
+@store_faults()
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """The scores on the test images, and that data set, into a run that has ended; its status stays."""
-    mlflow.log_metrics({f"test_{key}": float(str(value)) for key, value in _flat(scores).items()}, run_id=run_id)
+    numbers = {f"test_{key}": value for key, value in _flat(scores).items() if isinstance(value, int | float)}
+    mlflow.log_metrics(numbers, run_id=run_id)
     MlflowClient().log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 
+@store_faults()
 def log_files(run_id: str, paths: Iterable[Path], folder: str) -> None:
     """Files into a run that has ended; its status stays."""
     for path in paths:

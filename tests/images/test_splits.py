@@ -32,10 +32,17 @@ def fingerprints(split: LabelledImages) -> set[bytes]:
 
 
 def test_validation_is_the_last_part_of_the_published_training_images() -> None:
-    cut = splits.cut(numbered(600), numbered(10), **FRACTIONS)  # type: ignore[arg-type]
-    assert numbers(cut["train"]) == list(range(540))
-    assert numbers(cut["validation"]) == list(range(540, 600))
-    assert numbers(cut["test"]) == list(range(10))
+    cut = splits.cut(numbered(60_000), numbered(10_000), **FRACTIONS)  # type: ignore[arg-type]
+    assert numbers(cut["train"]) == list(range(54_000))
+    assert numbers(cut["validation"]) == list(range(54_000, 60_000))
+    assert numbers(cut["test"]) == list(range(10_000))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_fraction_that_leaves_no_image_is_refused(split: str) -> None:
+    fractions = FRACTIONS | {f"{split}_fraction": 0.0001}
+    with pytest.raises(UserError, match=rf"data\.{split}_fraction is 0\.0001, less than one of"):
+        splits.cut(numbered(600), None, **fractions)  # type: ignore[arg-type]
 
 
 def test_without_a_published_test_split_the_images_are_shuffled_and_cut() -> None:
@@ -57,7 +64,12 @@ def test_the_splits_of_the_packaged_digits_are_disjoint(digits: dict[str, Labell
 
 
 @pytest.mark.skipif(sources.MIRROR_VARIABLE not in os.environ, reason="needs MNIST: set PIPELINE_DATA_MIRROR")
-def test_the_splits_of_mnist_are_the_published_ones_and_disjoint() -> None:
+def test_the_splits_of_mnist_are_the_published_ones_and_disjoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = os.environ[sources.MIRROR_VARIABLE]
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, mirror if "://" in mirror else str(Path(mirror).resolve()))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     source = sources.load("mnist")
     cut = splits.cut(source.train, source.test, **FRACTIONS)  # type: ignore[arg-type]
     assert [len(cut[name]) for name in splits.SPLITS] == [54_000, 6_000, 10_000]

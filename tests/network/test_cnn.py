@@ -161,6 +161,12 @@ def test_layers_that_do_not_fit_the_images_are_refused_by_name(changed: dict[str
         CNN(Architecture((28, 28, 1), DIGITS, **changed), seeded())  # type: ignore[arg-type]
 
 
+def test_filters_lie_in_memory_as_the_fast_convolutions_want_them() -> None:
+    for block in CNN(PUBLISHED, seeded()).blocks:
+        weight: Tensor = block.convolution.weight  # type: ignore[union-attr, assignment]
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_first_weights_are_glorot_uniform_and_biases_zero() -> None:
     cnn = CNN(PUBLISHED, seeded())
     fans = {(32, 1, 3, 3): (9, 288), (64, 32, 3, 3): (288, 576), (10, 1600): (1600, 10)}

@@ -34,6 +34,9 @@ def test_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> 
     labels = torch.tensor([0, 1, 0, 0])
     # Two images at 0.95, half of them right; two at 0.65, both right.
     assert scoring.expected_calibration_error(probabilities, labels, 10) == pytest.approx((0.45 + 0.35) / 2)
+    # A bin ends with its upper edge: 0.5 belongs to 0.4 ... 0.5, and 0.55 to the next bin.
+    edge = torch.tensor([[0.5, 0.5], [0.55, 0.45]], dtype=torch.float64)
+    assert scoring.expected_calibration_error(edge, torch.tensor([0, 1]), 10) == pytest.approx((0.5 + 0.55) / 2)
     assert scoring.expected_calibration_error(torch.eye(2), torch.tensor([0, 1]), 10) == 0
 
 

@@ -1,5 +1,6 @@
 """The training loop on real digits."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,9 +24,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def fit(digits: dict[str, LabelledImages], seed: int = 0, **changed: Any) -> tuple[CNN, list[training.Epoch]]:
+ARCHITECTURE_WITHOUT_DROPOUT = replace(ARCHITECTURE, dropout=0.0)
+
+
+def fit(
+    digits: dict[str, LabelledImages], seed: int = 0, architecture: Architecture = ARCHITECTURE, **changed: Any
+) -> tuple[CNN, list[training.Epoch]]:
     train, validation = digits["train"], digits["validation"]
-    cnn = CNN(ARCHITECTURE, torch.Generator().manual_seed(seed))
+    cnn = CNN(architecture, torch.Generator().manual_seed(seed))
     epochs = training.fit(
         cnn,
         (train.images, train.labels),
@@ -37,12 +43,16 @@ def fit(digits: dict[str, LabelledImages], seed: int = 0, **changed: Any) -> tup
 
 
 def test_it_learns_and_tells_of_every_epoch(digits: dict[str, LabelledImages]) -> None:
-    taken: list[int] = []
-    cnn, history = fit(digits, epochs=3, on_batch=taken.append)
+    taken: list[training.Step] = []
+    cnn, history = fit(digits, epochs=3, on_step=taken.append)
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
     assert history[0].train_loss > history[1].train_loss > history[2].train_loss
     assert history[-1].validation_accuracy > 0.9
-    assert sum(taken) == 3 * len(digits["train"])
+    images = [step.images for step in taken]
+    assert images == [*[64] * 56, 16] * 3
+    loss = sum(step.loss.item() * step.images for step in taken[-57:]) / len(digits["train"])
+    assert history[-1].train_loss == pytest.approx(loss)
+    assert history[-1].train_accuracy == sum(int(step.hits) for step in taken[-57:]) / len(digits["train"])
     assert all(epoch.seconds > 0 for epoch in history)
     # The last row is what the returned network really does.
     logits = scoring.predict_logits(cnn, digits["validation"].images)
@@ -59,7 +69,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict
 @pytest.mark.parametrize(
     "changed",
     [
-        {"optimizer": "adamw", "weight_decay": 0.01},
+        {"optimizer": "adam", "weight_decay": 0.01},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 0.001},
         {"optimizer": "sgd", "learning_rate": 0.05},
         {"schedule": "one-cycle", "learning_rate": 0.01},
         {"label_smoothing": 0.1},
@@ -69,8 +81,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict
 def test_every_choice_of_the_recipe_learns(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
     _, history = fit(digits, **changed)
     assert history[-1].validation_accuracy > 0.85
-    plain = fit(digits, epochs=1)[1][0]
-    assert history[0].train_loss != plain.train_loss  # the choice is not ignored
+    for knob in changed:  # no choice is ignored
+        if changed[knob] != RECIPE[knob]:
+            other = fit(digits, epochs=1, **changed | {knob: RECIPE[knob]})[1]
+            assert other[0].train_loss != history[0].train_loss, knob
 
 
 def test_one_cycle_goes_up_and_then_down_to_nothing(digits: dict[str, LabelledImages]) -> None:
@@ -84,6 +98,18 @@ def test_one_cycle_goes_up_and_then_down_to_nothing(digits: dict[str, LabelledIm
 def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages]) -> None:
     _, history = fit(digits, epochs=3, precision="bfloat16")
     assert history[-1].validation_accuracy > 0.9
+
+
+def test_the_training_loss_is_the_mean_over_images_not_over_batches(digits: dict[str, LabelledImages]) -> None:
+    untrained = CNN(ARCHITECTURE_WITHOUT_DROPOUT, torch.Generator().manual_seed(0))
+    expected = scoring.cross_entropy(scoring.predict_logits(untrained, digits["train"].images), digits["train"].labels)
+    _, history = fit(digits, architecture=ARCHITECTURE_WITHOUT_DROPOUT, batch_size=3500, epochs=1, learning_rate=1e-12)
+    assert history[0].train_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_last_step_that_breaks_the_network_is_noticed(digits: dict[str, LabelledImages]) -> None:
+    with pytest.raises(training.DivergedError, match=r"the validation loss is nan in epoch 1"):
+        fit(digits, batch_size=5000, learning_rate=1e30, epochs=1)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

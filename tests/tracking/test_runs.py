@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import time
 from pathlib import Path
 
 import mlflow
@@ -18,7 +20,7 @@ from pipeline.network import checkpoint
 from pipeline.network.cnn import Classifier
 from pipeline.params import read_params
 from pipeline.tracking import runs
-from tests.conftest import edit_params
+from tests.conftest import QUICK, write_params
 
 
 def every_run() -> list[Run]:
@@ -98,6 +100,7 @@ def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monke
     images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = Classifier(checkpoint.from_bytes(files.MODEL.read_bytes()))(images).numpy()
+    assert loaded.input_example.shape == (2, 28, 28, 1)
     for count in (5, 1, 3):
         np.testing.assert_allclose(loaded.predict(images[:count].numpy()), expected[:count], atol=1e-6)
     with pytest.raises(mlflow.MlflowException, match=r"\(-1, 28, 28, 1\)"):
@@ -105,8 +108,10 @@ def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monke
 
 
 def test_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: Path) -> None:
-    edit_params(workspace, {"learning_rate: 0.001": "learning_rate: 1000000.0"})
-    with pytest.raises(Fault, match=r"the training loss is .* in epoch 1: lower train.learning_rate \(1e\+06\)"):
+    write_params(workspace, QUICK | {"train.learning_rate": 1e6})
+    with pytest.raises(
+        Fault, match=r"the training loss is .* in epoch 1: try a lower train.learning_rate than 1e\+06 in params.yaml"
+    ):
         train.main()
     run = only_run()
     assert run.info.status == "FAILED"
@@ -130,12 +135,16 @@ def test_an_interrupted_training_is_a_killed_run(
 
 def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> None:
     assert every_run() == []
+    write_params(finished_copy, QUICK | {"model.dropout": 0.1})
     evaluate.main()
     visualize.main()
     run = only_run()
     assert run.info.status == "FINISHED"
     assert run.data.tags["restored"] == "true"
     assert run.data.tags["model.sha256"] == files.sha256(files.MODEL.read_bytes())
+    assert run.data.params["model.dropout"] == "0.5"  # from the model file, whatever params.yaml says now
+    assert not {"seed", "train.epochs"} & set(run.data.params)
+    assert not {"git.commit", "params.sha256", "torch.version"} & set(run.data.tags)
     history = files.read_table(files.HISTORY, made_by="train")
     points = MlflowClient().get_metric_history(run.info.run_id, "validation_loss")
     assert [(point.step, point.value) for point in points] == [
@@ -146,7 +155,7 @@ def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> 
 
 
 def test_the_newest_run_of_a_model_is_the_one_that_is_written_into(workspace: Path) -> None:
-    edit_params(workspace, {"epochs: 2": "epochs: 1"})
+    write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 1})
     train.main()
     train.main()
     evaluate.main()
@@ -156,29 +165,65 @@ def test_the_newest_run_of_a_model_is_the_one_that_is_written_into(workspace: Pa
     assert "test_accuracy" not in oldest.data.metrics
 
 
+def test_a_run_that_failed_is_never_written_into(workspace: Path) -> None:
+    write_params(workspace, QUICK | {"train.epochs": 1})
+    train.main()
+    good = only_run().info.run_id
+    failed = mlflow.start_run(tags={"model.sha256": files.sha256(files.MODEL.read_bytes())}).info.run_id
+    mlflow.end_run("FAILED")
+    evaluate.main()
+    assert "test_accuracy" in mlflow.get_run(good).data.metrics
+    assert "test_accuracy" not in mlflow.get_run(failed).data.metrics
+
+
+@pytest.mark.parametrize("answer", ["closed", "silent"])
+def test_a_server_that_does_not_answer_is_said_within_ten_seconds(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1] if answer == "silent" else 9
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        started = time.perf_counter()
+        with pytest.raises(Fault, match=f"the tracking store http://127.0.0.1:{port} failed"):
+            train.main()
+        assert time.perf_counter() - started < 10
+
+
+def test_a_store_that_fails_in_mid_training_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(epoch: object) -> None:
+        raise mlflow.MlflowException("(sqlite3.OperationalError) database is locked\n[SQL: ...]")
+
+    monkeypatch.setattr(runs, "log_epoch", locked)
+    with pytest.raises(Fault, match=r"the tracking store sqlite:.* failed: .*database is locked$"):
+        train.main()
+    assert only_run().info.status == "FAILED"
+
+
 def test_the_experiment_of_dvc_names_the_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
     monkeypatch.setenv("DVC_STAGE", "train")
-    edit_params(workspace, {"epochs: 2": "epochs: 1"})
+    write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 1})
     train.main()
     assert only_run().info.run_name == "bold-idea"
     assert only_run().data.tags["dvc.exp"] == "bold-idea"
     assert only_run().data.tags["dvc.stage"] == "train"
+    assert only_run().data.tags["cpu.threads"] == "1"
 
 
 def test_the_commit_is_in_the_tags_where_there_is_one(workspace: Path) -> None:
     def git(*words: str) -> str:
         return runs._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
 
-    params, dataset = read_params(), read_dataset()
-    assert "git.commit" not in runs._lineage(params, dataset)
+    assert {"git.commit", "git.dirty"} & set(runs._surroundings()) == set()
     git("init")
-    git("add", "params.yaml")
+    git("add", ".")
     git("commit", "-m", "x")
-    lineage = runs._lineage(params, dataset)
-    assert lineage["git.commit"] == git("rev-parse", "HEAD")
-    assert len(lineage["git.commit"]) == 40
-    assert lineage["git.dirty"] == "true"  # the data is not committed
+    tags = runs._surroundings()
+    assert tags["git.commit"] == git("rev-parse", "HEAD")
+    assert len(tags["git.commit"]) == 40
+    assert tags["git.dirty"] == "false"
+    write_params(workspace, {"seed": 7})
+    assert runs._surroundings()["git.dirty"] == "true"
 
 
 def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:
@@ -196,7 +241,7 @@ def test_a_store_that_cannot_be_used_is_one_line_without_the_password(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://mary:secret@host/db")
     with pytest.raises(Fault) as error:
         runs.connect()
-    assert "nonsense://***@host/db cannot be used" in str(error.value)
+    assert str(error.value).startswith("the tracking store nonsense://***@host/db failed: ")
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
     assert os.environ["MLFLOW_TRACKING_URI"].endswith("db")
