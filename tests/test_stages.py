@@ -276,14 +276,14 @@ def test_colour_images_of_other_sizes_go_all_the_way(workspace: Path, monkeypatc
     images[labels == 1, :, :, 0] += 100  # the second class is redder
     cut = splits.cut(splits.LabelledImages(images, labels), None, validation_fraction=0.1, test_fraction=0.2, seed=0)
     splits.write_splits(
-        cut, files.PREPARED, name="toys", requested="toys", source="a test", class_names=("pale", "a long red name")
+        cut, files.PREPARED, name="toys", requested="toys", source="a test", class_names=("pale", "long & <red>, név")
     )
     for stage in (train, evaluate, visualize):
         stage.main()
     metrics = json.loads(files.METRICS.read_text())
     assert metrics["dataset"] == "toys"
     assert metrics["test"]["accuracy"] > 0.9
-    assert set(metrics["test"]["per_class"]) == {"pale", "a long red name"}
+    assert set(metrics["test"]["per_class"]) == {"pale", "long & <red>, név"}
     for path in files.FIGURES.iterdir():
         with Image.open(path) as picture:
             picture.verify()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -74,8 +75,7 @@ def _impatience() -> Iterator[None]:
 
 def _create_experiment(artifact_location: str | None) -> None:
     try:
-        # The UI opens such an experiment with its runs and charts; others with traces and judges of language models.
-        mlflow.create_experiment(EXPERIMENT, artifact_location, {"mlflow.experimentKind": "custom_model_development"})
+        mlflow.create_experiment(EXPERIMENT, artifact_location)
     except MlflowException:
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             raise  # otherwise another process was faster, which is as good
@@ -219,9 +219,14 @@ def find_or_restore(model_sha256: str, cnn: CNN, dataset: Dataset, history: Sequ
 @store_faults()
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """The scores on the test images, and that data set, into a run that has ended; its status stays."""
-    numbers = {f"test_{key}": value for key, value in _flat(scores).items() if isinstance(value, int | float)}
-    mlflow.log_metrics(numbers, run_id=run_id)
+    numbers = {key: value for key, value in _flat(scores).items() if isinstance(value, int | float)}
+    mlflow.log_metrics({_metric_name(f"test_{key}"): value for key, value in numbers.items()}, run_id=run_id)
     MlflowClient().log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
+
+
+def _metric_name(key: str) -> str:
+    """A name that mlflow takes, whatever a class is called. What stands before the slash is a section in the UI."""
+    return re.sub(r"[^\w\-. :/]", "_", key.replace(".", "/", 1))
 
 
 @store_faults()

@@ -85,7 +85,7 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
     metrics = json.loads(files.METRICS.read_text())
     assert run.data.metrics["test_accuracy"] == metrics["test"]["accuracy"]
     assert run.data.metrics["test_error_count"] == metrics["test"]["error_count"]
-    assert run.data.metrics["test_per_class.7.recall"] == metrics["test"]["per_class"]["7"]["recall"]
+    assert run.data.metrics["test_per_class/7.recall"] == metrics["test"]["per_class"]["7"]["recall"]
     logged = {file.path for folder in ("figures", "evaluation") for file in MlflowClient().list_artifacts(run.info.run_id, folder)}  # fmt: skip
     drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
     assert len(drawn) == 5
