@@ -25,6 +25,8 @@ def main() -> None:
     for name, figure in _figures(cnn, dataset, test, history, params.visualize).items():
         paths.append(files.FIGURES / f"{name}.png")
         files.write(paths[-1], figures.as_png(figure))
+    for stale in set(files.FIGURES.iterdir()) - set(paths):
+        stale.unlink()
 
     runs.connect()
     run_id = runs.find_or_restore(files.sha256(model), cnn, dataset, history)

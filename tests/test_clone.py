@@ -137,6 +137,28 @@ def test_what_stood_in_without_a_network_is_never_brought_back_in_silence(clone:
         assert "Running stage 'prepare'" in succeed("dvc", "repro", "prepare", folder=clone)
 
 
+def test_going_back_to_earlier_knobs_fills_the_new_run_too(clone: Path) -> None:
+    """DVC's run cache would train anew and then skip the stages that give the run its scores and figures."""
+    for dropout in (0.4, 0.5):
+        write_params(clone, ONE_EPOCH | {"model.dropout": dropout})
+        told = succeed("dvc", "repro", folder=clone)
+        for stage in ("train", "evaluate", "visualize"):
+            assert f"Running stage '{stage}'" in told
+    assert [
+        run.data.tags["model.sha256"] == runs_of(clone)[-1].data.tags["model.sha256"] for run in runs_of(clone)[:2]
+    ] == [True, False]
+    assert all("test_accuracy" in run.data.metrics for run in runs_of(clone)[:2])
+
+
+def test_a_stage_that_fails_leaves_the_older_outputs(clone: Path) -> None:
+    outputs = [files.MODEL, files.HISTORY, files.METRICS, files.FIGURES / "feature_maps.png"]
+    before = [(clone / path).read_bytes() for path in outputs]
+    write_params(clone, ONE_EPOCH | {"train.learning_rate": 1e30})
+    assert run("dvc", "repro", folder=clone).returncode != 0
+    assert [(clone / path).read_bytes() for path in outputs] == before
+    write_params(clone, ONE_EPOCH)
+
+
 def test_the_values_of_params_yaml_reach_no_shell(clone: Path) -> None:
     done = run("dvc", "exp", "run", "-S", "data.dataset='; touch PWNED'", folder=clone)
     assert done.returncode != 0

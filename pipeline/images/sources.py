@@ -113,6 +113,9 @@ def load(name: str, offline_fallback: str | None = None) -> Source:
         raise UserError(f"params.yaml: data.offline_fallback is {offline_fallback!r}; allowed: {PACKAGED} or null")
     if name == PACKAGED:
         return _packaged_digits()
+    own = os.environ.get(MIRROR_VARIABLE)
+    if own and "://" not in own and not (files.root() / own).is_dir():
+        raise UserError(f"{MIRROR_VARIABLE} is {own}, which is neither a URL nor a folder")
     try:
         return _published(name)
     except NoMirrorError as error:

@@ -186,13 +186,19 @@ def test_a_mirror_that_accepts_and_never_answers_does_not_hang_the_stage(monkeyp
     assert socket.getdefaulttimeout() is None
 
 
-@pytest.mark.parametrize("nonsense", ["http://127.0.0.1:9/my files/", "nonsense://host/", "/no/such/folder"])
+@pytest.mark.parametrize("nonsense", ["http://127.0.0.1:9/my files/", "nonsense://host/"])
 def test_a_mirror_that_makes_no_sense_is_a_mirror_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, nonsense: str
 ) -> None:
     monkeypatch.setenv(sources.MIRROR_VARIABLE, nonsense)
     with pytest.raises(sources.NoMirrorError, match=nonsense):
         sources.load("mnist")
+
+
+def test_a_folder_that_is_not_there_is_a_mistake_and_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, "/no/such/folder")
+    with pytest.raises(UserError, match="PIPELINE_DATA_MIRROR is /no/such/folder, which is neither a URL nor a folder"):
+        sources.load("mnist", "mnist-5k")
 
 
 def test_a_server_that_speaks_something_else_is_a_mirror_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
