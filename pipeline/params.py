@@ -225,7 +225,8 @@ def _schema_at(keys: Sequence[int | str]) -> dict[str, Any]:
 
 def _resolved(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in node:
-        return definitions[node["$ref"].rsplit("/", 1)[1]]  # type: ignore[no-any-return]
+        resolved: dict[str, Any] = definitions[node["$ref"].rsplit("/", 1)[1]]
+        return resolved
     if "anyOf" in node:
         return node | {"anyOf": [_resolved(choice, definitions) for choice in node["anyOf"]]}
     return node

@@ -8,9 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import chdir
 from pathlib import Path
 
-# Before mlflow: it reads its settings when it is imported.
-import pipeline.tracking  # noqa: F401  # isort: skip
-import mlflow
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -56,10 +53,11 @@ def _no_settings_from_outside() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An mlflow.db with all its tables: they take 2.5 s to make, so they are made once and copied."""
+    # At the top of this file it would be sorted before pipeline.tracking, which sets what mlflow reads at import.
+    from mlflow import MlflowClient
+
     folder = tmp_path_factory.mktemp("database")
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-    mlflow.search_experiments()
-    _forget_settings()
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder / "mlflow.db"
 
 

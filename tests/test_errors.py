@@ -29,11 +29,15 @@ def raising(error: BaseException) -> Callable[[], None]:
         (lambda: None, 0, ""),
         (raising(UserError("mend it")), 2, "error: mend it\n"),
         (raising(Fault("it broke")), 1, "error: it broke\n"),
-        (raising(OSError(28, "No space left on device", "models")), 1, "error: [Errno 28] No space left on device: 'models'\n"),
+        (
+            raising(OSError(28, "No space left on device", "models")),
+            1,
+            "error: [Errno 28] No space left on device: 'models'\n",
+        ),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, ""),
     ],
-)  # fmt: skip
+)
 def test_every_end_has_its_exit_code_and_its_line(
     capsys: pytest.CaptureFixture[str], command: Callable[[], None], code: int, line: str
 ) -> None:
@@ -45,4 +49,4 @@ def test_every_end_has_its_exit_code_and_its_line(
 
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 / 0)  # type: ignore[arg-type]
+        run_command(raising(ZeroDivisionError()))

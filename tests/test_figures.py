@@ -62,7 +62,7 @@ def test_nothing_of_the_machine_or_the_time_is_in_a_picture() -> None:
 
 def test_the_curves_are_those_of_the_history() -> None:
     loss, accuracy = every_figure()["curves"].axes
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in loss.lines}  # type: ignore[union-attr]
+    drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in loss.lines}
     assert list(drawn.values()) == [HISTORY["train_loss"], HISTORY["validation_loss"]]
     assert (loss.get_xlabel(), loss.get_ylabel()) == ("epoch", "cross-entropy (nats)")
     assert (accuracy.get_xlabel(), accuracy.get_title()) == ("epoch", "Accuracy")

@@ -142,6 +142,7 @@ def test_nothing_happens_at_import(tmp_path: Path) -> None:
     code = "\n".join(["import random, torch", "before = torch.get_rng_state()", *(f"import {name}" for name in names)])
     code += "\nassert torch.equal(before, torch.get_rng_state()); import mlflow"
     code += "\nassert not mlflow.is_tracking_uri_set()"
+    code += "\nassert mlflow.telemetry.get_telemetry_client() is None"  # usage statistics are not sent
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

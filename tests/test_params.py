@@ -77,14 +77,26 @@ def test_every_knob_has_a_comment() -> None:
         ("device: auto", "device: tpu", "train.device is 'tpu'; allowed: auto | cpu | cuda"),
         ("\nseed: 0", "\nseed: -1", "seed is -1; allowed: an integer >= 0 and <= 4294967295"),
         ("\ntrain:", "\ntain:", "tain is no knob; did you mean train?"),
-        ("low: 8, high: 96", "low: 100, high: 96", "tune.space.model.filters.0 is {'high': 96, 'low': 100, 'step': 8}: low (100) must be below high (96)"),
-        ("[32, 64]", "[1, 1, 1, 1, 1, 1, 1, 1, 1]", "model.filters is [1, 1, 1, 1, 1, 1, ...]; allowed: a list of 1 to 8, each an integer >= 1 and <= 1024"),
+        (
+            "low: 8, high: 96",
+            "low: 100, high: 96",
+            "tune.space.model.filters.0 is {'high': 96, 'low': 100, 'step': 8}: low (100) must be below high (96)",
+        ),
+        (
+            "[32, 64]",
+            "[1, 1, 1, 1, 1, 1, 1, 1, 1]",
+            "model.filters is [1, 1, 1, 1, 1, 1, ...]; allowed: a list of 1 to 8, each an integer >= 1 and <= 1024",
+        ),
         ("\nseed: 0", "\n1: 2\nseed: 0", "1 is no knob; the names of knobs are text"),
         ("model.dropout: {", "model.dropuot: {", "tune.space names model.dropuot, which is no knob"),
         ("model.filters.1: {", "model.filters.2: {", "tune.space names model.filters.2, which is no knob"),
-        ("{low: 0.0, high: 0.6}", "{choices: [], log: true}", "tune.space.model.dropout.choices is []; allowed: a list of 1 or more, each a value or null"),
+        (
+            "{low: 0.0, high: 0.6}",
+            "{choices: [], log: true}",
+            "tune.space.model.dropout.choices is []; allowed: a list of 1 or more, each a value or null",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_line_names_the_key_what_was_given_and_what_is_allowed(
     tmp_path: Path, before: str, after: str, line: str
 ) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 import torchvision.datasets as published
+from numpy.typing import NDArray
 from torchvision.datasets.utils import download_url, extract_archive
 
 from pipeline import files
@@ -36,6 +37,13 @@ class Source:
     test: LabelledImages | None
 
 
+class Unpacked(Protocol):
+    """What torchvision's data sets of images in memory have in common; it has no type for it."""
+
+    data: torch.Tensor | NDArray[np.uint8]
+    targets: torch.Tensor | list[int]
+
+
 @dataclass(frozen=True)
 class Published:
     """How torchvision names, finds and reads one data set, and the SHA-256 of each of its files.
@@ -44,7 +52,7 @@ class Published:
     torchvision's prototype datasets. ``unpacked`` is the folder in which torchvision looks for the unpacked files.
     """
 
-    dataset: Callable[..., Any]
+    dataset: Callable[..., Unpacked]
     files: dict[str, str]
     mirrors: tuple[str, ...]
     unpacked: str
@@ -139,7 +147,7 @@ def _published(name: str) -> Source:
     return Source(name, f"torchvision.datasets.{source.dataset.__name__}", source.class_names, train, test)
 
 
-def _labelled(dataset: Any) -> LabelledImages:  # noqa: ANN401 - torchvision has no type for "has data and targets"
+def _labelled(dataset: Unpacked) -> LabelledImages:
     images = torch.as_tensor(dataset.data)
     return LabelledImages(images.reshape(*images.shape[:3], -1), torch.as_tensor(dataset.targets))
 

@@ -166,8 +166,12 @@ class CNN(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(layer.weight, generator=generator)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                nn.init.zeros_(layer.get_parameter("bias"))
         self.to(memory_format=torch.channels_last)
+
+    def block_list(self) -> list[Block]:
+        """The blocks in order. The type of an nn.Sequential says only that it holds modules."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) float in [0, 1]; ``generator`` draws the dropout masks."""
@@ -190,4 +194,5 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities, each row adding up to 1."""
-        return self.cnn(as_input(images)).softmax(dim=1)  # type: ignore[no-any-return]
+        logits: Tensor = self.cnn(as_input(images))
+        return logits.softmax(dim=1)

@@ -18,7 +18,7 @@ class FeatureMaps(NamedTuple):
 
 def first_filters(cnn: CNN) -> Tensor:
     """The weights of the first convolution, (filters, C, H, W)."""
-    return cnn.blocks[0].convolution.weight.detach().clone()  # type: ignore[union-attr, operator]
+    return cnn.block_list()[0].convolution.weight.detach().clone()
 
 
 @torch.no_grad()
@@ -28,9 +28,9 @@ def feature_maps(cnn: CNN, image: Tensor) -> list[FeatureMaps]:
     This is the textbook order, convolution, ReLU, pooling. The CNN itself may pool first, with the same result.
     """
     found, maps = [], as_input(image[None])
-    for index, block in enumerate(cnn.eval().blocks):
+    for index, block in enumerate(cnn.eval().block_list()):
         suffix = f"_{index}" if index else ""
-        after = F.relu(block.normalisation(block.convolution(maps)))  # type: ignore[operator]
+        after = F.relu(block.normalisation(block.convolution(maps)))
         found.append(FeatureMaps(f"conv2d{suffix}", after[0]))
         maps = pooled(after, cnn.architecture.pool, cnn.architecture.pool_size)
         found.append(FeatureMaps(f"{cnn.architecture.pool}_pooling2d{suffix}", maps[0]))

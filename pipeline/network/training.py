@@ -61,7 +61,9 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing here reads memory that it did not write
+    # Nothing here reads memory that it did not write, so none need be filled first. The attribute is there only once
+    # torch has put a class of its own in the module's place, which no type checker sees.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return chosen
 
 
@@ -115,7 +117,7 @@ def fit(
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 logits = cnn(as_input(batch), generator)
                 loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             stepper.step()
             stepper.zero_grad()
             rate.step()

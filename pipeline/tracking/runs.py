@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
+from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined] # made when mlflow is imported
 from mlflow.entities import DatasetInput, InputTag, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature

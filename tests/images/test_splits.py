@@ -12,7 +12,16 @@ from pipeline.errors import Fault, UserError
 from pipeline.images import sources, splits
 from pipeline.images.splits import LabelledImages
 
-FRACTIONS = {"validation_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
+
+def cut(
+    train: LabelledImages,
+    test: LabelledImages | None = None,
+    *,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> dict[str, LabelledImages]:
+    return splits.cut(train, test, validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed)
 
 
 def numbered(count: int) -> LabelledImages:
@@ -32,27 +41,27 @@ def fingerprints(split: LabelledImages) -> set[bytes]:
 
 
 def test_validation_is_the_last_part_of_the_published_training_images() -> None:
-    cut = splits.cut(numbered(60_000), numbered(10_000), **FRACTIONS)  # type: ignore[arg-type]
-    assert numbers(cut["train"]) == list(range(54_000))
-    assert numbers(cut["validation"]) == list(range(54_000, 60_000))
-    assert numbers(cut["test"]) == list(range(10_000))
+    made = cut(numbered(60_000), numbered(10_000))
+    assert numbers(made["train"]) == list(range(54_000))
+    assert numbers(made["validation"]) == list(range(54_000, 60_000))
+    assert numbers(made["test"]) == list(range(10_000))
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_fraction_that_leaves_no_image_is_refused(split: str) -> None:
-    fractions = FRACTIONS | {f"{split}_fraction": 0.0001}
-    with pytest.raises(UserError, match=rf"data\.{split}_fraction is 0\.0001, less than one of"):
-        splits.cut(numbered(600), None, **fractions)  # type: ignore[arg-type]
+def test_a_fraction_that_leaves_no_image_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.validation_fraction is 0\.0001, less than one of 480 images"):
+        cut(numbered(600), validation_fraction=0.0001)
+    with pytest.raises(UserError, match=r"data\.test_fraction is 0\.0001, less than one of 600 images"):
+        cut(numbered(600), test_fraction=0.0001)
 
 
 def test_without_a_published_test_split_the_images_are_shuffled_and_cut() -> None:
-    cut = splits.cut(numbered(600), None, **FRACTIONS)  # type: ignore[arg-type]
-    assert [len(cut[name]) for name in splits.SPLITS] == [432, 48, 120]
-    assert sorted(numbers(cut["train"]) + numbers(cut["validation"]) + numbers(cut["test"])) == list(range(600))
-    assert numbers(cut["test"]) != sorted(numbers(cut["test"]))
-    again = splits.cut(numbered(600), None, **FRACTIONS)  # type: ignore[arg-type]
-    other = splits.cut(numbered(600), None, **FRACTIONS | {"seed": 1})  # type: ignore[arg-type]
-    assert numbers(again["test"]) == numbers(cut["test"]) != numbers(other["test"])
+    made = cut(numbered(600))
+    assert [len(made[name]) for name in splits.SPLITS] == [432, 48, 120]
+    assert sorted(numbers(made["train"]) + numbers(made["validation"]) + numbers(made["test"])) == list(range(600))
+    assert numbers(made["test"]) != sorted(numbers(made["test"]))
+    again = cut(numbered(600))
+    other = cut(numbered(600), seed=1)
+    assert numbers(again["test"]) == numbers(made["test"]) != numbers(other["test"])
 
 
 def test_the_splits_of_the_packaged_digits_are_disjoint(digits: dict[str, LabelledImages]) -> None:
@@ -63,7 +72,10 @@ def test_the_splits_of_the_packaged_digits_are_disjoint(digits: dict[str, Labell
     assert not validation & test
 
 
-@pytest.mark.skipif(sources.MIRROR_VARIABLE not in os.environ, reason="needs MNIST: set PIPELINE_DATA_MIRROR")
+@pytest.mark.skipif(
+    sources.MIRROR_VARIABLE not in os.environ,
+    reason="needs the real MNIST files, and tests download nothing: set PIPELINE_DATA_MIRROR to a folder with them",
+)
 def test_the_splits_of_mnist_are_the_published_ones_and_disjoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,10 +83,10 @@ def test_the_splits_of_mnist_are_the_published_ones_and_disjoint(
     monkeypatch.setenv(sources.MIRROR_VARIABLE, mirror if "://" in mirror else str(Path(mirror).resolve()))
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     source = sources.load("mnist")
-    cut = splits.cut(source.train, source.test, **FRACTIONS)  # type: ignore[arg-type]
-    assert [len(cut[name]) for name in splits.SPLITS] == [54_000, 6_000, 10_000]
-    assert cut["train"].images.shape == (54_000, 28, 28, 1)
-    train, validation, test = (fingerprints(cut[name]) for name in splits.SPLITS)
+    made = cut(source.train, source.test)
+    assert [len(made[name]) for name in splits.SPLITS] == [54_000, 6_000, 10_000]
+    assert made["train"].images.shape == (54_000, 28, 28, 1)
+    train, validation, test = (fingerprints(made[name]) for name in splits.SPLITS)
     assert not train & validation
     assert not train & test
     assert not validation & test
@@ -82,7 +94,7 @@ def test_the_splits_of_mnist_are_the_published_ones_and_disjoint(
 
 def write(folder: Path, count: int = 600) -> splits.Dataset:
     return splits.write_splits(
-        splits.cut(numbered(count), None, **FRACTIONS),  # type: ignore[arg-type]
+        cut(numbered(count)),
         folder,
         name="numbers",
         requested="letters",
@@ -94,7 +106,7 @@ def write(folder: Path, count: int = 600) -> splits.Dataset:
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     written = write(tmp_path)
     assert splits.read_dataset(tmp_path) == written
-    expected = splits.cut(numbered(600), None, **FRACTIONS)  # type: ignore[arg-type]
+    expected = cut(numbered(600))
     for name in splits.SPLITS:
         read = splits.read_split(written, name, tmp_path)
         assert torch.equal(read.images, expected[name].images)

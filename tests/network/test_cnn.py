@@ -1,5 +1,6 @@
 """Convolution, pooling and the network's layers against numbers worked out by hand."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -40,15 +41,11 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def block(image_channels: int, kernel: Tensor, bias: float = 0.0, **architecture: int) -> Block:
-    """One block with one filter of the given weights (C, k, k) and no pooling."""
-    made = Block(
-        image_channels,
-        1,
-        Architecture((5, 5, image_channels), DIGITS, (1,), kernel_size=3, pool_size=1, **architecture),  # type: ignore[arg-type]
-    )
-    made.convolution.weight.data = kernel[None]
-    made.convolution.bias.data = torch.tensor([bias])  # type: ignore[union-attr]
+def block(image_channels: int, kernel: Tensor, *, bias: float = 0.0, stride: int = 1, padding: int = 0) -> Block:
+    """One block with one filter of the given weights (C, 3, 3) and no pooling."""
+    architecture = Architecture((5, 5, image_channels), DIGITS, (1,), stride=stride, padding=padding, pool_size=1)
+    made = Block(image_channels, 1, architecture)
+    made.load_state_dict({"convolution.weight": kernel[None], "convolution.bias": torch.tensor([bias])})
     return made
 
 
@@ -149,22 +146,21 @@ def test_the_layers_that_are_announced_are_those_that_are_built(architecture: Ar
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("architecture", "message"),
     [
-        ({"kernel_size": 15, "filters": (4, 4)}, r"block 2's filter \(15 x 15\) is larger than the 7 pixels"),
-        ({"filters": (4, 4), "pool_size": 8}, r"block 2's pooling window \(8 x 8\) is larger than the 1 pixels"),
-        ({"filters": (4,), "stride": 8, "pool_size": 5}, r"block 1's pooling window \(5 x 5\) is larger than the 4"),
+        (replace(PUBLISHED, kernel_size=15), r"block 2's filter \(15 x 15\) is larger than the 7 pixels"),
+        (replace(PUBLISHED, pool_size=8), r"block 2's pooling window \(8 x 8\) is larger than the 1 pixels"),
+        (replace(PUBLISHED, stride=8, pool_size=5), r"block 1's pooling window \(5 x 5\) is larger than the 4"),
     ],
 )
-def test_layers_that_do_not_fit_the_images_are_refused_by_name(changed: dict[str, object], message: str) -> None:
+def test_layers_that_do_not_fit_the_images_are_refused_by_name(architecture: Architecture, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CNN(Architecture((28, 28, 1), DIGITS, **changed), seeded())  # type: ignore[arg-type]
+        CNN(architecture, seeded())
 
 
 def test_filters_lie_in_memory_as_the_fast_convolutions_want_them() -> None:
-    for block in CNN(PUBLISHED, seeded()).blocks:
-        weight: Tensor = block.convolution.weight  # type: ignore[union-attr, assignment]
-        assert weight.is_contiguous(memory_format=torch.channels_last)
+    for each in CNN(PUBLISHED, seeded()).block_list():
+        assert each.convolution.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_first_weights_are_glorot_uniform_and_biases_zero() -> None:

@@ -17,7 +17,7 @@ def test_feature_maps_are_what_the_layers_compute() -> None:
         ("max_pooling2d_1", (16, 5, 5)),
     ]
     torch.testing.assert_close(found[-1].maps, cnn.blocks(as_input(image[None]))[0].detach())
-    assert torch.equal(first_filters(cnn), cnn.blocks[0].convolution.weight)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(first_filters(cnn), cnn.block_list()[0].convolution.weight)
 
 
 def test_the_most_confident_mistakes_come_first() -> None:

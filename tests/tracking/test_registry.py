@@ -58,8 +58,10 @@ def test_the_champion_is_who_makes_the_fewest_errors_on_the_same_images(run_id: 
     assert enter("3", 50) == ("3", "champion", "50 test errors against 50 of version 1")
     assert aliases("gate") == {"champion": "3", "challenger": "2"}
     assert enter("4", 10, test="b" * 64) == (
-        "4", "challenger", "the champion (version 3) was scored on another test split",
-    )  # fmt: skip
+        "4",
+        "challenger",
+        "the champion (version 3) was scored on another test split",
+    )
     assert enter("3", 50) == ("3", "champion", "it was the champion already")
     assert aliases("gate") == {"champion": "3", "challenger": "4"}
 

@@ -46,8 +46,13 @@ def test_the_curves_have_one_point_an_epoch_and_agree_with_the_history(finished:
     run = only_run()
     history = files.read_table(files.HISTORY, made_by="train")
     assert list(history[0]) == [
-        "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate",
-    ]  # fmt: skip
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "validation_loss",
+        "validation_accuracy",
+        "learning_rate",
+    ]
     for name in [*list(history[0])[1:], "seconds"]:
         points = MlflowClient().get_metric_history(run.info.run_id, name)
         assert [point.step for point in points] == [1, 2]
@@ -86,7 +91,11 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
     assert run.data.metrics["test_accuracy"] == metrics["test"]["accuracy"]
     assert run.data.metrics["test_error_count"] == metrics["test"]["error_count"]
     assert run.data.metrics["test_per_class/7.recall"] == metrics["test"]["per_class"]["7"]["recall"]
-    logged = {file.path for folder in ("figures", "evaluation") for file in MlflowClient().list_artifacts(run.info.run_id, folder)}  # fmt: skip
+    logged = {
+        file.path
+        for folder in ("figures", "evaluation")
+        for file in MlflowClient().list_artifacts(run.info.run_id, folder)
+    }
     drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
     assert len(drawn) == 5
     assert logged == drawn | {"evaluation/metrics.json", "evaluation/predictions.csv"}
