@@ -18,7 +18,7 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    cnn = checkpoint.from_bytes(model)
+    model_sha256, cnn = files.sha256(model), checkpoint.from_bytes(model)
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
     logits = scoring.predict_logits(cnn, test.images)
@@ -39,13 +39,13 @@ def main() -> None:
 
     runs.connect()
     history = files.read_table(files.HISTORY, made_by="train")
-    run_id = runs.find_or_restore(files.sha256(model), cnn, dataset, history)
+    run_id = runs.find_or_restore(model_sha256, cnn, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], "evaluation")
     registered = registry.register(
         run_id,
         f"{dataset.name}-cnn",
-        model_sha256=files.sha256(model),
+        model_sha256=model_sha256,
         test_sha256=dataset.splits[TEST].sha256,
         error_count=error_count,
     )

@@ -27,10 +27,11 @@ def main() -> None:
     with runs.training_run(params, dataset):
         history = _fit(cnn, train, validation, params)
         model = checkpoint.to_bytes(cnn)
+        model_sha256 = files.sha256(model)
         files.write(files.MODEL, model)
         files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
-        runs.log_model(cnn, dataset, files.sha256(model))
-    print(f"{files.MODEL}: SHA-256 {files.sha256(model)[:12]}..., trained on {dataset.label}")
+        runs.log_model(cnn, dataset, model_sha256)
+    print(f"{files.MODEL}: SHA-256 {model_sha256[:12]}..., trained on {dataset.label}")
 
 
 def _device(params: Params) -> torch.device:

@@ -121,9 +121,6 @@ def load(name: str, offline_fallback: str | None = None) -> Source:
         raise UserError(f"params.yaml: data.offline_fallback is {offline_fallback!r}; allowed: {PACKAGED} or null")
     if name == PACKAGED:
         return _packaged_digits()
-    own = os.environ.get(MIRROR_VARIABLE)
-    if own and "://" not in own and not (files.root() / own).is_dir():
-        raise UserError(f"{MIRROR_VARIABLE} is {own}, which is neither a URL nor a folder")
     try:
         return _published(name)
     except NoMirrorError as error:
@@ -171,6 +168,8 @@ def _fetch(name: str, file: str, digest: str) -> Path:
 def _mirrors(name: str) -> Iterator[str]:
     """Folders and URLs to ask, in this order. One mirror may hold several data sets in folders of their names."""
     if own := os.environ.get(MIRROR_VARIABLE):
+        if "://" not in own and not (files.root() / own).is_dir():
+            raise UserError(f"{MIRROR_VARIABLE} is {own}, which is neither a URL nor a folder")
         yield own.rstrip("/") + "/"
         yield f"{own.rstrip('/')}/{name}/"
     yield from PUBLISHED[name].mirrors

@@ -31,17 +31,20 @@ def register(run_id: str, name: str, *, model_sha256: str, test_sha256: str, err
     file has the hash ``test_sha256``.
     """
     tags = {MODEL_SHA256: model_sha256, TEST_SHA256: test_sha256, TEST_ERRORS: str(error_count), **_lineage(run_id)}
-    version = _registered(name, model_sha256) or _new_version(run_id, name, tags)
-    for key, value in tags.items():
-        MlflowClient().set_model_version_tag(name, version.version, key, value)
+    version = _registered(name, model_sha256, tags) or _new_version(run_id, name, tags)
     alias, reason = _decide(version, _champion(name), test_sha256, error_count)
     _set_alias(version, alias)
     return Registration(name, str(version.version), alias, reason)
 
 
-def _registered(name: str, model_sha256: str) -> ModelVersion | None:
+def _registered(name: str, model_sha256: str, tags: dict[str, str]) -> ModelVersion | None:
+    """The version that has this model already, with its tags brought up to date."""
     found = MlflowClient().search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
-    return found[0] if found else None
+    if not found:
+        return None
+    for key, value in tags.items():
+        MlflowClient().set_model_version_tag(name, found[0].version, key, value)
+    return found[0]
 
 
 def _new_version(run_id: str, name: str, tags: dict[str, str]) -> ModelVersion:

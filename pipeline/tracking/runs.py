@@ -123,7 +123,7 @@ def _run_name(otherwise: str) -> str:
 
 def _surroundings() -> dict[str, str]:
     """The code and the machine. Names that git or DVC did not give are left out."""
-    # DVC removes a stage's outputs before it runs it, so these say nothing of the code.
+    # The stages write these themselves, so that they say nothing of the code.
     changes = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
     tags = {
         "git.commit": _git("rev-parse", "HEAD"),
