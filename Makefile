@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint ui seeds lock
+.PHONY: help setup repro test lint ui seeds bench lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,20 @@ ui: $(INSTALLED)  ## open MLflow at http://127.0.0.1:5000, for this machine only
 
 seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures
 	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS)
+
+# Keras has an environment of its own; Lightning, a folder beside this project's environment, whose PyTorch it uses.
+bench/.keras/.installed: bench/requirements-keras.txt
+	$(PYTHON) -m venv bench/.keras
+	bench/.keras/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	touch "$@"
+
+bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
+	$(ACTIVATE) && python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
+		--target bench/.lightning --requirement $<
+	touch "$@"
+
+bench: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## time the training beside Keras, a DataLoader loop and Lightning
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.speed $(ARGS)
 
 lock: $(INSTALLED)  ## write requirements.lock anew from pyproject.toml, keeping the versions that still fit
 	$(ACTIVATE) && python -m pip install --quiet uv && uv pip compile pyproject.toml --all-extras --universal \

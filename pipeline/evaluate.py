@@ -44,6 +44,7 @@ def main() -> None:
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], "evaluation")
     registered = registry.register(
         run_id,
+        runs.log_model(run_id, cnn, dataset, model_sha256),
         f"{dataset.name}-cnn",
         model_sha256=model_sha256,
         test_sha256=dataset.splits[TEST].sha256,

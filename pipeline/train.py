@@ -30,7 +30,7 @@ def main() -> None:
         model_sha256 = files.sha256(model)
         files.write(files.MODEL, model)
         files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
-        runs.log_model(cnn, dataset, model_sha256)
+        runs.describe_model(cnn, dataset, model_sha256)
     print(f"{files.MODEL}: SHA-256 {model_sha256[:12]}..., trained on {dataset.label}")
 
 
@@ -58,7 +58,7 @@ def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Pa
 
         def on_step(step: training.Step) -> None:
             if bar.update(step.images):  # true a few times a second, on a terminal only
-                bar.set_postfix(loss=f"{step.loss.item():.3f}", accuracy=f"{step.hits.item() / step.images:.0%}")
+                bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
 
         try:
             for epoch in training.fit(

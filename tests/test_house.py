@@ -96,6 +96,7 @@ def test_one_file_is_one_stage_is_one_section() -> None:
         ("torchvision", {"images/sources.py"}),
         ("mlxtend", {"images/sources.py"}),
         ("matplotlib", {"figures.py", "visualize.py"}),
+        ("numba", {"network/kernels.py"}),
     ],
 )
 def test_each_library_has_one_place(package: str, allowed: set[str]) -> None:

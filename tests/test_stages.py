@@ -142,7 +142,7 @@ def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
 
     error, height = measure()
     maps = (files.FIGURES / "feature_maps.png").read_bytes()
-    knobs = {"evaluate.calibration_bins": 3, "visualize.mistakes": 4, "visualize.image": 5}
+    knobs = {"evaluate.calibration_bins": 100, "visualize.mistakes": 4, "visualize.image": 5}
     write_params(finished_copy, QUICK | knobs)
     other_error, other_height = measure()
     assert other_error != error

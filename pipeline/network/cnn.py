@@ -76,6 +76,23 @@ def _places(side: int, window: int, stride: int, padding: int, what: str) -> int
     return (side + 2 * padding - window) // stride + 1
 
 
+def seen_sides(architecture: Architecture) -> list[tuple[int, int]]:
+    """Height and width of what the dense layer sees of the images, and of each block's maps in turn.
+
+    Where a convolution or a pooling does not come out even, it leaves rows and columns at the right and bottom out:
+    of a 28 x 28 image the published network sees 26 x 26. The rest need not be computed. With padding the right edge
+    is seen, and batch normalisation looks at all there is.
+    """
+    a = architecture
+    whole = [a.image_shape[:2], *(layer.output_shape[:2] for layer in layers(a) if "pooling" in layer.name)]
+    sides = [(height, width) for height, width in whole]
+    if not a.padding and not a.batch_norm:
+        for index in range(len(a.filters), 0, -1):
+            height, width = ((side * a.pool_size - 1) * a.stride + a.kernel_size for side in sides[index])
+            sides[index - 1] = (height, width)
+    return sides
+
+
 def summary(architecture: Architecture) -> str:
     """The table of layers, output shapes and parameter counts."""
     rows = [("Layer", "Output shape", "Param #")]
@@ -99,18 +116,31 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.dropped = min(round(p * 65536), 65535)
+        # 8 or 16 random bits a feature are cut from numbers of 64 bits: bernoulli_ draws a number a feature and takes
+        # an eighth of a training step. Eight decide for a half, a quarter, an eighth ...
+        self.bits: int = 8 if (p * 2**8).is_integer() else 16
+        # Of the 2^bits numbers that can be drawn, so many drop a feature.
+        self.dropped: int = min(round(p * 2**self.bits), 2**self.bits - 1)
+        self.scale: float = 2**self.bits / (2**self.bits - self.dropped)
+
+    @property
+    def lowest_kept(self) -> int:
+        """The lowest number from ``draw`` that keeps a feature."""
+        return self.dropped - (1 << self.bits - 1)
+
+    def draw(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A random integer of ``bits`` bits, with sign, for each feature."""
+        numbers = torch.empty(math.ceil(features.numel() * self.bits / 64), dtype=torch.int64, device=features.device)
+        numbers.random_(-(2**63), None, generator=generator)
+        drawn = numbers.view(torch.int8 if self.bits == 8 else torch.int16)
+        return drawn[: features.numel()].view(features.shape)
 
     def forward(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
         """Features of any shape in, the same shape out; ``generator`` is needed while training only."""
         if not self.training or not self.dropped:
             return features
-        # Four 16-bit masks are cut from each 64-bit random number: bernoulli_ draws one number a feature and takes
-        # an eighth of a training step.
-        numbers = torch.empty(math.ceil(features.numel() / 4), dtype=torch.int64, device=features.device)
-        numbers.random_(-(2**63), None, generator=generator)
-        kept = numbers.view(torch.int16)[: features.numel()].view(features.shape) >= self.dropped - 32768
-        return features * kept * (65536 / (65536 - self.dropped))
+        kept: Tensor = self.draw(features, generator) >= self.lowest_kept
+        return features * kept * self.scale
 
 
 class Block(nn.Module):
@@ -146,6 +176,11 @@ def pooled(maps: Tensor, pool: Pool, size: int) -> Tensor:
             return -F.max_pool2d(-maps, size)
 
 
+def flattened(maps: Tensor) -> Tensor:
+    """(N, filters, H, W) as (N, features), pixel by pixel: as they lie in memory, and as in Keras."""
+    return maps.permute(0, 2, 3, 1).flatten(1)
+
+
 class CNN(nn.Module):
     """The network. Weights are Glorot-uniform (Glorot and Bengio, 2010), biases zero, as in Keras."""
 
@@ -175,7 +210,7 @@ class CNN(nn.Module):
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) float in [0, 1]; ``generator`` draws the dropout masks."""
-        logits: Tensor = self.dense(self.dropout(self.blocks(images).flatten(1), generator))
+        logits: Tensor = self.dense(self.dropout(flattened(self.blocks(images)), generator))
         return logits
 
 

@@ -1,10 +1,12 @@
 """Training: fit() yields one row of numbers an epoch."""
 
+import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +14,13 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
-from pipeline.network import scoring
-from pipeline.network.cnn import CNN, as_input
+from pipeline.network import fused, scoring, workers
+from pipeline.network.cnn import CNN
+from pipeline.network.fused import Precision
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "one-cycle"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-Precision = Literal["float32", "bfloat16"]
 LARGEST_LOSS = 1e6  # nats; a network that guesses among ten classes has 2.3
 
 
@@ -40,12 +42,26 @@ class Epoch:
     seconds: float
 
 
-class Step(NamedTuple):
-    """What one batch gave. ``loss`` (its mean) and ``hits`` stay on the device until they are asked for."""
+@dataclass(frozen=True)
+class Step:
+    """What one batch gave. It stays on the device until it is asked for."""
 
-    images: int
-    loss: Tensor
-    hits: Tensor
+    losses: Tensor  # (), their sum over the batch
+    logits: Tensor  # (images, classes)
+    labels: Tensor  # (images,)
+
+    @property
+    def images(self) -> int:
+        """How many there were."""
+        return len(self.labels)
+
+    def loss(self) -> float:
+        """The mean over the batch."""
+        return self.losses.item() / self.images
+
+    def accuracy(self) -> float:
+        """The share that was classified right."""
+        return scoring.accuracy(self.logits, self.labels)
 
 
 def set_up(device: DeviceName, threads: int | None, precision: Precision) -> torch.device:
@@ -102,44 +118,59 @@ def fit(
     """
     images, labels = train
     cnn.to(images.device)
+    parameters = list(cnn.parameters())
+    # The fused optimizers pair weights and gradients by their place in memory, so both must lie there alike.
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     steps = math.ceil(len(labels) / batch_size)
     stepper = _optimizer(optimizer, cnn, learning_rate, weight_decay)
     rate = _schedule(schedule, stepper, learning_rate, epochs * steps)
 
+    def learn(rows: Tensor, targets: Tensor, batch: int, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Of a piece of a batch: the sum of its losses, its logits, its share of the batch's gradients."""
+        draws = torch.Generator(images.device).manual_seed(seed)
+        seen = shifted(images[rows], max_shift, draws) if max_shift else images[rows]
+        logits = fused.logits(cnn, seen, draws, precision)
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
+        return loss.detach(), logits.detach(), torch.autograd.grad(loss / batch, parameters)
+
+    # Kept for the whole epoch, so made once: small results that stay between large ones that go would fragment memory.
+    losses = torch.empty(steps, device=images.device)
+    logits = torch.empty(len(labels), len(cnn.architecture.class_names), device=images.device)
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
         cnn.train()
-        losses, hits = [], []
-        for rows in torch.split(torch.randperm(len(labels), generator=generator, device=images.device), batch_size):
-            batch, targets = images[rows], labels[rows]
-            if max_shift:
-                batch = shifted(batch, max_shift, generator)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = cnn(as_input(batch), generator)
-                loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-            torch.autograd.backward(loss)
-            stepper.step()
-            stepper.zero_grad()
-            rate.step()
-            step = Step(len(rows), loss.detach(), (logits.detach().argmax(dim=1) == targets).sum())
-            losses.append(step.loss * step.images)
-            hits.append(step.hits)
-            on_step(step)
-        train_loss = torch.stack(losses).double().sum().item() / len(labels)
-        logits = scoring.predict_logits(cnn, validation[0])
-        validation_loss = scoring.cross_entropy(logits, validation[1])
-        for split, mean_loss in (("training", train_loss), ("validation", validation_loss)):
-            if not mean_loss < LARGEST_LOSS:  # true for NaN too
-                raise DivergedError(f"the {split} loss is {mean_loss:.3g} in epoch {epoch}")
-        yield Epoch(
+        order = torch.randperm(len(labels), generator=generator, device=images.device)
+        targets = labels[order]
+        seeds = torch.randint(2**62, (steps,), generator=generator, device=images.device).tolist()
+        batches = zip(*(torch.split(each, batch_size) for each in (order, targets, logits)), losses, seeds, strict=True)
+        with workers.hired(cnn, images.device, batch_size) as team:
+            for rows, of_batch, its_logits, its_losses, seed in batches:
+                pieces = team.split(rows), team.split(of_batch)
+                learned = team.map(learn, *pieces, itertools.repeat(len(rows)), itertools.count(seed))
+                piece_losses, piece_logits, shares = zip(*learned, strict=True)
+                for gradient, share, *others in zip(gradients, *shares, strict=True):
+                    functools.reduce(Tensor.add_, others, gradient.copy_(share))
+                stepper.step()
+                rate.step()
+                its_losses.copy_(torch.stack(piece_losses).sum())
+                torch.cat(piece_logits, out=its_logits)
+                on_step(Step(its_losses, its_logits, of_batch))
+        predicted = scoring.predict_logits(cnn, validation[0])
+        seen = Epoch(
             epoch=epoch,
-            train_loss=train_loss,
-            train_accuracy=torch.stack(hits).sum().item() / len(labels),
-            validation_loss=validation_loss,
-            validation_accuracy=scoring.accuracy(logits, validation[1]),
+            train_loss=losses.double().sum().item() / len(labels),
+            train_accuracy=scoring.accuracy(logits, targets),
+            validation_loss=scoring.cross_entropy(predicted, validation[1]),
+            validation_accuracy=scoring.accuracy(predicted, validation[1]),
             learning_rate=float(rate.get_last_lr()[0]),
             seconds=time.perf_counter() - started,
         )
+        for split, loss in (("training", seen.train_loss), ("validation", seen.validation_loss)):
+            if not loss < LARGEST_LOSS:  # true for NaN too
+                raise DivergedError(f"the {split} loss is {loss:.3g} in epoch {epoch}")
+        yield seen
 
 
 def _optimizer(name: OptimizerName, cnn: CNN, learning_rate: float, weight_decay: float) -> Optimizer:

@@ -6,7 +6,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from pipeline.errors import Fault
 from pipeline.tracking.runs import MODEL_SHA256, store_faults
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -24,14 +23,16 @@ class Registration:
 
 
 @store_faults()
-def register(run_id: str, name: str, *, model_sha256: str, test_sha256: str, error_count: int) -> Registration:
-    """Register the run's model under ``name`` and decide between champion and challenger.
+def register(
+    run_id: str, model_id: str, name: str, *, model_sha256: str, test_sha256: str, error_count: int
+) -> Registration:
+    """Register the run's logged model under ``name`` and decide between champion and challenger.
 
     A model whose hash is registered already gets no second version. ``error_count`` is that on the test split whose
     file has the hash ``test_sha256``.
     """
     tags = {MODEL_SHA256: model_sha256, TEST_SHA256: test_sha256, TEST_ERRORS: str(error_count), **_lineage(run_id)}
-    version = _registered(name, model_sha256, tags) or _new_version(run_id, name, tags)
+    version = _registered(name, model_sha256, tags) or mlflow.register_model(f"models:/{model_id}", name, tags=tags)
     alias, reason = _decide(version, _champion(name), test_sha256, error_count)
     _set_alias(version, alias)
     return Registration(name, str(version.version), alias, reason)
@@ -45,13 +46,6 @@ def _registered(name: str, model_sha256: str, tags: dict[str, str]) -> ModelVers
     for key, value in tags.items():
         MlflowClient().set_model_version_tag(name, found[0].version, key, value)
     return found[0]
-
-
-def _new_version(run_id: str, name: str, tags: dict[str, str]) -> ModelVersion:
-    outputs = MlflowClient().get_run(run_id).outputs
-    if not outputs or not outputs.model_outputs:
-        raise Fault(f"the MLflow run {run_id} holds no model: run `dvc repro -f train`")
-    return mlflow.register_model(f"models:/{outputs.model_outputs[-1].model_id}", name, tags=tags)
 
 
 def _lineage(run_id: str) -> dict[str, str]:

@@ -16,9 +16,9 @@ import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined] # made when mlflow is imported
-from mlflow.entities import DatasetInput, InputTag, RunStatus
+from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, RunStatus
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -172,15 +172,33 @@ def log_epoch(epoch: Epoch) -> None:
     mlflow.log_metrics(row, step=row.pop("epoch"))
 
 
-def log_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
-    """The trained CNN into the open run: uint8 images (N, H, W, C) in, class probabilities (N, classes) out."""
+def describe_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
+    """Into the open run, what the model that it gave is known by."""
+    mlflow.set_tags({MODEL_SHA256: model_sha256, "mlflow.runName": _run_name(f"{dataset.name}-{model_sha256[:8]}")})
+    mlflow.log_param("parameters", parameter_count(cnn.architecture))
+
+
+@store_faults()
+def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str:
+    """The model of a run that has ended, if it does not have it yet; its status stays. Returns the model's id.
+
+    The model takes images (N, H, W, C) uint8 and gives class probabilities (N, classes). It is logged when it is
+    evaluated, since exporting it is no part of the training.
+    """
+    found = MlflowClient().search_logged_models(
+        experiment_ids=[MlflowClient().get_run(run_id).info.experiment_id],
+        filter_string=f"source_run_id = '{run_id}'",
+    )
+    for model in found:
+        if model.status == LoggedModelStatus.READY:
+            return str(model.model_id)
     a = cnn.architecture
-    name = _run_name(f"{dataset.name}-{model_sha256[:8]}")
-    mlflow.set_tags({MODEL_SHA256: model_sha256, "mlflow.runName": name})
-    mlflow.log_param("parameters", parameter_count(a))
-    mlflow.pytorch.log_model(
-        Classifier(cnn),
+    logged = Model.log(
+        artifact_path=None,
+        flavor=mlflow.pytorch,
+        run_id=run_id,
         name="model",
+        pytorch_model=Classifier(cnn),
         serialization_format="pt2",
         signature=ModelSignature(
             inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *a.image_shape))]),
@@ -190,6 +208,7 @@ def log_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
         pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "torch")],
         tags={MODEL_SHA256: model_sha256, "data.sha256": dataset.sha256},
     )
+    return str(logged.model_id)
 
 
 @store_faults()
@@ -212,7 +231,7 @@ def find_or_restore(model_sha256: str, cnn: CNN, dataset: Dataset, history: Sequ
         mlflow.log_params({f"model.{key}": value for key, value in layers.items()})
         for row in history:
             mlflow.log_metrics({key: float(row[key]) for key in row if key != "epoch"}, step=int(row["epoch"]))
-        log_model(cnn, dataset, model_sha256)
+        describe_model(cnn, dataset, model_sha256)
     return run_id
 
 

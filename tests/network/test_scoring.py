@@ -42,7 +42,7 @@ def test_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> 
 
 def test_logits_are_the_same_alone_and_in_a_batch(digits: dict[str, LabelledImages]) -> None:
     cnn = CNN(Architecture((28, 28, 1), tuple("0123456789"), (8,)), torch.Generator().manual_seed(0))
-    images = digits["train"].images[: scoring.BATCH + 3]  # more than one batch, the last one small
+    images = digits["train"].images[: 2 * scoring.PIECE + 3]  # several pieces, the last one small
     logits = scoring.predict_logits(cnn, images)
     assert cnn.training  # left as it was found
     with torch.no_grad():

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pipeline.images.splits import LabelledImages
 from pipeline.network import checkpoint, scoring, training
-from pipeline.network.cnn import CNN, Architecture
+from pipeline.network.cnn import CNN, Architecture, as_input
 
 ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
 RECIPE: dict[str, Any] = {
@@ -50,9 +51,10 @@ def test_it_learns_and_tells_of_every_epoch(digits: dict[str, LabelledImages]) -
     assert history[-1].validation_accuracy > 0.9
     images = [step.images for step in taken]
     assert images == [*[64] * 56, 16] * 3
-    loss = sum(step.loss.item() * step.images for step in taken[-57:]) / len(digits["train"])
-    assert history[-1].train_loss == pytest.approx(loss)
-    assert history[-1].train_accuracy == sum(int(step.hits) for step in taken[-57:]) / len(digits["train"])
+    assert all(0 < step.loss() < 10 and 0 <= step.accuracy() <= 1 for step in taken)
+    for of_epoch, of_step in (("train_loss", training.Step.loss), ("train_accuracy", training.Step.accuracy)):
+        mean = sum(of_step(step) * step.images for step in taken[-57:]) / len(digits["train"])
+        assert getattr(history[-1], of_epoch) == pytest.approx(mean)
     assert all(epoch.seconds > 0 for epoch in history)
     # The last row is what the returned network really does.
     logits = scoring.predict_logits(cnn, digits["validation"].images)
@@ -64,6 +66,34 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict
     first, again, other = (checkpoint.to_bytes(fit(digits, seed, epochs=1)[0]) for seed in (0, 0, 1))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("changed", [{}, {"padding": 1}, {"pool": "mean"}, {"filters": (5, 6, 7)}])
+def test_its_steps_are_those_of_the_textbook(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
+    architecture = replace(ARCHITECTURE_WITHOUT_DROPOUT, **changed)
+    some = {name: split[:400] for name, split in digits.items()}
+    fast, _ = fit(some, architecture=architecture, epochs=1, batch_size=150)
+
+    generator = torch.Generator().manual_seed(0)
+    plain = CNN(architecture, torch.Generator().manual_seed(0)).double()
+    adam = torch.optim.Adam(plain.parameters(), 0.002, eps=1e-7)
+    for rows in torch.split(torch.randperm(400, generator=generator), 150):
+        adam.zero_grad()
+        logits = plain(as_input(some["train"].images[rows]).double())
+        torch.autograd.backward(F.cross_entropy(logits, some["train"].labels[rows]))
+        adam.step()
+    for name, weights in plain.named_parameters():
+        torch.testing.assert_close(fast.get_parameter(name).double(), weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_shift", [0, 1])
+def test_one_thread_and_two_give_the_same_bytes(digits: dict[str, LabelledImages], max_shift: int) -> None:
+    models = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        models.add(checkpoint.to_bytes(fit(digits, epochs=1, batch_size=128, max_shift=max_shift)[0]))
+        assert torch.get_num_threads() == threads
+    assert len(models) == 1
 
 
 @pytest.mark.parametrize(

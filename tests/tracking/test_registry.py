@@ -16,11 +16,12 @@ TEST_SPLIT = "a" * 64
 
 
 @pytest.fixture
-def run_id(finished_copy: Path) -> str:
-    """A run with a logged model, not registered yet under the names used here."""
+def logged(finished_copy: Path) -> tuple[str, str]:
+    """A run and its logged model, not registered yet under the names used here."""
     evaluate.main()
     (run,) = mlflow.search_runs(output_format="list")
-    return str(run.info.run_id)
+    assert run.outputs is not None
+    return str(run.info.run_id), str(run.outputs.model_outputs[0].model_id)
 
 
 def aliases(name: str) -> dict[str, str]:
@@ -47,9 +48,9 @@ def test_the_same_model_twice_makes_no_second_version(finished_copy: Path) -> No
     assert aliases(NAME) == {"champion": "1"}
 
 
-def test_the_champion_is_who_makes_the_fewest_errors_on_the_same_images(run_id: str) -> None:
+def test_the_champion_is_who_makes_the_fewest_errors_on_the_same_images(logged: tuple[str, str]) -> None:
     def enter(model: str, error_count: int, test: str = TEST_SPLIT) -> tuple[str, str, str]:
-        entered = register(run_id, "gate", model_sha256=model * 64, test_sha256=test, error_count=error_count)
+        entered = register(*logged, "gate", model_sha256=model * 64, test_sha256=test, error_count=error_count)
         return entered.version, entered.alias, entered.reason
 
     assert enter("1", 50) == ("1", "champion", "there was no champion")
@@ -66,11 +67,11 @@ def test_the_champion_is_who_makes_the_fewest_errors_on_the_same_images(run_id: 
     assert aliases("gate") == {"champion": "3", "challenger": "4"}
 
 
-def test_a_challenger_that_is_scored_again_may_take_over(run_id: str) -> None:
+def test_a_challenger_that_is_scored_again_may_take_over(logged: tuple[str, str]) -> None:
     arguments = {"test_sha256": TEST_SPLIT}
-    register(run_id, "again", model_sha256="1" * 64, error_count=50, **arguments)
-    register(run_id, "again", model_sha256="2" * 64, error_count=60, **arguments)
+    register(*logged, "again", model_sha256="1" * 64, error_count=50, **arguments)
+    register(*logged, "again", model_sha256="2" * 64, error_count=60, **arguments)
     assert aliases("again") == {"champion": "1", "challenger": "2"}
-    again = register(run_id, "again", model_sha256="2" * 64, error_count=40, **arguments)
+    again = register(*logged, "again", model_sha256="2" * 64, error_count=40, **arguments)
     assert (again.version, again.alias) == ("2", registry.CHAMPION)
     assert aliases("again") == {"champion": "2"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LoggedModelOutput, Run
 
 from pipeline import evaluate, files, train, visualize
 from pipeline.errors import Fault
@@ -114,6 +114,28 @@ def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monke
         np.testing.assert_allclose(loaded.predict(images[:count].numpy()), expected[:count], atol=1e-6)
     with pytest.raises(mlflow.MlflowException, match=r"\(-1, 28, 28, 1\)"):
         loaded.predict(np.zeros((2, 32, 32, 1), dtype=np.uint8))
+
+
+def test_a_model_is_logged_once_and_one_that_was_cut_off_again(finished_copy: Path) -> None:
+    evaluate.main()
+    evaluate.main()
+    whole = only_run().outputs
+    assert whole is not None
+    assert len(whole.model_outputs) == 1
+
+    started = mlflow.initialize_logged_model(name="model", source_run_id=only_run().info.run_id)  # and then the kill
+    MlflowClient().log_outputs(only_run().info.run_id, [LoggedModelOutput(started.model_id, step=0)])
+    dataset, model = read_dataset(), files.MODEL.read_bytes()
+    arguments = checkpoint.from_bytes(model), dataset, files.sha256(model)
+    assert runs.log_model(only_run().info.run_id, *arguments) == whole.model_outputs[0].model_id
+    MlflowClient().delete_logged_model(whole.model_outputs[0].model_id)
+    again = runs.log_model(only_run().info.run_id, *arguments)
+    assert again not in (started.model_id, whole.model_outputs[0].model_id)
+    assert mlflow.pyfunc.load_model(f"models:/{again}").predict(np.zeros((1, 28, 28, 1), dtype=np.uint8)).shape == (
+        1,
+        10,
+    )
+    assert only_run().info.status == "FINISHED"
 
 
 def test_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: Path) -> None:

@@ -1,0 +1,378 @@
+"""How fast the training is, beside what people would use instead: `make bench`.
+
+    python -m bench.speed [--quick]
+
+Each contender runs in a process of its own, one after the other, round after round, so that whatever slows the machine
+down for a while slows all of them. Nothing else should run. Writes bench/results.json and docs/speed.png; exits 1 where
+a figure falls short of its bound.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import figures, recipes
+from bench.machine import machine
+from pipeline import files
+from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
+from pipeline.network.cnn import Architecture, layers, seen_sides
+
+RESULTS, PICTURE = Path("bench/results.json"), Path("docs/speed.png")
+KERAS_PYTHON, LIGHTNING = Path("bench/.keras/bin/python"), Path("bench/.lightning")
+KERAS_EPOCHS = 15  # of the published recipe
+BFLOAT16 = "train.precision=bfloat16"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A program that trains the network; ``command`` ends where the number of epochs is put in."""
+
+    name: str
+    command: Callable[[Path, int], list[str | Path]]
+    environment: Mapping[str, str]
+
+
+def contenders() -> list[Contender]:
+    """In the order in which they take their turns."""
+    here = str(Path.cwd())
+
+    def ours(*knobs: str) -> Callable[[Path, int], list[str | Path]]:
+        return lambda _, epochs: [sys.executable, "-m", "bench.contenders.convtrack_fit", str(epochs), "1", *knobs]
+
+    def usual(program: str, workers: int) -> Callable[[Path, int], list[str | Path]]:
+        return lambda data, epochs: [
+            *(sys.executable, "-m", f"bench.contenders.{program}", data, str(epochs), str(workers)),
+        ]
+
+    return [
+        Contender("Keras", lambda data, epochs: [KERAS_PYTHON, "bench/contenders/keras_fit.py", data, str(epochs)], {}),
+        Contender("convtrack, float32", ours(), {}),
+        Contender("DataLoader loop", usual("dataloader_loop", 0), {}),
+        Contender("convtrack, bfloat16", ours(BFLOAT16), {}),
+        Contender("DataLoader loop, 2 workers", usual("dataloader_loop", 2), {}),
+        Contender("Lightning", usual("lightning_loop", 0), {"PYTHONPATH": f"{here}:{LIGHTNING}"}),
+    ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One process: seconds of each epoch but the first, in which things are still set up, and its peak memory."""
+
+    seconds: list[float]
+    validation_accuracy: float
+    peak_mb: float
+
+
+def take_turn(contender: Contender, data: Path, epochs: int) -> Turn:
+    """Run a contender for one epoch more than asked for."""
+    done = subprocess.run(
+        list(map(str, contender.command(data, epochs + 1))),
+        env=os.environ | contender.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    *rows, memory = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return Turn([row["seconds"] for row in rows[1:]], rows[-1]["validation_accuracy"], memory["peak_mb"])
+
+
+def write_data(path: Path) -> None:
+    """The prepared images as NumPy arrays, which every contender can read."""
+    dataset = read_dataset()
+    train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
+    np.savez(
+        path,
+        train_images=train.images.numpy(),
+        train_labels=train.labels.numpy(),
+        validation_images=validation.images.numpy(),
+        validation_labels=validation.labels.numpy(),
+    )
+
+
+def peak(precision: torch.dtype) -> float:
+    """Floating-point operations a second of the fastest matrix product or convolution found here.
+
+    Of both, since a library that is slow on this processor must not make the share of the peak look better.
+    """
+    found: list[float] = []
+    with torch.no_grad():
+        for side in (1024, 2048):
+            left, right = torch.randn(2, side, side).to(precision)
+            found += _rates(torch.matmul, left, right, 2 * side**3)
+        for channels, side in ((64, 14), (64, 28), (256, 14)):
+            images = torch.randn(64, channels, side, side, dtype=precision).to(memory_format=torch.channels_last)
+            weight = torch.randn(channels, channels, 3, 3, dtype=precision).to(memory_format=torch.channels_last)
+            found += _rates(torch.conv2d, images, weight, 2 * 64 * (side - 2) ** 2 * channels**2 * 9)
+    return max(found)
+
+
+def _rates(compute: Callable[..., Tensor], left: Tensor, right: Tensor, operations: int) -> list[float]:
+    rates = []
+    for _ in range(20):
+        started = time.perf_counter()
+        compute(left, right)
+        rates.append(operations / (time.perf_counter() - started))
+    return rates
+
+
+def needed_operations(architecture: Architecture, train: int, validation: int) -> int:
+    """Floating-point operations of an epoch: two for each multiply-add that reaches a logit, and for its gradients.
+
+    Weights need as many on the way back as on the way forth, inputs too but for the images. All of a convolution's
+    gradients are counted, also those that pooling makes zero.
+    """
+    sides = seen_sides(architecture)
+    channels = [architecture.image_shape[2], *architecture.filters]
+    forward = back = 0
+    for index, ((before, after), (height, width)) in enumerate(
+        zip(itertools.pairwise(channels), sides[1:], strict=True)
+    ):
+        places = height * width * architecture.pool_size**2
+        here = places * after * before * architecture.kernel_size**2
+        forward += here
+        back += here * (2 if index else 1)
+    features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
+    dense = features * len(architecture.class_names)
+    return 2 * (train * (forward + back + 3 * dense) + validation * (forward + dense))
+
+
+def measured_command(command: Sequence[str], folder: Path, **more: str) -> tuple[float, float]:
+    """Seconds and peak megabytes of a command."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC"))} | more
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6
+
+
+def workspace(folder: Path) -> Path:
+    """A folder with the published recipe and the prepared images."""
+    folder.mkdir()
+    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
+    (folder / "data").mkdir()
+    (folder / files.PREPARED).symlink_to(files.PREPARED.resolve())
+    return folder
+
+
+def tracking_share(folder: Path, pairs: int) -> tuple[list[float], float]:
+    """What share of the stage `train` MLflow takes, pair by pair, and the stage's peak megabytes."""
+    here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder)}
+    shares, peaks = [], []
+    for _ in range(pairs):
+        tracked, megabytes = measured_command([sys.executable, "-m", "pipeline.train"], folder, **here)
+        untracked, _ = measured_command([sys.executable, "-m", "bench.untracked"], folder, **here)
+        shares.append((tracked - untracked) / tracked)
+        peaks.append(megabytes)
+    return shares, max(peaks)
+
+
+def around_the_epochs(folder: Path) -> float:
+    """Seconds of `dvc repro` in a fresh clone, from the published files on, that are not spent in epochs.
+
+    An epoch counts as the median one: what the first one takes longer, to set things up, is not training.
+    """
+    subprocess.run(["git", "clone", "--quiet", ".", folder], check=True)
+    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
+    mirror = files.raw_folder() / read_dataset().name
+    seconds, _ = measured_command(["dvc", "repro", "--quiet"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("convtrack")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    epochs = [metric.value for metric in client.get_metric_history(run.info.run_id, "seconds")]
+    return seconds - len(epochs) * statistics.median(epochs)
+
+
+def over_seeds(folder: Path, knobs: Mapping[str, object], seeds: int) -> dict[str, dict[str, float]]:
+    """Mean and deviation of the published recipe with other values for some knobs."""
+    output = folder / "seeds.json"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "bench.seeds", "--recipe", str(recipes.PUBLISHED), "--output", str(output)),
+            *("--seeds", str(seeds), *recipes.as_words(knobs)),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    summary: dict[str, dict[str, float]] = json.loads(output.read_text())["summary"]
+    return summary
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A figure and what it must reach; ``low`` where less is better."""
+
+    what: str
+    figure: float
+    bound: float
+    aim: float
+    unit: str
+    low: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is reached."""
+        return self.figure <= self.bound if self.low else self.figure >= self.bound
+
+    def __str__(self) -> str:
+        least = "at most" if self.low else "at least"
+        verdict = "holds" if self.holds else "FALLS SHORT"
+        return f"{self.what:<62}{self.figure:>9.2f} {self.unit:<8}{least} {self.bound:g} (aim {self.aim:g})  {verdict}"
+
+
+def epoch_bounds(turns: Mapping[str, list[Turn]], peak_float32: float, operations: int) -> list[Bound]:
+    """Ratios round by round, medians over the rounds."""
+    of_round = {name: [statistics.median(turn.seconds) for turn in each] for name, each in turns.items()}
+    # The number of workers that is faster here speaks for the DataLoader.
+    of_round["DataLoader loop"] = min(
+        (of_round[name] for name in ("DataLoader loop", "DataLoader loop, 2 workers")), key=statistics.median
+    )
+
+    def ratio(other: str, ours: str) -> float:
+        return statistics.median(a / b for a, b in zip(of_round[other], of_round[ours], strict=True))
+
+    float32, bfloat16 = "convtrack, float32", "convtrack, bfloat16"
+    share = operations / statistics.median(of_round[float32]) / peak_float32
+    return [
+        Bound("epoch, float32, against Keras", ratio("Keras", float32), 1.6, 2, "x"),
+        Bound("epoch, float32, against the DataLoader loop", ratio("DataLoader loop", float32), 3.5, 5, "x"),
+        Bound("epoch, bfloat16, against Keras", ratio("Keras", bfloat16), 2.2, 3, "x"),
+        Bound("epoch, bfloat16, against the DataLoader loop", ratio("DataLoader loop", bfloat16), 5, 7, "x"),
+        Bound("share of the float32 peak", 100 * share, 70, 85, "%"),
+    ]
+
+
+def other_bounds(folder: Path, turns: Mapping[str, list[Turn]]) -> list[Bound]:
+    """All that is not about one epoch; takes ten minutes."""
+    keras = KERAS_EPOCHS * statistics.median(itertools.chain(*(turn.seconds for turn in turns["Keras"])))
+    short, shortest = over_seeds(folder, recipes.SHORT, 10), over_seeds(folder, recipes.SHORTEST, 30)
+    for name, found in (("short", short), ("shortest", shortest)):
+        print(
+            f"{name} recipe: " + ", ".join(f"{key} {v['mean']:.5g} +- {v['deviation']:.2g}" for key, v in found.items())
+        )
+    shares, megabytes = tracking_share(workspace(folder / "workspace"), pairs=2)
+    epoch = [take_turn(_ours(copies), folder, 1) for copies in (1, 4)]
+    images = 3 * read_split(read_dataset(), TRAIN).images.nbytes / 1e6
+    return [
+        Bound(
+            "test accuracy of the short recipe, mean of 10 seeds",
+            100 * short["test_accuracy"]["mean"],
+            99.23,
+            99.23,
+            "%",
+        ),
+        Bound("its time against 15 epochs of Keras", keras / short["fit_seconds"]["mean"], 8, 12, "x less"),
+        Bound("test accuracy of the shortest, mean of 30 seeds", 100 * shortest["test_accuracy"]["mean"], 99, 99, "%"),
+        Bound("its time", shortest["fit_seconds"]["mean"], 60, 10, "s", low=True),
+        Bound(
+            "dvc repro from the published files, without the epochs",
+            around_the_epochs(folder / "clone"),
+            25,
+            15,
+            "s",
+            low=True,
+        ),
+        Bound("MLflow's share of the stage train", 100 * statistics.median(shares), 5, 2, "%", low=True),
+        Bound("peak memory of the stage train", megabytes / 1000, 1.3, 1, "GB", low=True),
+        Bound("an epoch of four times the images", epoch[1].seconds[0] / epoch[0].seconds[0], 4.4, 4, "x", low=True),
+        Bound(
+            "memory it takes more, in sizes of the images added",
+            (epoch[1].peak_mb - epoch[0].peak_mb) / images,
+            1.25,
+            1,
+            "x",
+            low=True,
+        ),
+    ]
+
+
+def _ours(copies: int) -> Contender:
+    return Contender(
+        "convtrack",
+        lambda _, epochs: [sys.executable, "-m", "bench.contenders.convtrack_fit", str(epochs), str(copies)],
+        {},
+    )
+
+
+def main() -> None:
+    """Run the rounds, then the rest; print, write, and exit 1 where a bound is not reached."""
+    parser = argparse.ArgumentParser(description="Time the training beside Keras, a DataLoader loop and Lightning.")
+    parser.add_argument("--quick", action="store_true", help="one round of one epoch, and only the bounds of an epoch")
+    quick = parser.parse_args().quick
+    rounds, epochs = (1, 1) if quick else (3, 2)
+    torch.set_num_threads(os.cpu_count() or 1)
+    turns: dict[str, list[Turn]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = folder / "images.npz"
+        write_data(data)
+        peaks = []
+        for number in range(1, rounds + 1):
+            peaks.append(peak(torch.float32))
+            for contender in contenders():
+                turn = take_turn(contender, data, epochs)
+                turns[contender.name].append(turn)
+                shown = ", ".join(f"{seconds:.2f}" for seconds in turn.seconds)
+                print(f"round {number}  {contender.name:<28}{shown} s an epoch", flush=True)
+        dataset = read_dataset()
+        architecture = Architecture(dataset.image_shape, dataset.class_names, **recipes.published().model.model_dump())
+        operations = needed_operations(architecture, *(dataset.splits[name].count for name in (TRAIN, VALIDATION)))
+        bounds = epoch_bounds(turns, statistics.median(peaks), operations)
+        print()
+        for name, seconds, megabytes in table(turns):
+            print(
+                f"{name:<28}{seconds[1]:6.2f} s an epoch ({seconds[0]:.2f} ... {seconds[2]:.2f}), {megabytes:,.0f} MB"
+            )
+        print(
+            f"float32 peak {statistics.median(peaks) / 1e9:,.0f} GFLOP/s; an epoch needs {operations / 1e9:,.0f} GFLOP"
+        )
+        if not quick:
+            bounds += other_bounds(folder, turns)
+    print()
+    for bound in bounds:
+        print(bound)
+    if not quick:
+        files.write_json(
+            RESULTS,
+            {
+                "machine": machine(),
+                "float32_peak_gflops": [rate / 1e9 for rate in peaks],
+                "gflop_an_epoch": operations / 1e9,
+                "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
+                "bounds": [asdict(bound) | {"holds": bound.holds} for bound in bounds],
+            },
+        )
+        figures.write_speed(PICTURE, table(turns))
+    sys.exit(not all(bound.holds for bound in bounds))
+
+
+def table(turns: Mapping[str, list[Turn]]) -> list[tuple[str, tuple[float, float, float], float]]:
+    """For each contender: least, median and most seconds of an epoch, and peak megabytes."""
+    rows = []
+    for name, each in turns.items():
+        seconds = [second for turn in each for second in turn.seconds]
+        spread = (min(seconds), statistics.median(seconds), max(seconds))
+        rows.append((name, spread, max(turn.peak_mb for turn in each)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

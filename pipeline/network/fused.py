@@ -1,0 +1,217 @@
+"""The CNN's logits and gradients on the CPU by the shortest way; on a GPU PyTorch's.
+
+Where a block allows it, convolution, pooling and ReLU are one operation. What that takes of a block, a module of
+``cnn.py``, is its weights and sizes; the function is the same, and a test holds it to it.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from pipeline.network import kernels
+from pipeline.network.cnn import CNN, Block, Dropout, as_input, flattened, pooled, seen_sides
+from pipeline.network.kernels import Loop, Pair
+
+Precision = Literal["float32", "bfloat16"]
+SIGNS = {"max": 1, "min": -1}
+MOST_UNROLLED = 36  # multiply-adds for one filter and one pooling window; beyond, the compiler keeps loops, and is slow
+FEWEST_FILTERS = 16  # a vector's length
+
+
+def logits(
+    cnn: CNN, images: Tensor, generator: torch.Generator | None = None, precision: Precision = "float32"
+) -> Tensor:
+    """Logits (N, classes) float32 of images (N, H, W, C) uint8, on their device.
+
+    The function and the gradients of ``cnn(as_input(images), generator)``. With bfloat16 the convolutions, but on the
+    CPU not the first, take and give numbers of 8 significant bits; all sums are float32.
+    """
+    sides = seen_sides(cnn.architecture)
+    seen = images[:, : sides[0][0], : sides[0][1]]
+    if images.device.type != "cpu":
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            scores: Tensor = cnn(as_input(seen), generator)
+        return scores.float()
+    first, *others = cnn.block_list()
+    if _can_read_bytes(first):
+        maps = _first_block(first, images, sides[1])
+    else:
+        maps, others = as_input(seen), [first, *others]
+    for block in others:
+        maps = _block(block, maps, precision)
+    return F.linear(_dropout(flattened(maps), cnn.dropout, generator), cnn.dense.weight, cnn.dense.bias)
+
+
+class _Context(FunctionCtx):
+    """What an operation leaves for the way back."""
+
+    block: Block
+    winners: Tensor
+    images: Tensor
+    pair: Pair
+    shape: torch.Size
+    dtype: torch.dtype
+    layer: Dropout
+    drawn: Tensor
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _can_read_bytes(block: Block) -> bool:
+    """Whether ``_first_block`` can stand in for this block, and is faster."""
+    convolution = block.convolution
+    taps = convolution.kernel_size[0] ** 2 * convolution.in_channels
+    return _is_bare(block) and taps * block.pool_size**2 <= MOST_UNROLLED and convolution.out_channels >= FEWEST_FILTERS
+
+
+def _is_bare(block: Block) -> bool:
+    """Whether this block is convolution, pooling that one value wins, and ReLU: no padding, no normalisation."""
+    return block.pool in SIGNS and isinstance(block.normalisation, nn.Identity) and block.convolution.padding == (0, 0)
+
+
+def _first_block(block: Block, images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Of images (N, H, W, C) uint8 the maps (N, filters, H', W'), ``sides`` high and wide."""
+    maps: Tensor = _FirstBlock.apply(block.convolution.weight, block.convolution.bias, images, block, sides)
+    return maps
+
+
+class _FirstBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context, weight: Tensor, bias: Tensor, images: Tensor, block: Block, sides: tuple[int, int]
+    ) -> Tensor:
+        filters, channels, size, _ = weight.shape
+        stride, sign = block.convolution.stride[0], SIGNS[block.pool]
+        ctx.pair = kernels.first_block(size, stride, channels, filters, block.pool_size, sign)
+        ctx.images, ctx.shape = images, weight.shape
+        maps = torch.empty(len(images), *sides, filters)
+        ctx.winners = torch.empty(maps.shape, dtype=torch.uint8)
+        weights = weight.permute(2, 3, 1, 0).div(255).contiguous()  # the loop takes pixels as 0 ... 255
+        ctx.pair.forward(images.numpy(), weights.numpy(), bias.numpy(), maps.numpy(), ctx.winners.numpy())
+        return maps.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, of_maps: Tensor) -> Gradients:
+        filters, channels, size, _ = ctx.shape
+        of_weights, of_biases = torch.zeros(size, size, channels, filters), torch.zeros(filters)
+        ctx.pair.backward(
+            ctx.images.numpy(), _by_pixel(of_maps).numpy(), ctx.winners.numpy(), of_weights.numpy(), of_biases.numpy()
+        )
+        return of_weights.div_(255).permute(3, 2, 0, 1), of_biases, None, None, None
+
+
+def _block(block: Block, inputs: Tensor, precision: Precision) -> Tensor:
+    """Of inputs (N, C, H, W) float32 the maps (N, filters, H', W') float32."""
+    maps: Tensor
+    if block.pool == "mean":
+        maps = F.relu(block.normalisation(_convolved(block, inputs, precision)).float())
+        return pooled(maps, block.pool, block.pool_size)
+    if _is_bare(block) and block.pool_size > 1:
+        maps = _BareBlock.apply(inputs, block.convolution.weight, block.convolution.bias, block, precision)
+    else:
+        maps = _PoolRelu.apply(block.normalisation(_convolved(block, inputs, precision)), block)
+    return maps
+
+
+def _convolved(block: Block, inputs: Tensor, precision: Precision) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        maps: Tensor = block.convolution(inputs)
+    return maps
+
+
+def _pooled(block: Block, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Of maps (N, filters, H, W) what pooling and ReLU leave, (N, H', W', filters), and the numbers of the winners."""
+    by_pixel = _by_pixel(maps)
+    count, height, width, filters = by_pixel.shape
+    left = torch.empty(count, height // block.pool_size, width // block.pool_size, filters)
+    winners = torch.empty(left.shape, dtype=torch.uint8)
+    kernels.pool_relu(block.pool_size, SIGNS[block.pool]).forward(by_pixel.numpy(), left.numpy(), winners.numpy())
+    return left, winners
+
+
+class _PoolRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, maps: Tensor, block: Block) -> Tensor:
+        left, ctx.winners = _pooled(block, maps)
+        ctx.block, ctx.shape, ctx.dtype = block, maps.shape, maps.dtype
+        return left.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, of_left: Tensor) -> Gradients:
+        count, filters, height, width = ctx.shape
+        of_maps = torch.zeros(count, height, width, filters)
+        pair = kernels.pool_relu(ctx.block.pool_size, SIGNS[ctx.block.pool])
+        pair.backward(_by_pixel(of_left).numpy(), ctx.winners.numpy(), of_maps.numpy())
+        return of_maps.permute(0, 3, 1, 2).to(ctx.dtype), None
+
+
+class _BareBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context, inputs: Tensor, weight: Tensor, bias: Tensor, block: Block, precision: Precision
+    ) -> Tensor:
+        left, ctx.winners = _pooled(block, _convolved(block, inputs, precision))
+        ctx.block = block
+        ctx.save_for_backward(inputs, weight)
+        return left.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, of_left: Tensor) -> Gradients:
+        inputs, weights = (_by_pixel(each) for each in ctx.saved_tensors)
+        filters, size, _, channels = weights.shape
+        of_inputs, of_weights, of_biases = torch.zeros_like(inputs), torch.zeros_like(weights), torch.zeros(filters)
+        loop: Loop = kernels.winners_backward(
+            size, ctx.block.convolution.stride[0], channels, ctx.block.pool_size, ctx.needs_input_grad[0]
+        )
+        loop(
+            inputs.flatten(2).numpy(),
+            weights.flatten(2).numpy(),
+            _by_pixel(of_left).numpy(),
+            ctx.winners.numpy(),
+            of_inputs.flatten(2).numpy(),
+            of_weights.flatten(2).numpy(),
+            of_biases.numpy(),
+        )
+        return of_inputs.permute(0, 3, 1, 2), of_weights.permute(0, 3, 1, 2), of_biases, None, None
+
+
+def _by_pixel(maps: Tensor) -> Tensor:
+    """(N, filters, H, W) as (N, H, W, filters) float32 in this order of memory, which costs nothing if it has it."""
+    return maps.permute(0, 2, 3, 1).float().contiguous()
+
+
+def _dropout(features: Tensor, layer: Dropout, generator: torch.Generator | None) -> Tensor:
+    """What ``layer`` makes of features (N, features) float32."""
+    if not layer.training or not layer.dropped:
+        return features
+    kept: Tensor = _Dropout.apply(features, layer, layer.draw(features, generator))
+    return kept
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, features: Tensor, layer: Dropout, drawn: Tensor) -> Tensor:
+        ctx.layer, ctx.drawn = layer, drawn
+        return _kept(features, layer, drawn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, of_kept: Tensor) -> Gradients:
+        return _kept(of_kept, ctx.layer, ctx.drawn), None, None
+
+
+def _kept(features: Tensor, layer: Dropout, drawn: Tensor) -> Tensor:
+    kept = torch.empty(features.shape)
+    flat, numbers = features.contiguous().view(-1).numpy(), drawn.view(-1).numpy()
+    kernels.dropout()(flat, numbers, layer.lowest_kept, np.float32(layer.scale), kept.view(-1).numpy())
+    return kept

@@ -1,0 +1,195 @@
+"""The loops of the CNN that PyTorch has no single operation for, compiled for the CPU.
+
+A small CNN waits for memory more than it computes: as separate operations the first convolution, its pooling and its
+ReLU move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; what the
+convolution gives before pooling never exists. On the way back only the winners of the pooling windows are looked at.
+
+Numba compiles the loops, once for each set of sizes: with these known, the innermost loop becomes vector instructions.
+The machine code is kept in __pycache__. All arrays are contiguous; results are written into the last arguments.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Loop = Callable[..., None]
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Drawn = NDArray[np.int8] | NDArray[np.int16]
+
+DEAD = 255  # in place of a winner's number: ReLU let nothing through
+
+
+def _compiled(function: Loop) -> Loop:
+    # Without the interpreter's lock, so that several threads run it at once. A multiplication and the addition after it
+    # may become one instruction; nothing else is reordered, so the same inputs give the same bits.
+    loop: Loop = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(function)
+    return loop
+
+
+class Pair(NamedTuple):
+    """An operation and the way back through it."""
+
+    forward: Loop
+    backward: Loop
+
+
+@functools.cache
+def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
+    """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
+
+    ``size`` is that of a filter, ``window`` that of the pooling; ``sign`` is 1 where the largest value of a window wins
+    and -1 where the smallest does. Weights are (size, size, channels, filters); maps, their gradients and the numbers
+    of the winners' places are (N, H', W', filters). The loops over one filter and one window are unrolled.
+    """
+    zero, lowest = np.float32(0), np.float32(-np.inf)
+    span = (window - 1) * stride + size  # pixels that one pooling window sees, along each side
+
+    def forward(images: Bytes, weights: Floats, biases: Floats, maps: Floats, winners: Bytes) -> None:
+        for n in range(maps.shape[0]):
+            for i in range(maps.shape[1]):
+                for j in range(maps.shape[2]):
+                    for f in range(filters):
+                        best = lowest
+                        winner = 0
+                        for place in range(window * window):
+                            y, x = (i * window + place // window) * stride, (j * window + place % window) * stride
+                            total = biases[f]
+                            for a in range(size):
+                                for b in range(size):
+                                    for c in range(channels):
+                                        total += np.float32(images[n, y + a, x + b, c]) * weights[a, b, c, f]
+                            if sign * total > best or total != total:  # NaN wins, as in PyTorch, and is seen
+                                best = sign * total
+                                winner = place
+                        best *= sign
+                        maps[n, i, j, f] = zero if best <= 0 else best
+                        winners[n, i, j, f] = DEAD if best <= 0 else winner
+
+    def backward(
+        images: Bytes, of_maps: Floats, winners: Bytes, of_weights: Floats, of_biases: Floats
+    ) -> None:  # adds to the last two
+        for n in range(of_maps.shape[0]):
+            for i in range(of_maps.shape[1]):
+                for j in range(of_maps.shape[2]):
+                    y, x = i * window * stride, j * window * stride
+                    for f in range(filters):
+                        of_biases[f] += of_maps[n, i, j, f] if winners[n, i, j, f] != DEAD else zero
+                    ink = np.uint8(0)
+                    for a in range(span):
+                        for b in range(span):
+                            for c in range(channels):
+                                ink |= images[n, y + a, x + b, c]
+                    if ink == 0:  # all would be multiplied by 0, as for half of the windows of a digit
+                        continue
+                    for a in range(size):
+                        for b in range(size):
+                            for c in range(channels):
+                                for f in range(filters):
+                                    gradient, winner = of_maps[n, i, j, f], winners[n, i, j, f]
+                                    total = of_weights[a, b, c, f]
+                                    for place in range(window * window):
+                                        down, right = place // window * stride + a, place % window * stride + b
+                                        pixel = np.float32(images[n, y + down, x + right, c])
+                                        total += pixel * (gradient if winner == place else zero)
+                                    of_weights[a, b, c, f] = total
+
+    return Pair(_compiled(forward), _compiled(backward))
+
+
+@functools.cache
+def pool_relu(window: int, sign: int) -> Pair:
+    """Pooling and ReLU of maps (N, H, W, filters); what is left over at the right and bottom is cut off."""
+    zero, lowest = np.float32(0), np.float32(-np.inf)
+
+    def forward(maps: Floats, pooled: Floats, winners: Bytes) -> None:
+        for n in range(pooled.shape[0]):
+            for i in range(pooled.shape[1]):
+                for j in range(pooled.shape[2]):
+                    for f in range(pooled.shape[3]):
+                        best = lowest
+                        winner = 0
+                        for place in range(window * window):
+                            value = sign * maps[n, i * window + place // window, j * window + place % window, f]
+                            if value > best or value != value:
+                                best = value
+                                winner = place
+                        best *= sign
+                        pooled[n, i, j, f] = zero if best <= 0 else best
+                        winners[n, i, j, f] = DEAD if best <= 0 else winner
+
+    def backward(of_pooled: Floats, winners: Bytes, of_maps: Floats) -> None:
+        for n in range(of_pooled.shape[0]):
+            for i in range(of_pooled.shape[1]):
+                for j in range(of_pooled.shape[2]):
+                    for place in range(window * window):
+                        for f in range(of_pooled.shape[3]):
+                            of_maps[n, i * window + place // window, j * window + place % window, f] = (
+                                of_pooled[n, i, j, f] if winners[n, i, j, f] == place else zero
+                            )
+
+    return Pair(_compiled(forward), _compiled(backward))
+
+
+@functools.cache
+def winners_backward(size: int, stride: int, channels: int, window: int, inputs_learn: bool) -> Loop:
+    """From the gradients of pooled maps to those of the convolution before, without what pooling threw away.
+
+    In each window one value won, and the gradients of the others are zero; those of winners that ReLU or dropout
+    stopped are zero too. What is left, a sixteenth of the gradients of the convolution's maps in the default network,
+    is taken one by one: each adds its multiple of the filter to the gradients of the inputs, and its multiple of the
+    inputs to the gradient of the filter. Inputs are (N, H, W * channels), weights (filters, size, size * channels).
+    """
+    row = size * channels
+
+    def add_multiple(sums: Floats, values: Floats, factor: np.float32) -> None:
+        for t in range(row):
+            sums[t] += factor * values[t]
+
+    add_multiple = _compiled(add_multiple)
+
+    def backward(
+        inputs: Floats,
+        weights: Floats,
+        of_pooled: Floats,
+        winners: Bytes,
+        of_inputs: Floats,
+        of_weights: Floats,
+        of_biases: Floats,
+    ) -> None:  # adds to the last three
+        count, height, width, filters = of_pooled.shape
+        found = np.empty(height * width + 1, np.int32)
+        for n in range(count):
+            for f in range(filters):
+                length = 0
+                for at in range(height * width):  # listed first: branches that cannot be foreseen are slow
+                    found[length] = at
+                    learns = of_pooled[n, at // width, at % width, f] != 0
+                    length += learns & (winners[n, at // width, at % width, f] != DEAD)
+                for k in range(length):
+                    i, j = found[k] // width, found[k] % width
+                    gradient, winner = of_pooled[n, i, j, f], winners[n, i, j, f]
+                    y = (i * window + winner // window) * stride
+                    x = (j * window + winner % window) * stride * channels
+                    of_biases[f] += gradient
+                    for a in range(size):
+                        if inputs_learn:
+                            add_multiple(of_inputs[n, y + a, x : x + row], weights[f, a], gradient)
+                        add_multiple(of_weights[f, a], inputs[n, y + a, x : x + row], gradient)
+
+    return _compiled(backward)
+
+
+@functools.cache
+def dropout() -> Loop:
+    """Features (N,) times ``scale`` where the number drawn for them is ``lowest_kept`` or more, else 0."""
+
+    def forward(features: Floats, drawn: Drawn, lowest_kept: int, scale: np.float32, kept: Floats) -> None:
+        for f in range(features.shape[0]):
+            kept[f] = features[f] * scale if drawn[f] >= lowest_kept else np.float32(0)
+
+    return _compiled(forward)
