@@ -1,7 +1,9 @@
 """The README says what is so: its knobs are those of params.yaml, its targets and files exist."""
 
+import json
 import re
 
+from bench import recipes
 from tests.conftest import PARAMS, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -25,6 +27,25 @@ def knobs() -> list[str]:
 def test_the_table_of_knobs_is_that_of_params_yaml() -> None:
     assert len(knobs()) > 25
     assert "\n".join(knobs()) in README
+
+
+def test_the_short_recipe_is_the_one_that_was_measured() -> None:
+    command = re.search(r"^dvc exp run ((?:-S model|-S train|[^`])*?)(?=\n\n|\n```|#)", _speed(), flags=re.MULTILINE)
+    assert command is not None
+    words = command[1].replace("\\\n", " ").split()
+    assert words[::2] == ["-S"] * len(recipes.SHORT)
+    assert recipes.from_words(words[1::2]) == recipes.SHORT
+
+
+def test_the_table_of_bounds_is_that_of_the_measurement() -> None:
+    bounds = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
+    for bound in bounds:
+        assert f"| {bound['what']} |" in README
+        assert f"{bound['figure']:.2f} {bound['unit']}" in _speed()
+
+
+def _speed() -> str:
+    return README.split("\n## Speed\n")[1].split("\n## ")[0]
 
 
 def test_every_make_target_that_is_named_exists() -> None:

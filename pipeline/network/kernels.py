@@ -162,19 +162,20 @@ def winners_backward(size: int, stride: int, channels: int, window: int, inputs_
         of_biases: Floats,
     ) -> None:  # adds to the last three
         count, height, width, filters = of_pooled.shape
-        found = np.empty(height * width + 1, np.int32)
+        rows, columns = np.empty(height * width + 1, np.int64), np.empty(height * width + 1, np.int64)
+        learned = np.empty(height * width + 1, np.float32)
         for n in range(count):
             for f in range(filters):
                 length = 0
-                for at in range(height * width):  # listed first: branches that cannot be foreseen are slow
-                    found[length] = at
-                    learns = of_pooled[n, at // width, at % width, f] != 0
-                    length += learns & (winners[n, at // width, at % width, f] != DEAD)
+                for i in range(height):
+                    for j in range(width):  # listed first: branches that cannot be foreseen are slow
+                        gradient, winner = of_pooled[n, i, j, f], winners[n, i, j, f]
+                        rows[length] = (i * window + winner // window) * stride
+                        columns[length] = (j * window + winner % window) * stride * channels
+                        learned[length] = gradient
+                        length += (gradient != 0) & (winner != DEAD)
                 for k in range(length):
-                    i, j = found[k] // width, found[k] % width
-                    gradient, winner = of_pooled[n, i, j, f], winners[n, i, j, f]
-                    y = (i * window + winner // window) * stride
-                    x = (j * window + winner % window) * stride * channels
+                    y, x, gradient = rows[k], columns[k], learned[k]
                     of_biases[f] += gradient
                     for a in range(size):
                         if inputs_learn:

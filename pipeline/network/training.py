@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
         raise ValueError("precision is bfloat16, but this processor has no instructions for it; allowed here: float32")
     if threads:
         torch.set_num_threads(threads)
+    if chosen.type == "cuda":  # without it cuBLAS has no deterministic sums; read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Nothing here reads memory that it did not write, so none need be filled first. The attribute is there only once
     # torch has put a class of its own in the module's place, which no type checker sees.

@@ -173,3 +173,46 @@ def test_the_threads_asked_for_are_the_threads_used() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_gpu_learns_the_same_and_is_never_waited_for_within_an_epoch(
+    digits: dict[str, LabelledImages], batch_norm: bool
+) -> None:
+    device = training.set_up("cuda", None, "float32")
+    train, validation = digits["train"].to(device), digits["validation"].to(device)
+    steps = []
+
+    def forbid_waiting(step: training.Step) -> None:
+        steps.append(step)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) % 57 else "default")  # until the epoch's last step
+
+    cnn = CNN(replace(ARCHITECTURE, batch_norm=batch_norm), torch.Generator().manual_seed(0))
+    history = list(
+        training.fit(
+            cnn,
+            (train.images, train.labels),
+            (validation.images, validation.labels),
+            generator=torch.Generator(device).manual_seed(0),
+            on_step=forbid_waiting,
+            **RECIPE | {"max_shift": 1},
+        )
+    )
+    assert len(steps) == 2 * 57
+    assert history[-1].validation_accuracy > 0.9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+def test_a_gpu_gives_the_same_bytes_twice(digits: dict[str, LabelledImages]) -> None:
+    device = training.set_up("cuda", None, "float32")
+    on_gpu = {name: split.to(device) for name, split in digits.items()}
+    models = []
+    for _ in range(2):
+        cnn = CNN(ARCHITECTURE, torch.Generator().manual_seed(0))
+        train, validation = on_gpu["train"], on_gpu["validation"]
+        generator = torch.Generator(device).manual_seed(0)
+        splits = (train.images, train.labels), (validation.images, validation.labels)
+        list(training.fit(cnn, *splits, generator=generator, **RECIPE))
+        models.append(checkpoint.to_bytes(cnn))
+    assert models[0] == models[1]
