@@ -1,6 +1,6 @@
 """This project's training of the published network.
 
-    python -m bench.contenders.convtrack_fit EPOCHS [COPIES] [knob=value ...]
+    python -m bench.contenders.convtrack_fit EPOCHS COPIES [knob=value ...]
 
 COPIES: so many times the training images.
 """

@@ -22,14 +22,15 @@ def main() -> None:
             torch.autograd.backward(F.cross_entropy(model(images), labels))
             adam.step()
         model.eval()
-        loss, hits = 0.0, 0
+        loss, hits, seen = 0.0, 0, 0
         with torch.no_grad():
             for images, labels in validation:
                 logits = model(images)
                 loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                seen += len(labels)
                 hits += int((logits.argmax(dim=1) == labels).sum())
         reporting.report(
-            seconds=time.perf_counter() - started, validation_accuracy=hits / 6000, validation_loss=loss / 6000
+            seconds=time.perf_counter() - started, validation_accuracy=hits / seen, validation_loss=loss / seen
         )
     reporting.report_memory()
 

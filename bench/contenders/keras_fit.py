@@ -3,9 +3,7 @@
 Runs in an environment of its own, which has nothing of this project.
 """
 
-import json
 import os
-import resource
 import sys
 import time
 
@@ -13,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from keras import layers
+from reporting import report, report_memory
 
 
 class Reporter(keras.callbacks.Callback):
@@ -24,8 +23,7 @@ class Reporter(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Keras calls this after the validation pass."""
-        line = {"seconds": time.perf_counter() - self.started, "validation_accuracy": float(logs["val_accuracy"])}
-        print(json.dumps(line), flush=True)
+        report(seconds=time.perf_counter() - self.started, validation_accuracy=float(logs["val_accuracy"]))
 
 
 def main():
@@ -55,7 +53,7 @@ def main():
         callbacks=[Reporter()],
         verbose=0,
     )
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}))
+    report_memory()
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def parameter_count(architecture: Architecture) -> int:
 class Dropout(nn.Module):
     """Dropout whose mask is drawn from the generator that is passed in (Srivastava et al., 2014).
 
-    While training each feature is set to zero with probability ``p`` (in steps of 1/65,536) and the others are
-    divided by the share that is kept, so that the expected sum does not change.
+    While training each feature is set to zero with probability ``p`` (in steps of 1/65,536, and at most 65,535 of
+    them) and the others are divided by the share that is kept, so that the expected sum does not change.
     """
 
     def __init__(self, p: float) -> None:

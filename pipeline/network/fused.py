@@ -27,9 +27,15 @@ def logits(
 ) -> Tensor:
     """Logits (N, classes) float32 of images (N, H, W, C) uint8, on their device.
 
-    The function and the gradients of ``cnn(as_input(images), generator)``. With bfloat16 the convolutions, but on the
-    CPU not the first, take and give numbers of 8 significant bits; all sums are float32.
+    The function and the gradients of ``cnn(as_input(images), generator)``. With bfloat16 the convolutions take and give
+    numbers of 8 significant bits, but not one that reads bytes; all sums are float32. Raises ValueError for images of
+    another shape or type than the network's: the loops would read beyond them.
     """
+    if images.shape[1:] != cnn.architecture.image_shape or images.dtype != torch.uint8:
+        expected = " x ".join(map(str, cnn.architecture.image_shape))
+        raise ValueError(
+            f"images are {tuple(images.shape)} {images.dtype}; the network takes N x {expected} torch.uint8"
+        )
     sides = seen_sides(cnn.architecture)
     seen = images[:, : sides[0][0], : sides[0][1]]
     if images.device.type != "cpu":

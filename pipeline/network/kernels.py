@@ -9,8 +9,9 @@ The machine code is kept in __pycache__. All arrays are contiguous; results are 
 """
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -22,6 +23,22 @@ Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
 DEAD = 255  # in place of a winner's number: ReLU let nothing through
+
+
+Factory = TypeVar("Factory", bound=Callable[..., object])
+_one_at_a_time = threading.Lock()
+
+
+def _built_once(factory: Factory) -> Factory:
+    """Each set of sizes is built once, also when several threads ask for it at the same time."""
+    cached = functools.cache(factory)
+
+    @functools.wraps(factory)
+    def build(*sizes: object) -> object:
+        with _one_at_a_time:
+            return cached(*sizes)
+
+    return cast(Factory, build)
 
 
 def _compiled(function: Loop) -> Loop:
@@ -38,7 +55,7 @@ class Pair(NamedTuple):
     backward: Loop
 
 
-@functools.cache
+@_built_once
 def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
     """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
 
@@ -101,7 +118,7 @@ def first_block(size: int, stride: int, channels: int, filters: int, window: int
     return Pair(_compiled(forward), _compiled(backward))
 
 
-@functools.cache
+@_built_once
 def pool_relu(window: int, sign: int) -> Pair:
     """Pooling and ReLU of maps (N, H, W, filters); what is left over at the right and bottom is cut off."""
     zero, lowest = np.float32(0), np.float32(-np.inf)
@@ -135,7 +152,7 @@ def pool_relu(window: int, sign: int) -> Pair:
     return Pair(_compiled(forward), _compiled(backward))
 
 
-@functools.cache
+@_built_once
 def winners_backward(size: int, stride: int, channels: int, window: int, inputs_learn: bool) -> Loop:
     """From the gradients of pooled maps to those of the convolution before, without what pooling threw away.
 
@@ -145,12 +162,6 @@ def winners_backward(size: int, stride: int, channels: int, window: int, inputs_
     inputs to the gradient of the filter. Inputs are (N, H, W * channels), weights (filters, size, size * channels).
     """
     row = size * channels
-
-    def add_multiple(sums: Floats, values: Floats, factor: np.float32) -> None:
-        for t in range(row):
-            sums[t] += factor * values[t]
-
-    add_multiple = _compiled(add_multiple)
 
     def backward(
         inputs: Floats,
@@ -179,13 +190,17 @@ def winners_backward(size: int, stride: int, channels: int, window: int, inputs_
                     of_biases[f] += gradient
                     for a in range(size):
                         if inputs_learn:
-                            add_multiple(of_inputs[n, y + a, x : x + row], weights[f, a], gradient)
-                        add_multiple(of_weights[f, a], inputs[n, y + a, x : x + row], gradient)
+                            sums, values = of_inputs[n, y + a, x : x + row], weights[f, a]
+                            for t in range(row):
+                                sums[t] += gradient * values[t]
+                        sums, values = of_weights[f, a], inputs[n, y + a, x : x + row]
+                        for t in range(row):
+                            sums[t] += gradient * values[t]
 
     return _compiled(backward)
 
 
-@functools.cache
+@_built_once
 def dropout() -> Loop:
     """Features (N,) times ``scale`` where the number drawn for them is ``lowest_kept`` or more, else 0."""
 

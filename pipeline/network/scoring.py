@@ -21,10 +21,11 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
 
     was_training = cnn.training
     cnn.eval()
-    with workers.hired(cnn, images.device, PIECE) as team:
-        logits = torch.cat(team.map(predict, torch.split(images, PIECE)))
-    cnn.train(was_training)
-    return logits
+    try:
+        with workers.hired(cnn, images.device, PIECE) as team:
+            return torch.cat(list(team.map(predict, torch.split(images, PIECE))))
+    finally:
+        cnn.train(was_training)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

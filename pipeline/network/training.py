@@ -1,6 +1,5 @@
 """Training: fit() yields one row of numbers an epoch."""
 
-import functools
 import itertools
 import math
 import os
@@ -117,7 +116,7 @@ def fit(
 
     ``train`` and ``validation`` are images (N, H, W, C) uint8 and labels (N,) int64 on the device of ``generator``,
     from which the order of the images, the shifts and the dropout masks are drawn. ``on_step`` is called after each
-    step. Nothing is copied from the device within an epoch. Raises DivergedError.
+    step. From the first step of an epoch to its last nothing is copied from the device. Raises DivergedError.
     """
     images, labels = train
     cnn.to(images.device)
@@ -151,14 +150,17 @@ def fit(
         with workers.hired(cnn, images.device, batch_size) as team:
             for rows, of_batch, its_logits, its_losses, seed in batches:
                 pieces = team.split(rows), team.split(of_batch)
-                learned = team.map(learn, *pieces, itertools.repeat(len(rows)), itertools.count(seed))
-                piece_losses, piece_logits, shares = zip(*learned, strict=True)
-                for gradient, share, *others in zip(gradients, *shares, strict=True):
-                    functools.reduce(Tensor.add_, others, gradient.copy_(share))
+                results = team.map(learn, *pieces, itertools.repeat(len(rows)), itertools.count(seed))
+                its_losses.zero_()
+                filled = 0
+                for loss, scores, shares in results:
+                    its_losses += loss
+                    its_logits[filled : filled + len(scores)] = scores
+                    for gradient, share in zip(gradients, shares, strict=True):
+                        gradient.add_(share) if filled else gradient.copy_(share)
+                    filled += len(scores)
                 stepper.step()
                 rate.step()
-                its_losses.copy_(torch.stack(piece_losses).sum())
-                torch.cat(piece_logits, out=its_logits)
                 on_step(Step(its_losses, its_logits, of_batch))
         predicted = scoring.predict_logits(cnn, validation[0])
         seen = Epoch(
@@ -170,9 +172,9 @@ def fit(
             learning_rate=float(rate.get_last_lr()[0]),
             seconds=time.perf_counter() - started,
         )
-        for split, loss in (("training", seen.train_loss), ("validation", seen.validation_loss)):
-            if not loss < LARGEST_LOSS:  # true for NaN too
-                raise DivergedError(f"the {split} loss is {loss:.3g} in epoch {epoch}")
+        for split, mean_loss in (("training", seen.train_loss), ("validation", seen.validation_loss)):
+            if not mean_loss < LARGEST_LOSS:  # true for NaN too
+                raise DivergedError(f"the {split} loss is {mean_loss:.3g} in epoch {epoch}")
         yield seen
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.network.cnn import CNN
 
 LARGEST_PIECE = 64  # images; what is in work then stays near its core
+SMALLEST_PIECE = 16  # images; with fewer the operations' own overhead takes over
 Result = TypeVar("Result")
 
 
@@ -29,27 +30,26 @@ class Workers:
         """The images of a batch (N, ...), or what belongs to them, in pieces."""
         return torch.split(images, self._piece)
 
-    def map(self, function: Callable[..., Result], *pieces: Iterable[Any]) -> list[Result]:
+    def map(self, function: Callable[..., Result], *pieces: Iterable[Any]) -> Iterator[Result]:
         """What the function gives for each piece, in their order. Settings such as no_grad do not reach it.
 
-        Ends with the shortest of ``pieces``, as Python's own map does.
+        No more pieces are in work or waiting to be taken than there are threads. Ends with the shortest of ``pieces``,
+        as Python's own map does.
         """
         calls = list(zip(*pieces, strict=False))
-        if self._others is None:
-            return [function(*call) for call in calls]
-        submit = self._others.submit
-        others = {at: submit(function, *call) for at, call in enumerate(calls) if at % self._count}
-        # The calling thread takes its share instead of waiting.
-        own = {at: function(*call) for at, call in enumerate(calls) if at not in others}
-        return [others[at].result() if at in others else own[at] for at in range(len(calls))]
+        for start in range(0, len(calls), self._count):
+            own, *others = calls[start : start + self._count]
+            futures = [self._others.submit(function, *call) for call in others] if self._others else []
+            yield function(*own)  # the calling thread takes its share instead of waiting
+            yield from (future.result() for future in futures)
 
 
 @contextmanager
 def hired(cnn: CNN, device: torch.device, batch_size: int) -> Iterator[Workers]:
     """As many workers as torch has threads; one that takes a batch whole where it cannot be parted.
 
-    That is on a GPU, and while batch normalisation is trained, which looks at the whole batch. As long as there are
-    enough pieces of the largest size for all threads, their number does not change a bit of the result.
+    That is on a GPU, and while batch normalisation is trained, which looks at the whole batch. Elsewhere the number of
+    threads does not change a bit of the result as long as there is a piece of the largest size for each.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or (cnn.architecture.batch_norm and cnn.training):
@@ -58,6 +58,7 @@ def hired(cnn: CNN, device: torch.device, batch_size: int) -> Iterator[Workers]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(max(threads - 1, 1)) as others:
-            yield Workers(min(LARGEST_PIECE, math.ceil(batch_size / threads)), threads, others)
+            piece = min(LARGEST_PIECE, max(SMALLEST_PIECE, math.ceil(batch_size / threads)))
+            yield Workers(piece, threads, others)
     finally:
         torch.set_num_threads(threads)

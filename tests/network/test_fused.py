@@ -1,7 +1,11 @@
 """The fused operations against the plain network in float64: the same logits, the same gradients."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.nn import functional as F
 from pipeline.images.splits import LabelledImages
 from pipeline.network import fused, training
 from pipeline.network.cnn import CNN, Architecture, Block, as_input, seen_sides
+from tests.conftest import REPOSITORY
 
 DIGITS = tuple("0123456789")
 PUBLISHED = Architecture(image_shape=(28, 28, 1), class_names=DIGITS, filters=(32, 64))
@@ -142,6 +147,35 @@ def test_a_network_with_batch_normalisation_is_that_of_pytorch(digits: dict[str,
     assert len(statistics) == 4
     for name, values in statistics.items():
         torch.testing.assert_close(values, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 20, 20, 1), torch.zeros(2, 32, 32, 1), torch.zeros(2, 28, 28, 3)])
+def test_images_of_another_shape_are_refused(images: Tensor) -> None:
+    cnn = trained_a_little(PUBLISHED)
+    with pytest.raises(ValueError, match=r"images are \(2, .*; the network takes N x 28 x 28 x 1 torch.uint8"):
+        fused.logits(cnn, images.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"torch.float32; the network takes"):
+        fused.logits(cnn, torch.zeros(2, 28, 28, 1))
+
+
+def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> None:
+    code = "\n".join(
+        [
+            "import torch",
+            "from pipeline.network import fused",
+            "from pipeline.network.cnn import CNN, Architecture",
+            "cnn = CNN(Architecture((28, 28, 1), ('a', 'b'), (16, 8)), torch.Generator())",
+            "draws = torch.Generator()",
+            "fused.logits(cnn, torch.ones(2, 28, 28, 1, dtype=torch.uint8), draws).sum().backward()",
+        ]
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "NUMBA_CACHE_DIR": str(tmp_path)}
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        kept.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")})
+    assert len([path for path in kept[0] if path.suffix == ".nbc"]) == 5
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("broken", ["blocks.0.convolution.weight", "blocks.1.convolution.bias", "dense.bias"])

@@ -189,16 +189,13 @@ def test_a_gpu_learns_the_same_and_is_never_waited_for_within_an_epoch(
         torch.cuda.set_sync_debug_mode("error" if len(steps) % 57 else "default")  # until the epoch's last step
 
     cnn = CNN(replace(ARCHITECTURE, batch_norm=batch_norm), torch.Generator().manual_seed(0))
-    history = list(
-        training.fit(
-            cnn,
-            (train.images, train.labels),
-            (validation.images, validation.labels),
-            generator=torch.Generator(device).manual_seed(0),
-            on_step=forbid_waiting,
-            **RECIPE | {"max_shift": 1},
-        )
-    )
+    splits = (train.images, train.labels), (validation.images, validation.labels)
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        recipe = RECIPE | {"max_shift": 1}
+        history = list(training.fit(cnn, *splits, generator=generator, on_step=forbid_waiting, **recipe))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 2 * 57
     assert history[-1].validation_accuracy > 0.9
 

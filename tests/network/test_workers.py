@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
         (3, 128, 128, [43, 43, 42]),
         (2, 100, 100, [50, 50]),
         (2, 100, 1, [1]),
+        (64, 128, 128, [16] * 8),
         (4, 200, 200, [50] * 4),
     ],
 )
@@ -57,7 +58,7 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
         pytest.raises(ZeroDivisionError),
         workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU, 9) as team,
     ):
-        team.map(lambda number: 1 // number, [1, 0])
+        list(team.map(lambda number: 1 // number, [1, 0]))
     assert torch.get_num_threads() == 2
 
 
@@ -67,4 +68,4 @@ def test_a_batch_that_is_normalised_stays_whole_while_training() -> None:
     for training, pieces in ((True, 1), (False, 2)):
         with workers.hired(cnn.train(training), CPU, 128) as team:
             assert len(team.split(torch.arange(128))) == pieces
-            assert team.map(abs, [-1, 2]) == [1, 2]
+            assert list(team.map(abs, [-1, 2])) == [1, 2]
