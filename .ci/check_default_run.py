@@ -8,6 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
+from safetensors.numpy import load_file
 
 CLONE = Path("convtrack").resolve()
 
@@ -18,6 +19,17 @@ def test_the_test_accuracy_is_that_of_the_published_network() -> None:
     assert metrics["dataset"] == "mnist"
     assert metrics["parameters"] == 34826
     assert 0.985 <= metrics["test"]["accuracy"] <= 0.9995
+
+
+def test_the_splits_are_the_published_ones_and_disjoint() -> None:
+    splits = [
+        load_file(CLONE / f"data/prepared/{name}.safetensors")["images"] for name in ("train", "validation", "test")
+    ]
+    assert [images.shape for images in splits] == [(count, 28, 28, 1) for count in (54_000, 6_000, 10_000)]
+    train, validation, test = ({image.tobytes() for image in images} for images in splits)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
 
 
 def test_the_registered_model_loads_and_predicts_outside_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,8 +46,6 @@ def test_the_registered_model_loads_and_predicts_outside_the_repository(monkeypa
 
 
 def test_the_champion_answers_the_test_images_as_the_predictions_say() -> None:
-    from safetensors.numpy import load_file
-
     images = load_file(CLONE / "data/prepared/test.safetensors")["images"]
     lines = (CLONE / "reports/predictions.csv").read_text().splitlines()[1:]
     mlflow.set_tracking_uri(f"sqlite:///{CLONE / 'mlflow.db'}")

@@ -10,27 +10,22 @@ a figure falls short of its bound.
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from bench import figures, recipes
+from bench import arithmetic, figures, recipes, stages
 from bench.machine import machine
 from pipeline import files
 from pipeline.errors import UserError, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
-from pipeline.network.cnn import Architecture, layers, seen_sides
+from pipeline.network.cnn import Architecture
 
 RESULTS, PICTURE = Path("bench/results.json"), Path("docs/speed.png")
 KERAS_PYTHON, LIGHTNING = Path("bench/.keras/bin/python"), Path("bench/.lightning")
@@ -78,14 +73,9 @@ class Turn:
 
 def take_turn(command: Command, data: Path, epochs: int) -> Turn:
     """Run a contender for one epoch more than asked for."""
-    done = subprocess.run(
-        list(map(str, command(data, epochs + 1))),
-        env=os.environ | {"PYTHONPATH": f"{Path.cwd()}:{LIGHTNING}", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    *rows, memory = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    words = list(map(str, command(data, epochs + 1)))
+    _, printed = stages.timed(words, Path.cwd(), PYTHONPATH=f"{Path.cwd()}:{LIGHTNING}")
+    *rows, memory = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     return Turn([row["seconds"] for row in rows[1:]], rows[-1]["validation_accuracy"], memory["peak_mb"])
 
 
@@ -104,125 +94,14 @@ def write_data(path: Path) -> None:
     )
 
 
-def peak() -> float:
-    """Floating-point operations a second of the fastest float32 matrix product or convolution found here.
-
-    Of both, since a library that is slow on this processor must not make the share of the peak look better.
-    """
-    found: list[float] = []
-    with torch.no_grad():
-        for side in (1024, 2048):
-            left, right = torch.randn(2, side, side)
-            found += _rates(torch.matmul, left, right, 2 * side**3)
-        for channels, side in ((64, 14), (64, 28), (256, 14)):
-            images = torch.randn(64, channels, side, side).to(memory_format=torch.channels_last)
-            weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
-            found += _rates(torch.conv2d, images, weight, 2 * 64 * (side - 2) ** 2 * channels**2 * 9)
-    return max(found)
-
-
-def _rates(compute: Callable[..., Tensor], left: Tensor, right: Tensor, operations: int) -> list[float]:
-    rates = []
-    for _ in range(20):
-        started = time.perf_counter()
-        compute(left, right)
-        rates.append(operations / (time.perf_counter() - started))
-    return rates
-
-
-def needed_operations(architecture: Architecture, train: int, validation: int) -> int:
-    """Floating-point operations of an epoch: two for each multiply-add that reaches a logit, and for its gradients.
-
-    Weights need as many on the way back as on the way forth, inputs too but for the images. All of a convolution's
-    gradients are counted, also those that pooling makes zero.
-    """
-    sides = seen_sides(architecture)
-    channels = [architecture.image_shape[2], *architecture.filters]
-    forward = back = 0
-    for index, ((before, after), (height, width)) in enumerate(
-        zip(itertools.pairwise(channels), sides[1:], strict=True)
-    ):
-        places = height * width * architecture.pool_size**2
-        here = places * after * before * architecture.kernel_size**2
-        forward += here
-        back += here * (2 if index else 1)
-    features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
-    dense = features * len(architecture.class_names)
-    return 2 * (train * (forward + back + 3 * dense) + validation * (forward + dense))
-
-
-def measured_command(command: Sequence[str], folder: Path, **more: str) -> tuple[float, float]:
-    """Seconds and peak megabytes of a command."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", **more}
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6
-
-
-def workspace(folder: Path) -> Path:
-    """A folder with the published recipe and the prepared images."""
-    folder.mkdir()
-    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
-    (folder / "data").mkdir()
-    (folder / files.PREPARED).symlink_to(files.PREPARED.resolve())
-    return folder
-
-
-def tracking_share(folder: Path, pairs: int) -> tuple[list[float], float]:
-    """What share of the stage `train` MLflow takes, pair by pair, and the stage's peak megabytes.
-
-    The tracking store is there before, as it is in all runs but the first.
-    """
-    here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder)}
-    shares, peaks = [], []
-    measured_command([sys.executable, "-c", "from pipeline.tracking import runs; runs.connect()"], folder, **here)
-    for number in range(pairs):
-        seconds = {}
-        for module in ("pipeline.train", "bench.untracked")[:: 1 if number % 2 else -1]:  # neither is always first
-            seconds[module], megabytes = measured_command([sys.executable, "-m", module], folder, **here)
-            peaks.append(megabytes)
-        shares.append(1 - seconds["bench.untracked"] / seconds["pipeline.train"])
-    return shares, max(peaks)
-
-
-def around_the_epochs(folder: Path) -> float:
-    """Seconds of `dvc repro` in a fresh clone, from the published files on, that are not spent in epochs.
-
-    An epoch counts as the median one: what the first one takes longer, to set things up, is not training.
-    """
-    subprocess.run(["git", "clone", "--quiet", ".", folder], check=True)
-    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
-    mirror = files.raw_folder() / read_dataset().name
-    seconds, _ = measured_command(["dvc", "repro", "--quiet"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("convtrack")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    epochs = [metric.value for metric in client.get_metric_history(run.info.run_id, "seconds")]
-    return seconds - len(epochs) * statistics.median(epochs)
-
-
 Study = dict[str, dict[str, float]]
 
 
 def over_seeds(folder: Path, knobs: Mapping[str, object], seeds: int) -> Study:
     """Mean and deviation of the published recipe with other values for some knobs."""
     output = folder / "seeds.json"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "bench.seeds", "--recipe", str(recipes.PUBLISHED), "--output", str(output)),
-            *("--seeds", str(seeds), *recipes.as_words(knobs)),
-        ],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    recipe = ("--recipe", str(recipes.PUBLISHED), "--output", str(output), "--seeds", str(seeds))
+    stages.timed([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(knobs)], Path.cwd())
     summary: Study = json.loads(output.read_text())["summary"]
     return summary
 
@@ -284,12 +163,12 @@ def other_bounds(folder: Path, turns: Mapping[str, list[Turn]], studies: Mapping
     (accuracy, seconds), (accuracy_of_shortest, seconds_of_shortest) = (
         (100 * study["test_accuracy"]["mean"], study["fit_seconds"]["mean"]) for study in studies.values()
     )
-    shares, megabytes = tracking_share(workspace(folder / "workspace"), pairs=3)
+    shares, megabytes = stages.tracking_share(stages.workspace(folder / "workspace"), pairs=3)
     sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(2)]
     times = tuple(large.seconds[0] / small.seconds[0] for small, large in sizes)
     added = 3 * read_split(read_dataset(), TRAIN).images.nbytes / 1e6
     more = tuple((large.peak_mb - small.peak_mb) / added for small, large in sizes)
-    around = around_the_epochs(folder / "clone")
+    around = stages.around_the_epochs(folder / "clone")
     return [
         Bound("test accuracy of the short recipe, mean of 10 seeds", (accuracy,), 99.23, 99.23, "%"),
         Bound("its time against 15 epochs of Keras", (keras_seconds / seconds,), 8, 12, "x less"),
@@ -317,7 +196,7 @@ def main() -> None:
         data = folder / "images.npz"
         write_data(data)
         for number in range(1, rounds + 1):
-            peaks.append(peak())
+            peaks.append(arithmetic.peak())
             for name, command in CONTENDERS.items():
                 turns[name].append(take_turn(command, data, epochs))
                 shown = ", ".join(f"{seconds:.2f}" for seconds in turns[name][-1].seconds)
@@ -359,7 +238,7 @@ def operations_of_an_epoch() -> int:
     """Of the published network on the prepared images."""
     dataset = read_dataset()
     architecture = Architecture(dataset.image_shape, dataset.class_names, **recipes.published().model.model_dump())
-    return needed_operations(architecture, *(dataset.splits[name].count for name in (TRAIN, VALIDATION)))
+    return arithmetic.needed_operations(architecture, *(dataset.splits[name].count for name in (TRAIN, VALIDATION)))
 
 
 def seconds_of(turns: Mapping[str, list[Turn]]) -> dict[str, tuple[float, float, float]]:

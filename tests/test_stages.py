@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline import evaluate, files, prepare, results, train, visualize
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.images import sources, splits
-from pipeline.network import checkpoint
+from pipeline.network import checkpoint, training
 from tests.conftest import QUICK, REPOSITORY, run_stage, write_params
 
 
@@ -230,6 +230,19 @@ def test_a_gpu_that_is_not_there_is_said_before_a_run_is_opened(workspace: Path)
     code, line = run_stage("train", workspace, CUDA_VISIBLE_DEVICES="")  # none, on any machine
     assert code == 2
     assert line == "error: params.yaml: train.device is cuda, but torch finds no GPU; allowed here: auto | cpu\n"
+    assert not (workspace / "mlruns").exists()
+
+
+def test_a_processor_without_bfloat16_is_said_before_a_run_is_opened(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(workspace, QUICK | {"train.precision": "bfloat16", "train.device": "cpu"})
+    monkeypatch.setattr(training, "_has_bfloat16", lambda device: False)  # what such a processor answers
+    with pytest.raises(UserError) as error:
+        train.main()
+    assert str(error.value) == (
+        "params.yaml: train.precision is bfloat16, but this processor has no instructions for it; allowed here: float32"
+    )
     assert not (workspace / "mlruns").exists()
 
 

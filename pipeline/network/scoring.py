@@ -22,7 +22,7 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
     was_training = cnn.training
     cnn.eval()
     try:
-        with workers.hired(cnn, images.device, PIECE) as team:
+        with workers.hired(cnn, images.device) as team:
             return torch.cat(list(team.map(predict, torch.split(images, PIECE))))
     finally:
         cnn.train(was_training)

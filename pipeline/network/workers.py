@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from pipeline.network.cnn import CNN
 
@@ -17,18 +16,23 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Threads among which images are dealt out, and the pieces that they get.
+    """Threads among which images are dealt out, piece by piece.
 
     One thread for each piece, and each operation on one thread. PyTorch's own way, all threads at each operation, has
     them wait for each other some fifty times a step.
     """
 
-    def __init__(self, piece: int, count: int, others: ThreadPoolExecutor | None) -> None:
-        self._piece, self._count, self._others = piece, count, others
+    def __init__(self, count: int, others: ThreadPoolExecutor | None) -> None:
+        self._count, self._others = count, others
 
-    def split(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The images of a batch (N, ...), or what belongs to them, in pieces."""
-        return torch.split(images, self._piece)
+    def piece(self, batch_size: int) -> int:
+        """How many images of such a batch make a piece; all of them where a batch cannot be parted.
+
+        The number of threads does not change a bit of the result as long as there is a largest piece for each.
+        """
+        if self._others is None:
+            return batch_size
+        return min(LARGEST_PIECE, max(SMALLEST_PIECE, math.ceil(batch_size / self._count)))
 
     def map(self, function: Callable[..., Result], *pieces: Iterable[Any]) -> Iterator[Result]:
         """What the function gives for each piece, in their order. Settings such as no_grad do not reach it.
@@ -45,20 +49,18 @@ class Workers:
 
 
 @contextmanager
-def hired(cnn: CNN, device: torch.device, batch_size: int) -> Iterator[Workers]:
+def hired(cnn: CNN, device: torch.device) -> Iterator[Workers]:
     """As many workers as torch has threads; one that takes a batch whole where it cannot be parted.
 
-    That is on a GPU, and while batch normalisation is trained, which looks at the whole batch. Elsewhere the number of
-    threads does not change a bit of the result as long as there is a piece of the largest size for each.
+    That is on a GPU, and while batch normalisation is trained, which looks at the whole batch.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or (cnn.architecture.batch_norm and cnn.training):
-        yield Workers(batch_size, 1, None)
+        yield Workers(1, None)
         return
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(max(threads - 1, 1)) as others:
-            piece = min(LARGEST_PIECE, max(SMALLEST_PIECE, math.ceil(batch_size / threads)))
-            yield Workers(piece, threads, others)
+            yield Workers(threads, others)
     finally:
         torch.set_num_threads(threads)

@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined] # made when mlflow is imported
 from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -154,11 +154,12 @@ def _flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 def _dataset_input(dataset: Dataset, split: str, context: str) -> DatasetInput:
     facts = dataset.splits[split]
+    sources: Any = mlflow.data.sources  # mlflow makes the classes in it when it is imported
     # mlflow reads shapes and types off the arrays, and its own digest off a few of their values. Our digest is that
     # of every byte, so arrays that only have the right shape do.
     described = from_numpy(
         np.broadcast_to(np.uint8(0), (facts.count, *dataset.image_shape)),
-        source=LocalArtifactDatasetSource(str(files.PREPARED / f"{split}.safetensors")),
+        source=sources.LocalArtifactDatasetSource(str(files.PREPARED / f"{split}.safetensors")),
         targets=np.broadcast_to(np.int64(0), (facts.count,)),
         name=f"{dataset.name}-{split}",
         digest=facts.sha256[:32],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.images.splits import LabelledImages
-from pipeline.network import fused, training
+from pipeline.network import fused
 from pipeline.network.cnn import CNN, Architecture, Block, as_input, seen_sides
 from tests.conftest import REPOSITORY
 
@@ -121,10 +121,6 @@ def after_convolution(block: Block, maps: Tensor) -> Tensor:
     return pooled
 
 
-@pytest.mark.skipif(
-    not training._has_bfloat16(torch.device("cpu")),
-    reason="this processor has no bfloat16 instructions, and train refuses to emulate them",
-)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_bfloat16_gives_them_within_its_digits(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     some, cnn = images_for(architecture, digits), trained_a_little(architecture)

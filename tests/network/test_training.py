@@ -124,10 +124,6 @@ def test_one_cycle_goes_up_and_then_down_to_nothing(digits: dict[str, LabelledIm
     assert rates[-1] < 1e-6
 
 
-@pytest.mark.skipif(
-    not training._has_bfloat16(torch.device("cpu")),
-    reason="this processor has no bfloat16 instructions, and train refuses to emulate them",
-)
 def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages]) -> None:
     _, history = fit(digits, epochs=3, precision="bfloat16")
     assert history[-1].validation_accuracy > 0.9
@@ -175,7 +171,10 @@ def test_the_threads_asked_for_are_the_threads_used() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU on this machine")
+
+
+@needs_a_gpu
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_a_gpu_learns_the_same_and_is_never_waited_for_within_an_epoch(
     digits: dict[str, LabelledImages], batch_norm: bool
@@ -200,7 +199,7 @@ def test_a_gpu_learns_the_same_and_is_never_waited_for_within_an_epoch(
     assert history[-1].validation_accuracy > 0.9
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+@needs_a_gpu
 def test_a_gpu_gives_the_same_bytes_twice(digits: dict[str, LabelledImages]) -> None:
     device = training.set_up("cuda", None, "float32")
     on_gpu = {name: split.to(device) for name, split in digits.items()}

@@ -14,25 +14,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("threads", "batch_size", "images", "pieces"),
-    [
-        (1, 128, 128, [64, 64]),
-        (2, 128, 128, [64, 64]),
-        (2, 128, 112, [64, 48]),
-        (3, 128, 128, [43, 43, 42]),
-        (2, 100, 100, [50, 50]),
-        (2, 100, 1, [1]),
-        (64, 128, 128, [16] * 8),
-        (4, 200, 200, [50] * 4),
-    ],
+    ("threads", "batch_size", "piece"),
+    [(1, 128, 64), (2, 128, 64), (3, 128, 43), (2, 100, 50), (2, 20, 16), (4, 200, 50), (64, 128, 16)],
 )
-def test_a_batch_is_parted_among_the_threads(threads: int, batch_size: int, images: int, pieces: list[int]) -> None:
+def test_a_batch_is_parted_among_the_threads(threads: int, batch_size: int, piece: int) -> None:
     torch.set_num_threads(threads)
-    with workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU, batch_size) as team:
+    with workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU) as team:
         assert torch.get_num_threads() == 1
-        parted = team.split(torch.arange(images))
-        assert [len(piece) for piece in parted] == pieces
-        assert torch.equal(torch.cat(parted), torch.arange(images))
+        assert team.piece(batch_size) == piece
     assert torch.get_num_threads() == threads
 
 
@@ -45,7 +34,7 @@ def test_every_thread_works_and_the_answers_come_in_order() -> None:
         assert torch.get_num_threads() == 1
         return number**2, threading.get_ident()
 
-    with workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU, 9) as team:
+    with workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU) as team:
         squares, threads = zip(*team.map(square, range(9)), strict=True)
     assert squares == tuple(number**2 for number in range(9))
     assert len(set(threads)) == 3
@@ -56,7 +45,7 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
     torch.set_num_threads(2)
     with (
         pytest.raises(ZeroDivisionError),
-        workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU, 9) as team,
+        workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU) as team,
     ):
         list(team.map(lambda number: 1 // number, [1, 0]))
     assert torch.get_num_threads() == 2
@@ -65,7 +54,7 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
 def test_a_batch_that_is_normalised_stays_whole_while_training() -> None:
     torch.set_num_threads(2)
     cnn = CNN(replace(ARCHITECTURE, batch_norm=True), torch.Generator())
-    for training, pieces in ((True, 1), (False, 2)):
-        with workers.hired(cnn.train(training), CPU, 128) as team:
-            assert len(team.split(torch.arange(128))) == pieces
+    for training, piece in ((True, 128), (False, 64)):
+        with workers.hired(cnn.train(training), CPU) as team:
+            assert team.piece(128) == piece
             assert list(team.map(abs, [-1, 2])) == [1, 2]

@@ -1,0 +1,57 @@
+"""The floor: how many operations an epoch needs, and how many a second this machine can do."""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.network.cnn import Architecture, layers, seen_sides
+
+
+def peak() -> float:
+    """Floating-point operations a second of the fastest float32 matrix product or convolution found here.
+
+    Of both, since a library that is slow on this processor must not make the share of the peak look better.
+    """
+    found: list[float] = []
+    with torch.no_grad():
+        for side in (1024, 2048):
+            left, right = torch.randn(2, side, side)
+            found += _rates(torch.matmul, left, right, 2 * side**3)
+        for channels, side in ((64, 14), (64, 28), (256, 14)):
+            images = torch.randn(64, channels, side, side).to(memory_format=torch.channels_last)
+            weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
+            found += _rates(torch.conv2d, images, weight, 2 * 64 * (side - 2) ** 2 * channels**2 * 9)
+    return max(found)
+
+
+def _rates(compute: Callable[..., Tensor], left: Tensor, right: Tensor, operations: int) -> list[float]:
+    rates = []
+    for _ in range(20):
+        started = time.perf_counter()
+        compute(left, right)
+        rates.append(operations / (time.perf_counter() - started))
+    return rates
+
+
+def needed_operations(architecture: Architecture, train: int, validation: int) -> int:
+    """Floating-point operations of an epoch: two for each multiply-add that reaches a logit, and for its gradients.
+
+    Weights need as many on the way back as on the way forth, inputs too but for the images. All of a convolution's
+    gradients are counted, also those that pooling makes zero.
+    """
+    sides = seen_sides(architecture)
+    channels = [architecture.image_shape[2], *architecture.filters]
+    forward = back = 0
+    for index, ((before, after), (height, width)) in enumerate(
+        zip(itertools.pairwise(channels), sides[1:], strict=True)
+    ):
+        places = height * width * architecture.pool_size**2
+        here = places * after * before * architecture.kernel_size**2
+        forward += here
+        back += here * (2 if index else 1)
+    features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
+    dense = features * len(architecture.class_names)
+    return 2 * (train * (forward + back + 3 * dense) + validation * (forward + dense))

@@ -1,0 +1,32 @@
+"""Stage `train` with or without MLflow, and the most memory that it took. For bench/stages.py.
+
+    python -m bench.train_stage tracked | untracked
+
+Runs in a workspace with params.yaml and the prepared images, as `python -m pipeline.train` does.
+"""
+
+import sys
+from contextlib import nullcontext
+from types import ModuleType
+
+from bench.contenders import reporting
+from pipeline.errors import run_command
+
+
+def main() -> None:
+    """Run the stage; untracked with a tracking module that does nothing, so that mlflow is not even imported."""
+    if sys.argv[1] == "untracked":
+        silent = ModuleType("pipeline.tracking.runs")
+        for name in ("connect", "log_epoch", "describe_model"):
+            setattr(silent, name, lambda *_: None)
+        silent.__dict__["training_run"] = lambda *_: nullcontext()
+        sys.modules["pipeline.tracking.runs"] = silent
+    from pipeline import train
+
+    train.main()
+    assert ("mlflow" in sys.modules) == (sys.argv[1] == "tracked")
+    reporting.report_memory()
+
+
+if __name__ == "__main__":
+    run_command(main)
