@@ -164,7 +164,7 @@ def other_bounds(folder: Path, turns: Mapping[str, list[Turn]], studies: Mapping
         (100 * study["test_accuracy"]["mean"], study["fit_seconds"]["mean"]) for study in studies.values()
     )
     shares, megabytes = stages.tracking_share(stages.workspace(folder / "workspace"), pairs=3)
-    sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(2)]
+    sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(5)]
     times = tuple(large.seconds[0] / small.seconds[0] for small, large in sizes)
     added = 3 * read_split(read_dataset(), TRAIN).images.nbytes / 1e6
     more = tuple((large.peak_mb - small.peak_mb) / added for small, large in sizes)
