@@ -1,1 +1,1 @@
-"""Measurements: how good and how fast, with the machine and the command that gave the figures."""
+"""Measurements: how good and how fast, with the machine that gave the figures."""

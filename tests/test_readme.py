@@ -40,8 +40,12 @@ def test_the_short_recipe_is_the_one_that_was_measured() -> None:
 def test_the_table_of_bounds_is_that_of_the_measurement() -> None:
     bounds = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
     for bound in bounds:
-        assert f"| {bound['what']} |" in README
-        assert f"{bound['figure']:.2f} {bound['unit']}" in _speed()
+        figures = bound["figures"]
+        spread = f" ({min(figures):.2f} ... {max(figures):.2f})" if len(figures) > 1 else ""
+        must = f"{'at most' if bound['low'] else 'at least'} {bound['bound']:g}"
+        measured = f"{bound['figure']:.2f} {bound['unit']}{spread}"
+        assert f"| {bound['what']} | {measured} | {must} | {bound['aim']:g} |\n" in _speed()
+        assert bound["holds"], bound["what"]
 
 
 def _speed() -> str:

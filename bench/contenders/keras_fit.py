@@ -1,6 +1,6 @@
 """Keras on TensorFlow: the published example, https://keras.io/examples/vision/mnist_convnet/.
 
-Runs in an environment of its own, which has nothing of this project.
+Runs in an environment of its own and imports nothing of this project.
 """
 
 import os

@@ -116,8 +116,8 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        # 8 or 16 random bits a feature are cut from numbers of 64 bits: bernoulli_ draws a number a feature and takes
-        # an eighth of a training step. Eight decide for a half, a quarter, an eighth ...
+        # 8 or 16 random bits a feature are cut from numbers of 64 bits: bernoulli_ draws a number a feature, on one
+        # thread. Eight decide for a half, a quarter, an eighth ...
         self.bits: int = 8 if (p * 2**8).is_integer() else 16
         # Of the 2^bits numbers that can be drawn, so many drop a feature.
         self.dropped: int = min(round(p * 2**self.bits), 2**self.bits - 1)

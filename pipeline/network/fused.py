@@ -28,7 +28,8 @@ def logits(
     """Logits (N, classes) float32 of images (N, H, W, C) uint8, on their device.
 
     The function and the gradients of ``cnn(as_input(images), generator)``. With bfloat16 the convolutions take and give
-    numbers of 8 significant bits, but not one that reads bytes; all sums are float32. Raises ValueError for images of
+    numbers of 8 significant bits, but not one that reads bytes; all sums are float32. (On a
+    GPU it is PyTorch's autocast that decides which operations do.) Raises ValueError for images of
     another shape or type than the network's: the loops would read beyond them.
     """
     if images.shape[1:] != cnn.architecture.image_shape or images.dtype != torch.uint8:

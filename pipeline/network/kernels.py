@@ -2,7 +2,8 @@
 
 A small CNN waits for memory more than it computes: as separate operations the first convolution, its pooling and its
 ReLU move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; what the
-convolution gives before pooling never exists. On the way back only the winners of the pooling windows are looked at.
+convolution gives before pooling never exists. On the way back through the other convolutions only the winners of the
+pooling windows are looked at.
 
 Numba compiles the loops, once for each set of sizes: with these known, the innermost loop becomes vector instructions.
 The machine code is kept in __pycache__. All arrays are contiguous; results are written into the last arguments.

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # oneDNN also says yes to AVX-512 without bfloat16 instructions, where it imitates them, slower than float32.
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+        return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

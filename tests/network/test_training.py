@@ -171,12 +171,14 @@ def test_the_threads_asked_for_are_the_threads_used() -> None:
         torch.set_num_threads(before)
 
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU on this machine")
+needs_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="tests the training on a CUDA GPU, and PyTorch finds none on this machine"
+)
 
 
 @needs_a_gpu
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_a_gpu_learns_the_same_and_is_never_waited_for_within_an_epoch(
+def test_a_gpu_learns_and_is_never_waited_for_within_an_epoch(
     digits: dict[str, LabelledImages], batch_norm: bool
 ) -> None:
     device = training.set_up("cuda", None, "float32")
