@@ -53,11 +53,13 @@ def build(params: Params, dataset: Dataset) -> CNN:
 def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Params) -> list[training.Epoch]:
     """Train to the end, with a bar on a terminal and a line an epoch anywhere."""
     history = []
-    generator = torch.Generator(train.images.device).manual_seed(params.seed)
+    device = train.images.device
+    generator = torch.Generator(device).manual_seed(params.seed)
     with tqdm(total=params.train.epochs * len(train), unit=" images", unit_scale=True, disable=None) as bar:
 
         def on_step(step: training.Step) -> None:
-            if bar.update(step.images):  # true a few times a second, on a terminal only
+            # True a few times a second, on a terminal only. A GPU would have to be waited for to tell the loss.
+            if bar.update(step.images) and device.type == "cpu":
                 bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
 
         try:

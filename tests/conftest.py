@@ -19,6 +19,9 @@ from pipeline.tracking import runs
 REPOSITORY = Path(__file__).parents[1]
 PARAMS = REPOSITORY / "tests" / "params.yaml"
 QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2}
+needs_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="tests the training on a CUDA GPU, and PyTorch finds none on this machine"
+)
 
 
 def write_params(folder: Path, changes: Mapping[str, object]) -> None:

@@ -28,9 +28,9 @@ def logits(
     """Logits (N, classes) float32 of images (N, H, W, C) uint8, on their device.
 
     The function and the gradients of ``cnn(as_input(images), generator)``. With bfloat16 the convolutions take and give
-    numbers of 8 significant bits, but not one that reads bytes; all sums are float32. (On a
-    GPU it is PyTorch's autocast that decides which operations do.) Raises ValueError for images of
-    another shape or type than the network's: the loops would read beyond them.
+    numbers of 8 significant bits, but not one that reads bytes; all sums are float32. On a GPU PyTorch's autocast
+    decides: there the dense layer takes such numbers too. Raises ValueError for images of another shape or type than
+    the network's: the loops would read beyond them.
     """
     if images.shape[1:] != cnn.architecture.image_shape or images.dtype != torch.uint8:
         expected = " x ".join(map(str, cnn.architecture.image_shape))
@@ -176,10 +176,11 @@ class _BareBlock(torch.autograd.Function):
     def backward(ctx: _Context, of_left: Tensor) -> Gradients:
         inputs, weights = (_by_pixel(each) for each in ctx.saved_tensors)
         filters, size, _, channels = weights.shape
-        of_inputs, of_weights, of_biases = torch.zeros_like(inputs), torch.zeros_like(weights), torch.zeros(filters)
-        loop: Loop = kernels.winners_backward(
-            size, ctx.block.convolution.stride[0], channels, ctx.block.pool_size, ctx.needs_input_grad[0]
-        )
+        inputs_learn = ctx.needs_input_grad[0]  # not those of the first block, the images
+        of_inputs = torch.zeros(inputs.shape if inputs_learn else (0, 0, 0, 0))
+        of_weights, of_biases = torch.zeros_like(weights), torch.zeros(filters)
+        stride, window = ctx.block.convolution.stride[0], ctx.block.pool_size
+        loop: Loop = kernels.winners_backward(size, stride, channels, window, inputs_learn)
         loop(
             inputs.flatten(2).numpy(),
             weights.flatten(2).numpy(),
@@ -189,7 +190,13 @@ class _BareBlock(torch.autograd.Function):
             of_weights.flatten(2).numpy(),
             of_biases.numpy(),
         )
-        return of_inputs.permute(0, 3, 1, 2), of_weights.permute(0, 3, 1, 2), of_biases, None, None
+        return (
+            of_inputs.permute(0, 3, 1, 2) if inputs_learn else None,
+            of_weights.permute(0, 3, 1, 2),
+            of_biases,
+            None,
+            None,
+        )
 
 
 def _by_pixel(maps: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
         torch.set_num_threads(threads)
     if chosen.type == "cuda":  # without it cuBLAS has no deterministic sums; read when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.allow_tf32 = False  # float32 as on the CPU; else convolutions round to 11 significant bits
     torch.use_deterministic_algorithms(True)
     # Nothing here reads memory that it did not write, so none need be filled first: that takes 3 % of the training.
     deterministic: Any = torch.utils.deterministic  # torch puts a class in the module's place when it is imported

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pipeline.images.splits import LabelledImages
 from pipeline.network import checkpoint, scoring, training
 from pipeline.network.cnn import CNN, Architecture, as_input
+from tests.conftest import needs_a_gpu
 
 ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
 RECIPE: dict[str, Any] = {
@@ -169,11 +170,6 @@ def test_the_threads_asked_for_are_the_threads_used() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-needs_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="tests the training on a CUDA GPU, and PyTorch finds none on this machine"
-)
 
 
 @needs_a_gpu
