@@ -17,8 +17,11 @@ from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network import scoring, training
+from pipeline.network.cnn import CNN
 from pipeline.params import PARAMS, Params, read_params
 from pipeline.train import build
+
+_FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "fit_seconds")
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         rows.append({"seed": seed, **_run(seed, params, dataset, splits)})
         print("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()), flush=True)
-    summary = {key: _summary([row[key] for row in rows]) for key in ("test_accuracy", "test_loss", "fit_seconds")}
+    summary = {key: _summary([row[key] for row in rows]) for key in _FIGURES}
     for key, value in summary.items():
         print(f"{key}: mean {value['mean']:.5g}, deviation {value['deviation']:.2g}, n = {arguments.seeds}")
     files.write_json(
@@ -54,9 +57,11 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, LabelledImages]) -> dict[str, float]:
+def fitted(
+    seed: int, params: Params, dataset: Dataset, train: LabelledImages, validation: LabelledImages
+) -> tuple[CNN, list[training.Epoch]]:
+    """The network trained with another seed than that of ``params``, and what its epochs gave."""
     cnn = build(params.model_copy(update={"seed": seed}), dataset)
-    train, validation, test = (splits[name] for name in (TRAIN, VALIDATION, TEST))
     history = list(
         training.fit(
             cnn,
@@ -66,6 +71,12 @@ def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, Labelled
             **params.train.model_dump(exclude={"device", "threads"}),
         )
     )
+    return cnn, history
+
+
+def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, LabelledImages]) -> dict[str, float]:
+    cnn, history = fitted(seed, params, dataset, splits[TRAIN], splits[VALIDATION])
+    test = splits[TEST]
     logits = scoring.predict_logits(cnn, test.images)
     return {
         "test_accuracy": scoring.accuracy(logits, test.labels),
