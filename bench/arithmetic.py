@@ -2,12 +2,14 @@
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipeline.network.cnn import Architecture, layers, seen_sides
+from pipeline.images.splits import LabelledImages
+from pipeline.network.cnn import CNN, Architecture, as_input, layers, seen_sides
 
 
 def peak() -> float:
@@ -36,22 +38,44 @@ def _rates(compute: Callable[..., Tensor], left: Tensor, right: Tensor, operatio
     return rates
 
 
-def needed_operations(architecture: Architecture, train: int, validation: int) -> int:
+def needed_operations(
+    architecture: Architecture, train: int, validation: int, live: Sequence[float] | None = None
+) -> int:
     """Floating-point operations of an epoch: two for each multiply-add that reaches a logit, and for its gradients.
 
     Weights need as many on the way back as on the way forth, inputs too but for the images. All of a convolution's
-    gradients are counted, also those that pooling makes zero.
+    gradients are counted, also those that pooling makes zero; or ``live`` ones alone, so many of an image in each
+    block.
     """
     sides = seen_sides(architecture)
     channels = [architecture.image_shape[2], *architecture.filters]
-    forward = back = 0
+    forward, back = 0, 0.0
     for index, ((before, after), (height, width)) in enumerate(
         zip(itertools.pairwise(channels), sides[1:], strict=True)
     ):
-        places = height * width * architecture.pool_size**2
-        here = places * after * before * architecture.kernel_size**2
-        forward += here
-        back += here * (2 if index else 1)
+        values = height * width * architecture.pool_size**2 * after
+        of_one = before * architecture.kernel_size**2
+        forward += values * of_one
+        back += (values if live is None else live[index]) * of_one * (2 if index else 1)
     features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
     dense = features * len(architecture.class_names)
-    return 2 * (train * (forward + back + 3 * dense) + validation * (forward + dense))
+    return round(2 * (train * (forward + back + 3 * dense) + validation * (forward + dense)))
+
+
+def live_gradients(cnn: CNN, some: LabelledImages, generator: torch.Generator) -> list[float]:
+    """How many of the values that each convolution makes of an image have a gradient that is not zero, while training.
+
+    PyTorch's own gradients of the plain network are counted, so no trick of this project's is taken at its word.
+    """
+    made: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], maps: Tensor) -> None:
+        maps.retain_grad()
+        made.append(maps)
+
+    hooks = [block.convolution.register_forward_hook(keep) for block in cnn.block_list()]
+    logits = cnn.train()(as_input(some.images), generator)
+    torch.autograd.backward(F.cross_entropy(logits, some.labels))
+    for hook in hooks:
+        hook.remove()
+    return [int(torch.count_nonzero(maps.grad)) / len(some) for maps in made if maps.grad is not None]

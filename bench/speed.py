@@ -8,83 +8,89 @@ a figure falls short of its bound.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from bench import arithmetic, figures, recipes, stages
+from bench import arithmetic, figures, recipes, seeds, stages
+from bench.bounds import Bound, conclude
 from bench.machine import machine
+from bench.rounds import CONTENDERS, Turn, ours, race, take_turn
 from pipeline import files
 from pipeline.errors import UserError, run_command
-from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
-from pipeline.network.cnn import Architecture
+from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 
 RESULTS, PICTURE = Path("bench/results.json"), Path("docs/speed.png")
-KERAS_PYTHON, LIGHTNING = Path("bench/.keras/bin/python"), Path("bench/.lightning")
-KERAS_EPOCHS = 15  # of the published recipe
-BFLOAT16 = "train.precision=bfloat16"
+SEEDS = {"short": 10, "shortest": 30}
+Study = dict[str, dict[str, float]]
 
 
-Command = Callable[[Path, int], list[str | Path]]
+def main() -> None:
+    """Run the rounds, then the rest; print, write, and exit 1 where a bound is not reached."""
+    parser = argparse.ArgumentParser(description="Time the training beside Keras, a DataLoader loop and Lightning.")
+    parser.add_argument("--quick", action="store_true", help="one round of one epoch, and only the bounds of an epoch")
+    quick = parser.parse_args().quick
+    rounds, epochs = (1, 1) if quick else (3, 2)
+    train, validation = read_images()
+    operations = operations_of_an_epoch(train, validation)
+    turns: dict[str, list[Turn]] = defaultdict(list)
+    studies: dict[str, Study] = {}
+    whole: Mapping[str, list[float]] = {}
+    peaks = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = folder / "images.npz"
+        write_images(data, train, validation)
+        for number in range(1, rounds + 1):
+            peaks.append(arithmetic.peak())
+            for name, contender in CONTENDERS.items():
+                turns[name].append(take_turn(contender, data, epochs))
+                shown = ", ".join(f"{seconds:.2f}" for seconds in turns[name][-1].seconds)
+                print(f"round {number}  {name:<28}{shown} s an epoch", flush=True)
+        bounds = epoch_bounds(turns, peaks, operations["all gradients"])
+        if not quick:
+            whole = race(data, rounds)
+            studies["short"] = over_seeds(folder, recipes.SHORT, SEEDS["short"])
+            studies["shortest"] = over_seeds(folder, recipes.SHORTEST, SEEDS["shortest"])
+            bounds += recipe_bounds(studies, whole)
+            bounds += other_bounds(folder, train)
+    print_figures(turns, peaks, operations, studies)
+    if not quick:
+        files.write_json(
+            RESULTS,
+            {
+                "machine": machine(),
+                "float32_peak_gflops": [rate / 1e9 for rate in peaks],
+                "gflop_an_epoch": {name: count / 1e9 for name, count in operations.items()},
+                "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
+                "whole_processes": whole,
+                "studies": studies,
+                "bounds": [asdict(each) | {"figure": each.figure, "holds": each.holds} for each in bounds],
+            },
+        )
+        figures.write_speed(PICTURE, seconds_of(turns))
+    conclude(bounds)
 
 
-def ours(*knobs: str, copies: int = 1) -> Command:
-    """This project, on the training images so many times."""
-    program = "bench.contenders.convtrack_fit"
-    return lambda _, epochs: [sys.executable, "-m", program, str(epochs), str(copies), *knobs]
-
-
-def usual(program: str, workers: int) -> Command:
-    """One of the programs with a DataLoader."""
-    return lambda data, epochs: [sys.executable, "-m", f"bench.contenders.{program}", data, str(epochs), str(workers)]
-
-
-def keras(data: Path, epochs: int) -> list[str | Path]:
-    """Keras, in its environment."""
-    return [KERAS_PYTHON, "bench/contenders/keras_fit.py", data, str(epochs)]
-
-
-CONTENDERS = {  # in the order in which they take their turns
-    "Keras": keras,
-    "convtrack, float32": ours(),
-    "DataLoader loop": usual("dataloader_loop", 0),
-    "convtrack, bfloat16": ours(BFLOAT16),
-    "DataLoader loop, 2 workers": usual("dataloader_loop", 2),
-    "Lightning": usual("lightning_loop", 0),
-}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One process: seconds of each epoch but the first, in which things are still set up, and its peak memory."""
-
-    seconds: list[float]
-    validation_accuracy: float
-    peak_mb: float
-
-
-def take_turn(command: Command, data: Path, epochs: int) -> Turn:
-    """Run a contender for one epoch more than asked for."""
-    words = list(map(str, command(data, epochs + 1)))
-    _, printed = stages.timed(words, Path.cwd(), PYTHONPATH=f"{Path.cwd()}:{LIGHTNING}")
-    *rows, memory = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return Turn([row["seconds"] for row in rows[1:]], rows[-1]["validation_accuracy"], memory["peak_mb"])
-
-
-def write_data(path: Path) -> None:
-    """The prepared images as NumPy arrays, which every contender can read."""
+def read_images() -> tuple[LabelledImages, LabelledImages]:
+    """The training and validation images, if they are those that the bounds were set for."""
     dataset = read_dataset()
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
     if dataset.name != "mnist" or (len(train), len(validation)) != (54_000, 6_000):
         raise UserError(f"the prepared images are {dataset.label}; the bounds are those of mnist")
+    return train, validation
+
+
+def write_images(path: Path, train: LabelledImages, validation: LabelledImages) -> None:
+    """The images as NumPy arrays, which every contender can read."""
     np.savez(
         path,
         train_images=train.images.numpy(),
@@ -94,45 +100,26 @@ def write_data(path: Path) -> None:
     )
 
 
-Study = dict[str, dict[str, float]]
+def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) -> dict[str, int]:
+    """Floating-point operations with all gradients, and with those alone that are not zero after an epoch."""
+    knobs = {"train.epochs": 1}
+    params = recipes.changed(recipes.published(), knobs)
+    cnn, _ = seeds.fitted(params.seed, params, read_dataset(), train, validation)
+    live = arithmetic.live_gradients(cnn, train[:1000], torch.Generator().manual_seed(params.seed))
+    counts = len(train), len(validation)
+    return {
+        "all gradients": arithmetic.needed_operations(cnn.architecture, *counts),
+        "gradients that are not zero": arithmetic.needed_operations(cnn.architecture, *counts, live),
+    }
 
 
-def over_seeds(folder: Path, knobs: Mapping[str, object], seeds: int) -> Study:
+def over_seeds(folder: Path, knobs: Mapping[str, object], count: int) -> Study:
     """Mean and deviation of the published recipe with other values for some knobs."""
     output = folder / "seeds.json"
-    recipe = ("--recipe", str(recipes.PUBLISHED), "--output", str(output), "--seeds", str(seeds))
+    recipe = ("--recipe", str(recipes.PUBLISHED), "--output", str(output), "--seeds", str(count))
     stages.timed([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(knobs)], Path.cwd())
     summary: Study = json.loads(output.read_text())["summary"]
     return summary
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A figure and what it must reach; ``low`` where less is better."""
-
-    what: str
-    figures: tuple[float, ...]  # their median counts
-    bound: float
-    aim: float
-    unit: str
-    low: bool = False
-
-    @property
-    def figure(self) -> float:
-        """The median."""
-        return statistics.median(self.figures)
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is reached."""
-        return self.figure <= self.bound if self.low else self.figure >= self.bound
-
-    def __str__(self) -> str:
-        least = "at most" if self.low else "at least"
-        verdict = "holds" if self.holds else "FALLS SHORT"
-        spread = f"({min(self.figures):.2f} ... {max(self.figures):.2f})" if len(self.figures) > 1 else ""
-        reached = f"{self.what:<62}{self.figure:>7.2f} {self.unit:<7}{spread:<18}"
-        return f"{reached}{least} {self.bound:g} (aim {self.aim:g})  {verdict}"
 
 
 def epoch_bounds(turns: Mapping[str, list[Turn]], peaks: Sequence[float], operations: int) -> list[Bound]:
@@ -157,88 +144,35 @@ def epoch_bounds(turns: Mapping[str, list[Turn]], peaks: Sequence[float], operat
     ]
 
 
-def other_bounds(folder: Path, turns: Mapping[str, list[Turn]], studies: Mapping[str, Study]) -> list[Bound]:
-    """All that is not about one epoch."""
-    keras_seconds = KERAS_EPOCHS * statistics.median(itertools.chain(*(turn.seconds for turn in turns["Keras"])))
-    (accuracy, seconds), (accuracy_of_shortest, seconds_of_shortest) = (
-        (100 * study["test_accuracy"]["mean"], study["fit_seconds"]["mean"]) for study in studies.values()
-    )
-    shares, megabytes = stages.tracking_share(stages.workspace(folder / "workspace"), pairs=3)
-    sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(5)]
-    times = tuple(large.seconds[0] / small.seconds[0] for small, large in sizes)
-    added = 3 * read_split(read_dataset(), TRAIN).images.nbytes / 1e6
-    more = tuple((large.peak_mb - small.peak_mb) / added for small, large in sizes)
-    around = stages.around_the_epochs(folder / "clone")
+def recipe_bounds(studies: Mapping[str, Study], whole_processes: Mapping[str, Sequence[float]]) -> list[Bound]:
+    """How good the short recipes are, and how long one waits for the shortest."""
+    accuracy = {name: (100 * study["test_accuracy"]["mean"],) for name, study in studies.items()}
+    keras, shortest = whole_processes["Keras, 15 epochs"], whole_processes["shortest recipe"]
+    times = tuple(a / b for a, b in zip(keras, shortest, strict=True))
     return [
-        Bound("test accuracy of the short recipe, mean of 10 seeds", (accuracy,), 99.23, 99.23, "%"),
-        Bound("its time against 15 epochs of Keras", (keras_seconds / seconds,), 8, 12, "x less"),
-        Bound("test accuracy of the shortest recipe, mean of 30 seeds", (accuracy_of_shortest,), 99, 99, "%"),
-        Bound("its time", (seconds_of_shortest,), 60, 10, "s", low=True),
-        Bound("dvc repro from the published files, without the epochs", (around,), 25, 15, "s", low=True),
-        Bound("MLflow's share of the stage train", tuple(100 * share for share in shares), 5, 2, "%", low=True),
-        Bound("peak memory of the stage train", (megabytes / 1000,), 1.3, 1, "GB", low=True),
-        Bound("an epoch of four times the images", times, 4.4, 4, "x", low=True),
-        Bound("memory it takes more, in sizes of the images added", more, 1.25, 1, "x", low=True),
+        Bound(f"test accuracy of the {name} recipe, mean of {SEEDS[name]} seeds", accuracy[name], 99.23, 99.23, "%")
+        for name in ("short", "shortest")
+    ] + [
+        Bound("whole process: 15 epochs of Keras against the shortest recipe", times, 8, 12, "x"),
+        Bound("whole process of the shortest recipe", tuple(shortest), 60, 10, "s", low=True),
     ]
 
 
-def main() -> None:
-    """Run the rounds, then the rest; print, write, and exit 1 where a bound is not reached."""
-    parser = argparse.ArgumentParser(description="Time the training beside Keras, a DataLoader loop and Lightning.")
-    parser.add_argument("--quick", action="store_true", help="one round of one epoch, and only the bounds of an epoch")
-    quick = parser.parse_args().quick
-    rounds, epochs = (1, 1) if quick else (3, 2)
-    turns: dict[str, list[Turn]] = defaultdict(list)
-    studies: dict[str, Study] = {}
-    peaks = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        data = folder / "images.npz"
-        write_data(data)
-        for number in range(1, rounds + 1):
-            peaks.append(arithmetic.peak())
-            for name, command in CONTENDERS.items():
-                turns[name].append(take_turn(command, data, epochs))
-                shown = ", ".join(f"{seconds:.2f}" for seconds in turns[name][-1].seconds)
-                print(f"round {number}  {name:<28}{shown} s an epoch", flush=True)
-        operations = operations_of_an_epoch()
-        bounds = epoch_bounds(turns, peaks, operations)
-        if not quick:
-            studies["short"] = over_seeds(folder, recipes.SHORT, 10)
-            studies["shortest"] = over_seeds(folder, recipes.SHORTEST, 30)
-            bounds += other_bounds(folder, turns, studies)
-    print()
-    for name, (least, median, most) in seconds_of(turns).items():
-        memory = max(turn.peak_mb for turn in turns[name])
-        print(f"{name:<28}{median:6.2f} s an epoch ({least:.2f} ... {most:.2f}), {memory:,.0f} MB")
-    print(f"float32 peak {statistics.median(peaks) / 1e9:,.0f} GFLOP/s; an epoch needs {operations / 1e9:,.0f} GFLOP")
-    for name, study in studies.items():
-        found = ", ".join(f"{key} {each['mean']:.5g} +- {each['deviation']:.2g}" for key, each in study.items())
-        print(f"{name} recipe: {found}")
-    print()
-    for bound in bounds:
-        print(bound)
-    if not quick:
-        files.write_json(
-            RESULTS,
-            {
-                "machine": machine(),
-                "float32_peak_gflops": [rate / 1e9 for rate in peaks],
-                "gflop_an_epoch": operations / 1e9,
-                "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
-                "studies": studies,
-                "bounds": [asdict(each) | {"figure": each.figure, "holds": each.holds} for each in bounds],
-            },
-        )
-        figures.write_speed(PICTURE, seconds_of(turns))
-    sys.exit(not all(bound.holds for bound in bounds))
-
-
-def operations_of_an_epoch() -> int:
-    """Of the published network on the prepared images."""
-    dataset = read_dataset()
-    architecture = Architecture(dataset.image_shape, dataset.class_names, **recipes.published().model.model_dump())
-    return arithmetic.needed_operations(architecture, *(dataset.splits[name].count for name in (TRAIN, VALIDATION)))
+def other_bounds(folder: Path, train: LabelledImages) -> list[Bound]:
+    """Of whole stages, and of larger data."""
+    shares, megabytes = stages.tracking_share(stages.workspace(folder / "workspace"), pairs=3)
+    sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(5)]
+    times = tuple(large.seconds[0] / small.seconds[0] for small, large in sizes)
+    added = 3 * train.images.nbytes / 1e6
+    more = tuple((large.peak_mb - small.peak_mb) / added for small, large in sizes)
+    around = stages.around_the_epochs(folder / "clone")
+    return [
+        Bound("dvc repro from the published files, without the epochs", (around,), 25, 15, "s", low=True),
+        Bound("MLflow's share of the stage train", tuple(100 * share for share in shares), 5, 2, "%", low=True),
+        Bound("peak memory of the stage train", (megabytes / 1000,), 1.3, 1, "GB", low=True),
+        Bound("one epoch with 4x the images", times, 4.4, 4, "x", low=True),
+        Bound("extra memory for them, in multiples of the bytes added", more, 1.25, 1, "x", low=True),
+    ]
 
 
 def seconds_of(turns: Mapping[str, list[Turn]]) -> dict[str, tuple[float, float, float]]:
@@ -248,6 +182,29 @@ def seconds_of(turns: Mapping[str, list[Turn]]) -> dict[str, tuple[float, float,
         seconds = [second for turn in each for second in turn.seconds]
         found[name] = min(seconds), statistics.median(seconds), max(seconds)
     return found
+
+
+def print_figures(
+    turns: Mapping[str, list[Turn]],
+    peaks: Sequence[float],
+    operations: Mapping[str, int],
+    studies: Mapping[str, Study],
+) -> None:
+    """What was measured, before it is judged."""
+    print()
+    seconds = seconds_of(turns)
+    for name, (least, median, most) in seconds.items():
+        memory = max(turn.peak_mb for turn in turns[name])
+        print(f"{name:<28}{median:6.2f} s an epoch ({least:.2f} ... {most:.2f}), {memory:,.0f} MB")
+    peak = statistics.median(peaks)
+    print(f"float32 peak {peak / 1e9:,.0f} GFLOP/s")
+    for name, count in operations.items():
+        share = count / seconds["convtrack, float32"][1] / peak
+        print(f"an epoch, counting {name}: {count / 1e9:,.0f} GFLOP, {share:.1%} of the peak")
+    for name, study in studies.items():
+        found = ", ".join(f"{key} {each['mean']:.5g} +- {each['deviation']:.2g}" for key, each in study.items())
+        print(f"{name} recipe: {found}")
+    print()
 
 
 if __name__ == "__main__":

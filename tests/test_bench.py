@@ -1,10 +1,19 @@
 """What `make bench` measures with: its arithmetic, its recipes, its verdicts."""
 
-import pytest
+import json
+import sys
+from pathlib import Path
 
-from bench import arithmetic, recipes, speed
+import pytest
+import torch
+
+from bench import arithmetic, recipes, rounds, speed
+from bench.bounds import Bound, conclude
 from bench.contenders import usual
-from pipeline.network.cnn import Architecture
+from pipeline.errors import Fault
+from pipeline.images.splits import LabelledImages
+from pipeline.network.cnn import CNN, Architecture
+from tests.conftest import REPOSITORY
 
 PUBLISHED = Architecture((28, 28, 1), tuple("0123456789"), (32, 64))
 
@@ -16,6 +25,18 @@ def test_the_operations_of_the_published_network_are_those_counted_by_hand() -> 
     assert arithmetic.needed_operations(PUBLISHED, train=0, validation=1) == 2 * forward
     # 54,000 and 6,000 images at the 149 GFLOP/s of a slower machine: 4.4 seconds.
     assert arithmetic.needed_operations(PUBLISHED, 54_000, 6_000) / 149e9 == pytest.approx(4.4, abs=0.1)
+    # With the gradients alone of 100 and 50 values an image that are not zero.
+    back = 100 * 9 + 2 * 50 * 32 * 9 + 2 * dense
+    assert arithmetic.needed_operations(PUBLISHED, train=1, validation=0, live=[100, 50]) == 2 * (forward + back)
+
+
+def test_pooling_dropout_and_relu_leave_few_gradients(digits: dict[str, LabelledImages]) -> None:
+    cnn = CNN(PUBLISHED, torch.Generator().manual_seed(0))
+    first, second = arithmetic.live_gradients(cnn, digits["train"][:100], torch.Generator().manual_seed(0))
+    # The second convolution has 11 x 11 x 64 values; a window of four has one winner, and dropout stops half of them.
+    assert 0 < second < 5 * 5 * 64 * 0.55
+    assert 0 < first <= 13 * 13 * 32
+    assert second < cnn.architecture.filters[1] * 121 / 8
 
 
 def test_the_others_train_the_same_network() -> None:
@@ -37,18 +58,51 @@ def test_a_recipe_can_be_said_in_words_and_understood() -> None:
         recipes.changed(params, {"train.epoch": 3})
 
 
+@pytest.mark.parametrize(("epochs", "recipe"), [(4, recipes.SHORT), (2, recipes.SHORTEST)])
+def test_the_short_recipes_are_the_best_of_their_candidates(epochs: int, recipe: dict[str, object]) -> None:
+    chosen = json.loads((REPOSITORY / "bench/candidates.json").read_text())[f"{epochs} epochs"]
+    screened = [score["knobs"] for score in chosen["screened"]]  # the best first
+    assert sorted(map(str, screened)) == sorted(map(str, recipes.candidates(epochs)))
+    finalists = chosen["decided"]
+    assert all(score["knobs"] in screened[: len(finalists)] for score in finalists)
+    best = max(finalists, key=lambda score: float(score["validation_accuracy"]))
+    published = recipes.published()
+    assert recipes.changed(published, best["knobs"]) == recipes.changed(published, recipe)
+
+
 @pytest.mark.parametrize(("figures", "low", "holds"), [((1.5, 1.7, 9), False, True), ((1.5, 1.7, 9), True, False)])
-def test_the_median_decides_whether_a_bound_holds(figures: tuple[float, ...], low: bool, holds: bool) -> None:
-    bound = speed.Bound("an epoch", figures, 1.6, 2, "x", low=low)
+def test_the_median_decides_whether_a_bound_holds(
+    figures: tuple[float, ...], low: bool, holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bound = Bound("an epoch", figures, 1.6, 2, "x", low=low)
     assert bound.holds == holds
-    assert ("holds" if holds else "FALLS SHORT") in str(bound)
-    assert "1.70 x" in str(bound)
-    assert "(1.50 ... 9.00)" in str(bound)
+    if holds:
+        conclude([bound])
+    else:
+        with pytest.raises(SystemExit, match=r"^1$"):
+            conclude([bound, Bound("another", (1,), 0, 0, "s")])
+    line, *others = capsys.readouterr().out.splitlines()
+    assert ("holds" if holds else "FALLS SHORT") in line
+    assert "1.70 x" in line
+    assert "(1.50 ... 9.00)" in line
+    assert len(others) == (0 if holds else 1)  # a bound that falls short does not hide those after it
 
 
 def test_the_dataloader_is_judged_by_its_faster_number_of_workers() -> None:
-    seconds = dict.fromkeys(speed.CONTENDERS, 1.0) | {"DataLoader loop": 8.0, "DataLoader loop, 2 workers": 6.0}
-    turns = {name: [speed.Turn([each], 0.99, 1000)] for name, each in seconds.items()}
+    seconds = dict.fromkeys(rounds.CONTENDERS, 1.0) | {"DataLoader loop": 8.0, "DataLoader loop, 2 workers": 6.0}
+    turns = {name: [rounds.Turn([each], 0.99, 1000)] for name, each in seconds.items()}
     bounds = {bound.what: bound.figure for bound in speed.epoch_bounds(turns, [100e9], 80 * 10**9)}
     assert bounds["epoch, float32, against the DataLoader loop"] == 6
     assert bounds["share of the float32 peak, zero gradients counted as work"] == 80
+
+
+@pytest.mark.parametrize(("accuracy", "learns"), [(0.98, True), (0.9, False)])
+def test_a_contender_that_does_not_learn_is_no_contender(accuracy: float, learns: bool) -> None:
+    lines = [{"seconds": 9.0, "validation_accuracy": 0.5}, {"seconds": 7.0, "validation_accuracy": accuracy}]
+    program = "; ".join(f"print({json.dumps(json.dumps(line))})" for line in [*lines, {"peak_mb": 5.0}])
+    contender = rounds.Contender(lambda data, epochs: [sys.executable, "-c", program])
+    if learns:
+        assert rounds.take_turn(contender, Path(), 1) == rounds.Turn([7.0], accuracy, 5.0)
+    else:
+        with pytest.raises(Fault, match=r"does not learn: validation accuracy 90\.00%"):
+            rounds.take_turn(contender, Path(), 1)

@@ -43,6 +43,7 @@ def main():
             layers.Dense(10, activation="softmax"),
         ]
     )
+    assert model.count_params() == 34_826
     model.compile(loss="categorical_crossentropy", optimizer="adam", metrics=["accuracy"])
     model.fit(
         images["train"],
