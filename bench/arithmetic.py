@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from pipeline.images.splits import LabelledImages
 from pipeline.network.cnn import CNN, Architecture, as_input, layers, seen_sides
 
+SUSTAINED = 0.5  # seconds; a burst of milliseconds says nothing of an epoch
+
 
 def peak() -> float:
-    """Floating-point operations a second of the fastest float32 matrix product or convolution found here.
+    """Floating-point operations a second that this machine sustains in the fastest float32 product or convolution.
 
     Of both, since a library that is slow on this processor must not make the share of the peak look better.
     """
@@ -21,21 +23,21 @@ def peak() -> float:
     with torch.no_grad():
         for side in (1024, 2048):
             left, right = torch.randn(2, side, side)
-            found += _rates(torch.matmul, left, right, 2 * side**3)
+            found.append(_rate(torch.matmul, left, right, 2 * side**3))
         for channels, side in ((64, 14), (64, 28), (256, 14)):
             images = torch.randn(64, channels, side, side).to(memory_format=torch.channels_last)
             weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
-            found += _rates(torch.conv2d, images, weight, 2 * 64 * (side - 2) ** 2 * channels**2 * 9)
+            found.append(_rate(torch.conv2d, images, weight, 2 * 64 * (side - 2) ** 2 * channels**2 * 9))
     return max(found)
 
 
-def _rates(compute: Callable[..., Tensor], left: Tensor, right: Tensor, operations: int) -> list[float]:
-    rates = []
-    for _ in range(20):
-        started = time.perf_counter()
+def _rate(compute: Callable[..., Tensor], left: Tensor, right: Tensor, operations: int) -> float:
+    compute(left, right)
+    started, times = time.perf_counter(), 0
+    while time.perf_counter() - started < SUSTAINED:
         compute(left, right)
-        rates.append(operations / (time.perf_counter() - started))
-    return rates
+        times += 1
+    return times * operations / (time.perf_counter() - started)
 
 
 def needed_operations(

@@ -1,6 +1,7 @@
 """The CNN: blocks of convolution, pooling and ReLU, then flatten, dropout and one dense layer."""
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ def _places(side: int, window: int, stride: int, padding: int, what: str) -> int
     return (side + 2 * padding - window) // stride + 1
 
 
-def seen_sides(architecture: Architecture) -> list[tuple[int, int]]:
+@functools.cache
+def seen_sides(architecture: Architecture) -> tuple[tuple[int, int], ...]:
     """Height and width of what the dense layer sees of the images, and of each block's maps in turn.
 
     Where a convolution or a pooling does not come out even, it leaves rows and columns at the right and bottom out:
@@ -90,7 +92,7 @@ def seen_sides(architecture: Architecture) -> list[tuple[int, int]]:
         for index in range(len(a.filters), 0, -1):
             height, width = ((side * a.pool_size - 1) * a.stride + a.kernel_size for side in sides[index])
             sides[index - 1] = (height, width)
-    return sides
+    return tuple(sides)
 
 
 def summary(architecture: Architecture) -> str:

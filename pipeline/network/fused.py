@@ -50,7 +50,7 @@ def logits(
         maps, others = as_input(seen), [first, *others]
     for block in others:
         maps = _block(block, maps, precision)
-    return F.linear(_dropout(flattened(maps), cnn.dropout, generator), cnn.dense.weight, cnn.dense.bias)
+    return _dropout_dense(flattened(maps), cnn.dropout, cnn.dense, generator)
 
 
 class _Context(FunctionCtx):
@@ -62,8 +62,7 @@ class _Context(FunctionCtx):
     pair: Pair
     shape: torch.Size
     dtype: torch.dtype
-    layer: Dropout
-    drawn: Tensor
+    drawing: tuple[kernels.Drawn, int, np.float32]
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -204,28 +203,41 @@ def _by_pixel(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).float().contiguous()
 
 
-def _dropout(features: Tensor, layer: Dropout, generator: torch.Generator | None) -> Tensor:
-    """What ``layer`` makes of features (N, features) float32."""
-    if not layer.training or not layer.dropped:
-        return features
-    kept: Tensor = _Dropout.apply(features, layer, layer.draw(features, generator))
-    return kept
+def _dropout_dense(features: Tensor, dropout: Dropout, dense: nn.Linear, generator: torch.Generator | None) -> Tensor:
+    """Of features (N, features) float32 the logits (N, classes)."""
+    if not dropout.training or not dropout.dropped:
+        return F.linear(features, dense.weight, dense.bias)
+    drawn = dropout.draw(features, generator)
+    scores: Tensor = _DropoutDense.apply(features, dense.weight, dense.bias, dropout, drawn)
+    return scores
 
 
-class _Dropout(torch.autograd.Function):
+class _DropoutDense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, features: Tensor, layer: Dropout, drawn: Tensor) -> Tensor:
-        ctx.layer, ctx.drawn = layer, drawn
-        return _kept(features, layer, drawn)
+    def forward(
+        ctx: _Context, features: Tensor, weight: Tensor, bias: Tensor, dropout: Dropout, drawn: Tensor
+    ) -> Tensor:
+        features = features.contiguous()
+        kept, scores = torch.empty(features.shape), torch.empty(len(features), len(weight))
+        ctx.drawing = drawn.numpy(), dropout.lowest_kept, np.float32(dropout.scale)
+        ctx.save_for_backward(kept, weight)
+        kernels.dropout_dense().forward(
+            features.numpy(), *ctx.drawing, weight.numpy(), bias.numpy(), kept.numpy(), scores.numpy()
+        )
+        return scores
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, of_kept: Tensor) -> Gradients:
-        return _kept(of_kept, ctx.layer, ctx.drawn), None, None
-
-
-def _kept(features: Tensor, layer: Dropout, drawn: Tensor) -> Tensor:
-    kept = torch.empty(features.shape)
-    flat, numbers = features.contiguous().view(-1).numpy(), drawn.view(-1).numpy()
-    kernels.dropout()(flat, numbers, layer.lowest_kept, np.float32(layer.scale), kept.view(-1).numpy())
-    return kept
+    def backward(ctx: _Context, of_scores: Tensor) -> Gradients:
+        kept, weight = ctx.saved_tensors
+        of_features, of_weight, of_bias = torch.zeros_like(kept), torch.zeros_like(weight), torch.zeros(len(weight))
+        kernels.dropout_dense().backward(
+            of_scores.contiguous().numpy(),
+            *ctx.drawing,
+            weight.numpy(),
+            kept.numpy(),
+            of_features.numpy(),
+            of_weight.numpy(),
+            of_bias.numpy(),
+        )
+        return of_features, of_weight, of_bias, None, None

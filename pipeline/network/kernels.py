@@ -11,7 +11,7 @@ The machine code is kept in __pycache__. All arrays are contiguous; results are 
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -42,10 +42,10 @@ def _built_once(factory: Factory) -> Factory:
     return cast(Factory, build)
 
 
-def _compiled(function: Loop) -> Loop:
+def _compiled(function: Loop, freedoms: Set[str] = frozenset({"contract"})) -> Loop:
     # Without the interpreter's lock, so that several threads run it at once. A multiplication and the addition after it
-    # may become one instruction; nothing else is reordered, so the same inputs give the same bits.
-    loop: Loop = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(function)
+    # may become one instruction; more is reordered only where ``freedoms`` say so. The same inputs give the same bits.
+    loop: Loop = njit(nogil=True, cache=True, fastmath=set(freedoms), error_model="numpy")(function)
     return loop
 
 
@@ -202,11 +202,52 @@ def winners_backward(size: int, stride: int, channels: int, window: int, inputs_
 
 
 @_built_once
-def dropout() -> Loop:
-    """Features (N,) times ``scale`` where the number drawn for them is ``lowest_kept`` or more, else 0."""
+def dropout_dense() -> Pair:
+    """Dropout and the dense layer after it: features (N, F), a number drawn for each, weights (C, F), logits (N, C).
 
-    def forward(features: Floats, drawn: Drawn, lowest_kept: int, scale: np.float32, kept: Floats) -> None:
-        for f in range(features.shape[0]):
-            kept[f] = features[f] * scale if drawn[f] >= lowest_kept else np.float32(0)
+    A feature is kept, times ``scale``, where its number is ``lowest_kept`` or more.
+    """
 
-    return _compiled(forward)
+    def forward(
+        features: Floats,
+        drawn: Drawn,
+        lowest_kept: int,
+        scale: np.float32,
+        weights: Floats,
+        biases: Floats,
+        kept: Floats,
+        logits: Floats,
+    ) -> None:
+        for n in range(features.shape[0]):
+            for f in range(features.shape[1]):
+                kept[n, f] = features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
+            for c in range(weights.shape[0]):
+                total = np.float32(0)
+                for f in range(features.shape[1]):
+                    total += kept[n, f] * weights[c, f]
+                logits[n, c] = biases[c] + total
+
+    def backward(
+        of_logits: Floats,
+        drawn: Drawn,
+        lowest_kept: int,
+        scale: np.float32,
+        weights: Floats,
+        kept: Floats,
+        of_features: Floats,
+        of_weights: Floats,
+        of_biases: Floats,
+    ) -> None:  # adds to the last three
+        for n in range(kept.shape[0]):
+            for c in range(weights.shape[0]):
+                gradient = of_logits[n, c]
+                of_biases[c] += gradient
+                for f in range(kept.shape[1]):
+                    of_weights[c, f] += gradient * kept[n, f]
+                for f in range(kept.shape[1]):
+                    of_features[n, f] += gradient * weights[c, f]
+            for f in range(kept.shape[1]):
+                of_features[n, f] = of_features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
+
+    # A sum over the features becomes one of sixteen partial sums.
+    return Pair(_compiled(forward, {"contract", "reassoc"}), _compiled(backward))

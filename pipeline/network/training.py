@@ -137,7 +137,9 @@ def fit(
     def learn(rows: Tensor, targets: Tensor, batch: int, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Of a piece of a batch: the sum of its losses, its logits, its share of the batch's gradients."""
         draws = torch.Generator(images.device).manual_seed(seed)
-        seen = shifted(images[rows], max_shift, draws) if max_shift else images[rows]
+        seen = images.index_select(0, rows)
+        if max_shift:
+            seen = shifted(seen, max_shift, draws)
         logits = fused.logits(cnn, seen, draws, precision)
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
         return loss.detach(), logits.detach(), torch.autograd.grad(loss / batch, parameters)
