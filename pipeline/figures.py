@@ -18,10 +18,20 @@ TRAINING, VALIDATION = "#0072B2", "#D55E00"  # told apart by every kind of colou
 LABELS = {"train": "training (with dropout)", "validation": "validation (without)"}
 
 
-def as_png(figure: Figure) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes, since nothing of the machine is written into it."""
+def as_png(figure: Figure, tight: bool = False) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes, since nothing of the machine is written into it.
+
+    ``tight`` makes room for what would stick out, in figures that were not laid out here.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
+    figure.savefig(
+        buffer,
+        format="png",
+        dpi=DOTS_PER_INCH,
+        facecolor="white",
+        metadata={"Software": None},
+        bbox_inches="tight" if tight else None,
+    )
     return buffer.getvalue()
 
 
@@ -41,6 +51,23 @@ def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     left.set(ylabel="cross-entropy (nats)", ylim=(0, None))
     right.set(ylabel="images classified rightly")
     right.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def accuracy_against_size(parameters: Sequence[int], accuracies: Sequence[float]) -> Figure:
+    """A point a network; a line joins those that no smaller one is as accurate as (the Pareto front)."""
+    figure = _figure(4.2)
+    axes = figure.subplots()
+    axes.plot(parameters, accuracies, "o", color=TRAINING, alpha=0.6, markersize=5, markeredgewidth=0)
+    front: list[tuple[int, float]] = []
+    for size, accuracy in sorted(zip(parameters, accuracies, strict=True), key=lambda each: (each[0], -each[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((size, accuracy))
+    axes.step(*zip(*front, strict=True), where="post", color=VALIDATION, label="best for its size")
+    axes.set(xlabel="parameters", ylabel="validation accuracy", xscale="log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -1,8 +1,9 @@
 """params.yaml as frozen, strict models. The only reader and writer of that file."""
 
 import difflib
+import io
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,6 +113,9 @@ class Tune(Section):
 
     trials: int = Field(ge=1)
     epochs: Epochs
+    second_objective: Literal["parameters", "multiply_adds"] | None
+    finalists: int = Field(ge=1, le=100)
+    seeds: int = Field(ge=2, le=1000)
     space: dict[str, Range] = Field(min_length=1)
 
 
@@ -128,8 +132,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _tunes_knobs(self) -> "Params":
-        for path in sorted(self.tune.space.keys() - set(_knobs(self.model_dump()))):
-            raise ValueError(f"tune.space names {path}, which is no knob")
+        for path, space in sorted(self.tune.space.items()):
+            _refuse_untunable(self, path, space)
         return self
 
     @property
@@ -137,14 +141,78 @@ class Params(Section):
         """One digest for all the knobs that decide the trained model."""
         return files.sha256(self.model_dump_json(include={"seed", "data", "model", "train"}).encode())
 
+    def knobs(self) -> dict[str, object]:
+        """All knobs by their dotted paths, in which a number counts the items of a list."""
+        return dict(_knobs(self.model_dump(exclude={"tune"})))
 
-def _knobs(value: object, path: str = "") -> Iterator[str]:
-    """The dotted paths of all knobs; a number in a path counts the items of a list."""
+    def changed(self, knobs: Mapping[str, object]) -> "Params":
+        """The same parameters with other values for some knobs. Raises ValueError for what is no knob or no value."""
+        content = self.model_dump(mode="json", exclude_unset=True)
+        for path, value in knobs.items():
+            _put(content, path, value)
+        return Params.model_validate(content)
+
+
+def _put(content: dict[str, Any], path: str, value: object) -> None:
+    """Give the knob at a dotted path another value. Raises ValueError."""
+    inside: Any = content
+    *above, last = _keys(path)
+    for key in above:
+        inside = inside[key]
+    try:
+        inside[last]  # a knob that is not there must not be made
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"{path} is no knob") from None
+    inside[last] = value
+
+
+def _keys(path: str) -> list[str | int]:
+    return [int(key) if key.isdigit() else key for key in path.split(".")]
+
+
+NOT_TUNED = ("train.device", "train.epochs", "train.precision", "train.threads")  # no choice of a trial
+
+
+def _refuse_untunable(params: Params, path: str, space: Range) -> None:
+    """Raises ValueError for a path that a trial cannot choose, and for a range that the knob does not allow."""
+    knobs = params.knobs()
+    if path not in knobs:
+        raise ValueError(f"tune.space names {path}, which is no knob")
+    section = path.split(".")[0]
+    if section not in ("model", "train") or path in NOT_TUNED:
+        raise ValueError(
+            f"tune.space names {path}; a trial chooses knobs of model and train, except {_listed(NOT_TUNED)}"
+        )
+    for value in _edges(path, space, knobs[path]):
+        content = params.model_dump(mode="json", exclude_unset=True)
+        _put(content, path, value)
+        try:
+            type(getattr(params, section)).model_validate(content[section])
+        except ValidationError:
+            allowed = _allowed(_schema_at(_keys(path)))
+            raise ValueError(f"tune.space.{path} has {value!r}; allowed: {allowed}") from None
+
+
+def _edges(path: str, space: Range, present: object) -> list[object]:
+    """The values of a range that must be allowed for all of it to be."""
+    if space.choices is not None:
+        return list(space.choices)
+    if isinstance(present, bool) or not isinstance(present, int | float):
+        raise ValueError(f"tune.space.{path} has low and high; a knob that is {present!r} needs choices")
+    bounds = [space.low, space.high]
+    if isinstance(present, int):
+        if not all(number is None or number.is_integer() for number in (*bounds, space.step)):
+            raise ValueError(f"tune.space.{path} has a fraction; low, high and step are integers there")
+        return [int(number) for number in bounds if number is not None]
+    return list(bounds)
+
+
+def _knobs(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict | tuple):
         for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _knobs(inside, f"{path}.{key}" if path else str(key))
     else:
-        yield path
+        yield path, value
 
 
 def read_params(path: Path = PARAMS) -> Params:
@@ -156,6 +224,20 @@ def read_params(path: Path = PARAMS) -> Params:
     if len(content) > LARGEST_FILE:
         raise UserError(f"{path} has {len(content):,} bytes; allowed: {LARGEST_FILE:,}")
     return _validated(_parsed(content, path), path)
+
+
+def with_values(content: str, knobs: Mapping[str, object]) -> str:
+    """The text of a params.yaml with other values for some knobs; all else, comments included, stays as it is."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = LARGEST_FILE  # no line is broken
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    tree = yaml.load(content)
+    for path, value in knobs.items():
+        _put(tree, path, value)
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
 
 
 def _parsed(content: bytes, path: Path) -> object:

@@ -2,14 +2,13 @@
 
 from dataclasses import asdict
 
-import torch
 from tqdm import tqdm
 
-from pipeline import files
-from pipeline.errors import Fault, UserError, run_command
-from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
+from pipeline import files, recipe
+from pipeline.errors import Fault, run_command
+from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 from pipeline.network import checkpoint, training
-from pipeline.network.cnn import CNN, Architecture, summary
+from pipeline.network.cnn import CNN, summary
 from pipeline.params import Params, read_params
 from pipeline.tracking import runs
 
@@ -18,9 +17,9 @@ def main() -> None:
     """Read params.yaml and two of the splits; write the model and the history of its training."""
     params = read_params()
     dataset = read_dataset()
-    device = _device(params)
+    device = recipe.device_for(params)
     train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
-    cnn = build(params, dataset)
+    cnn = recipe.build(params, dataset)
     print(summary(cnn.architecture), flush=True)
 
     runs.connect()
@@ -34,27 +33,10 @@ def main() -> None:
     print(f"{files.MODEL}: SHA-256 {model_sha256[:12]}..., trained on {dataset.label}")
 
 
-def _device(params: Params) -> torch.device:
-    try:
-        return training.set_up(params.train.device, params.train.threads, params.train.precision)
-    except ValueError as error:
-        raise UserError(f"params.yaml: train.{error}") from None
-
-
-def build(params: Params, dataset: Dataset) -> CNN:
-    """The untrained CNN of params.yaml for the images of ``dataset``; a UserError where they do not fit."""
-    architecture = Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
-    try:
-        return CNN(architecture, torch.Generator().manual_seed(params.seed))
-    except ValueError as error:
-        raise UserError(f"params.yaml: model: {error}") from None
-
-
 def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Params) -> list[training.Epoch]:
     """Train to the end, with a bar on a terminal and a line an epoch anywhere."""
     history = []
     device = train.images.device
-    generator = torch.Generator(device).manual_seed(params.seed)
     with tqdm(total=params.train.epochs * len(train), unit=" images", unit_scale=True, disable=None) as bar:
 
         def on_step(step: training.Step) -> None:
@@ -63,14 +45,7 @@ def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Pa
                 bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
 
         try:
-            for epoch in training.fit(
-                cnn,
-                (train.images, train.labels),
-                (validation.images, validation.labels),
-                generator=generator,
-                on_step=on_step,
-                **params.train.model_dump(exclude={"device", "threads"}),
-            ):
+            for epoch in recipe.fit(cnn, train, validation, params, on_step):
                 history.append(epoch)
                 runs.log_epoch(epoch)
                 bar.write(_line(epoch, params.train.epochs))

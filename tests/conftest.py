@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from pipeline import evaluate, prepare, train, visualize
 from pipeline.images import splits
+from pipeline.params import with_values
 from pipeline.tracking import runs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -26,21 +26,12 @@ needs_a_gpu = pytest.mark.skipif(
 
 def write_params(folder: Path, changes: Mapping[str, object]) -> None:
     """The published recipe as ``folder``'s params.yaml, with other values at some dotted paths."""
-    yaml = YAML()
-    params = yaml.load(PARAMS)
-    for path, value in changes.items():
-        *sections, knob = path.split(".")
-        section = params
-        for name in sections:
-            section = section[name]
-        assert knob in section
-        section[knob] = value
-    yaml.dump(params, folder / "params.yaml")
+    (folder / "params.yaml").write_text(with_values(PARAMS.read_text(), changes))
 
 
 def _forget_settings() -> None:
     """Those from outside, and the one that mlflow.set_tracking_uri leaves in the environment."""
-    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME", "DVC_STAGE"):
+    for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE", "DVC_ROOT", "DVC_EXP_NAME", "DVC_STAGE"):
         os.environ.pop(name, None)
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.params import read_params
+from pipeline.params import read_params, with_values
 from tests.conftest import PARAMS, REPOSITORY
 
 PUBLISHED = PARAMS.read_text()
+CHOSEN = "knobs of model and train, except train.device, train.epochs, train.precision, train.threads"
 
 
 def refused(folder: Path, text: str | bytes) -> str:
@@ -91,7 +92,42 @@ def test_every_knob_has_a_comment() -> None:
         ("model.dropout: {", "model.dropuot: {", "tune.space names model.dropuot, which is no knob"),
         ("model.filters.1: {", "model.filters.2: {", "tune.space names model.filters.2, which is no knob"),
         (
-            "{low: 0.0, high: 0.6}",
+            "{low: 8, high: 96, step: 8}",
+            "{low: 8, high: 96, step: 0.5}",
+            "tune.space.model.filters.0 has a fraction; low, high and step are integers there",
+        ),
+        (
+            "{low: 8, high: 96, step: 8}",
+            "{low: 0, high: 96, step: 8}",
+            "tune.space.model.filters.0 has 0; allowed: an integer >= 1 and <= 1024",
+        ),
+        (
+            "{low: 0.0, high: 0.6, step: 0.05}",
+            "{low: 0.0, high: 1.0}",
+            "tune.space.model.dropout has 1.0; allowed: a number >= 0 and < 1",
+        ),
+        (
+            "model.dropout: {low",
+            "model.pool: {low",
+            "tune.space.model.pool has low and high; a knob that is 'max' needs choices",
+        ),
+        (
+            "model.dropout: {low: 0.0, high: 0.6, step: 0.05}",
+            "model.pool: {choices: [max, median]}",
+            "tune.space.model.pool has 'median'; allowed: max | mean | min",
+        ),
+        (
+            "model.dropout: {low: 0.0, high: 0.6, step: 0.05}",
+            "train.epochs: {low: 1, high: 9}",
+            "tune.space names train.epochs; a trial chooses " + CHOSEN,
+        ),
+        (
+            "model.dropout: {low: 0.0, high: 0.6, step: 0.05}",
+            "data.split_seed: {low: 1, high: 9}",
+            "tune.space names data.split_seed; a trial chooses " + CHOSEN,
+        ),
+        (
+            "{low: 0.0, high: 0.6, step: 0.05}",
             "{choices: [], log: true}",
             "tune.space.model.dropout.choices is []; allowed: a list of 1 or more, each a value or null",
         ),
@@ -151,3 +187,29 @@ def test_the_digest_follows_the_knobs_that_decide_the_model_and_no_others(tmp_pa
     same = digest("", "")
     assert digest("mistakes: 25", "mistakes: 3") == digest("trials: 50", "trials: 3") == same
     assert len({same, digest("dropout: 0.5", "dropout: 0.4"), digest("seed: 0  ", "seed: 1  ")}) == 3
+
+
+def test_values_are_written_and_nothing_else_changes() -> None:
+    knobs = {"model.filters.1": 128, "model.dropout": 0.35, "train.optimizer": "adamw", "train.threads": 2}
+    written = with_values(PUBLISHED, knobs)
+    before, after = PUBLISHED.splitlines(), written.splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [new.split("#")[0].strip() for _, new in changed] == [
+        "filters: [32, 128]",
+        "dropout: 0.35",
+        "optimizer: adamw",
+        "threads: 2",
+    ]
+    assert all(old.split("#")[1] == new.split("#")[1] for old, new in changed)  # the comments, in their places
+    assert with_values(PUBLISHED, {}) == PUBLISHED
+    with pytest.raises(ValueError, match=r"^model\.filters\.2 is no knob"):
+        with_values(PUBLISHED, {"model.filters.2": 1})
+
+
+def test_parameters_with_other_values_are_checked_like_the_file() -> None:
+    params = read_params(PARAMS)
+    assert params.changed({"model.filters.1": 8, "train.epochs": 3}).model.filters == (32, 8)
+    assert params.knobs()["model.filters.1"] == 64
+    for knobs in ({"model.filters.1": 0}, {"model.filter": 1}, {"model.dropout": "a lot"}):
+        with pytest.raises(ValueError):  # pydantic's own is one
+            params.changed(knobs)

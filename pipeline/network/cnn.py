@@ -109,6 +109,19 @@ def parameter_count(architecture: Architecture) -> int:
     return sum(layer.parameters for layer in layers(architecture))
 
 
+def multiply_adds(architecture: Architecture) -> int:
+    """How many multiplications with an addition the convolutions and the dense layer do for one image."""
+    total, channels = 0, architecture.image_shape[2]
+    for layer in layers(architecture):
+        if layer.name.startswith("conv2d"):
+            height, width, filters = layer.output_shape
+            total += height * width * filters * channels * architecture.kernel_size**2
+            channels = filters
+        elif layer.name == "flatten":
+            total += layer.output_shape[0] * len(architecture.class_names)
+    return total
+
+
 class Dropout(nn.Module):
     """Dropout whose mask is drawn from the generator that is passed in (Srivastava et al., 2014).
 

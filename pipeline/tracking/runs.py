@@ -87,15 +87,20 @@ def training_run(params: Params, dataset: Dataset) -> Iterator[str]:
 
     It ends FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``.
     """
-    with store_faults(), _open_run(dataset, {"params.sha256": params.sha256} | _surroundings()) as run_id:
+    with store_faults(), open_run(dataset, {"params.sha256": params.sha256} | surroundings()) as run_id:
         mlflow.log_params(_flat(params.model_dump(include={"seed", "data", "model", "train"})))
         yield run_id
 
 
 @contextmanager
-def _open_run(dataset: Dataset, tags: dict[str, str]) -> Iterator[str]:
+def open_run(
+    dataset: Dataset, tags: dict[str, str], name: str | None = None, run_id: str | None = None
+) -> Iterator[str]:
+    """A new run with its tags and data sets, or an earlier one gone on with; yields its id."""
     data = {"data.name": dataset.name, "data.requested": dataset.requested, "data.sha256": dataset.sha256}
-    run_id = mlflow.start_run(run_name=_run_name(dataset.name), tags=data | tags, log_system_metrics=False).info.run_id
+    run_id = mlflow.start_run(
+        run_id=run_id, run_name=name or _run_name(dataset.name), tags=data | tags, log_system_metrics=False
+    ).info.run_id
     try:
         MlflowClient().log_inputs(
             run_id, [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")]
@@ -121,7 +126,7 @@ def _run_name(otherwise: str) -> str:
     return os.environ.get("DVC_EXP_NAME") or otherwise
 
 
-def _surroundings() -> dict[str, str]:
+def surroundings() -> dict[str, str]:
     """The code and the machine. Names that git or DVC did not give are left out."""
     # The stages write these themselves, so that they say nothing of the code.
     changes = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
@@ -227,7 +232,7 @@ def find_or_restore(model_sha256: str, cnn: CNN, dataset: Dataset, history: Sequ
     )
     if found:
         return str(found[0].info.run_id)
-    with _open_run(dataset, {"restored": "true"}) as run_id:
+    with open_run(dataset, {"restored": "true"}) as run_id:
         layers = {key: value for key, value in asdict(cnn.architecture).items() if key not in DATA_DECIDES}
         mlflow.log_params({f"model.{key}": value for key, value in layers.items()})
         for row in history:

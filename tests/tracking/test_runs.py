@@ -245,16 +245,16 @@ def test_the_commit_is_in_the_tags_where_there_is_one(workspace: Path) -> None:
     def git(*words: str) -> str:
         return runs._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
 
-    assert {"git.commit", "git.dirty"} & set(runs._surroundings()) == set()
+    assert {"git.commit", "git.dirty"} & set(runs.surroundings()) == set()
     git("init")
     git("add", ".")
     git("commit", "-m", "x")
-    tags = runs._surroundings()
+    tags = runs.surroundings()
     assert tags["git.commit"] == git("rev-parse", "HEAD")
     assert len(tags["git.commit"]) == 40
     assert tags["git.dirty"] == "false"
     write_params(workspace, {"seed": 7})
-    assert runs._surroundings()["git.dirty"] == "true"
+    assert runs.surroundings()["git.dirty"] == "true"
 
 
 def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:

@@ -1,0 +1,50 @@
+"""What params.yaml says of the network and its training, carried out. For the stages and for the tuning study."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.images.splits import Dataset, LabelledImages
+from pipeline.network import training
+from pipeline.network.cnn import CNN, Architecture
+from pipeline.params import Params
+
+
+def device_for(params: Params) -> torch.device:
+    """Set torch up as ``train`` says; a UserError where this machine cannot do it."""
+    try:
+        return training.set_up(params.train.device, params.train.threads, params.train.precision)
+    except ValueError as error:
+        raise UserError(f"params.yaml: train.{error}") from None
+
+
+def architecture(params: Params, dataset: Dataset) -> Architecture:
+    """The layers that ``model`` says, for the images of ``dataset``."""
+    return Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
+
+
+def build(params: Params, dataset: Dataset) -> CNN:
+    """The untrained CNN for the images of ``dataset``; a UserError where they do not fit."""
+    try:
+        return CNN(architecture(params, dataset), torch.Generator().manual_seed(params.seed))
+    except ValueError as error:
+        raise UserError(f"params.yaml: model: {error}") from None
+
+
+def fit(
+    cnn: CNN,
+    train: LabelledImages,
+    validation: LabelledImages,
+    params: Params,
+    on_step: Callable[[training.Step], object] = lambda step: None,
+) -> Iterator[training.Epoch]:
+    """Train ``cnn`` in place as ``train`` says, on the device of the images; an Epoch after each pass."""
+    return training.fit(
+        cnn,
+        (train.images, train.labels),
+        (validation.images, validation.labels),
+        generator=torch.Generator(train.images.device).manual_seed(params.seed),
+        on_step=on_step,
+        **params.train.model_dump(exclude={"device", "threads"}),
+    )

@@ -1,0 +1,213 @@
+"""The tuning study: try values for the knobs of ``tune.space``, check the best, and write them into params.yaml.
+
+    python -m pipeline.tune [--trials N] [--workers K] [--study NAME] [--apply [--force]]
+
+Not a stage of `dvc repro`: a stage that changes its own parameters would never come to an end. Only the training and
+validation images are read.
+"""
+
+import argparse
+import difflib
+import fcntl
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from pipeline import files
+from pipeline.errors import Fault, UserError, run_command
+from pipeline.images.splits import read_dataset
+from pipeline.params import PARAMS, Params, read_params, with_values
+from pipeline.tracking import runs, studies
+from pipeline.tuning import coordinator, finalists, plots
+from pipeline.tuning.finalists import Outcome
+from pipeline.tuning.study import ERROR, FOLDER, Study, open_storage, storage_faults
+from pipeline.tuning.team import Team, team
+
+SUMMARY = FOLDER / "summary.json"
+FIGURES = FOLDER / "figures"
+
+
+def main() -> None:
+    """Go on with the study to its number of trials, train the finalists, say which is the best, apply it if wanted."""
+    arguments = _arguments()
+    params = read_params()
+    dataset = read_dataset()
+    total = arguments.trials or params.tune.trials
+    workers, threads = _shares(arguments.workers, params)
+    params = params.changed({"train.threads": threads})
+    with _alone(), storage_faults():
+        study = Study.open(open_storage(), arguments.study, params, dataset)
+        runs.connect()
+        with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
+            with team(workers) as hired:
+                _run_trials(study, hired, total, run)
+                outcomes = _check_finalists(study, hired)
+            best = _conclude(study, outcomes, run)
+            if arguments.apply:
+                _apply(study, best, outcomes, run, arguments.force)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tune", description="Tune the knobs of tune.space.")
+    parser.add_argument("--trials", type=_natural, help="how many the study should have in all (default: tune.trials)")
+    parser.add_argument("--workers", type=_natural, help="processes that train at the same time (default: one a core)")
+    parser.add_argument("--study", default="convtrack", help="its name in the storage (default: %(default)s)")
+    parser.add_argument("--apply", action="store_true", help="write the winner's values into params.yaml")
+    parser.add_argument("--force", action="store_true", help="with --apply: also where the gain may be chance")
+    arguments = parser.parse_args()
+    if arguments.force and not arguments.apply:
+        parser.error("--force goes with --apply")
+    return arguments
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
+
+
+def _shares(workers: int | None, params: Params) -> tuple[int, int]:
+    """How many workers there are, and how many threads each has: together no more than there are cores."""
+    cores = params.train.threads or torch.get_num_threads()
+    if workers is not None and workers > cores:
+        raise UserError(f"--workers is {workers}; allowed: 1 to {cores}, a core each")
+    workers = workers or cores
+    return workers, cores // workers
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No two of these commands in one folder: they would take each other's unfinished trials for lost."""
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another study is at work in this folder: wait for it, or end it") from None
+        yield
+
+
+def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) -> None:
+    progress = _Progress(study, total)
+
+    def on_change() -> None:
+        for trial in study.ended():
+            run.log_trial(trial)
+        progress.show()
+
+    on_change()
+    try:
+        coordinator.run_trials(study, hired, total, on_change)
+    finally:
+        progress.end()
+    if study.best(1) == []:
+        failure = next((trial.failure for trial in reversed(study.ended()) if trial.failure), "none was completed")
+        raise Fault(f"no trial of the study came to its end; the last one: {failure}")
+
+
+class _Progress:
+    """One line, counted from the storage: rewritten on a terminal, else a new one whenever it has changed."""
+
+    def __init__(self, study: Study, total: int) -> None:
+        self._study, self._total = study, total
+        self._started, self._before = time.monotonic(), study.counted()
+        self._shown = ""
+
+    def show(self) -> None:
+        """The line as it is now."""
+        counts = Counter(trial.status for trial in self._study.ended() if trial.counts)
+        done = self._study.counted()
+        best = self._study.best(1)
+        parts = [
+            f"{done}/{self._total} trials",
+            *(f"{counts[name]} {name}" for name in ("pruned", "failed") if counts[name]),
+        ]
+        if best:
+            parts.append(f"best validation accuracy {1 - best[0].scores[ERROR]:.2%} (trial {best[0].number})")
+        if self._before < done < self._total:
+            left = (time.monotonic() - self._started) / (done - self._before) * (self._total - done)
+            parts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+        line = ", ".join(parts)
+        if line != self._shown:
+            self._shown = line
+            print(
+                f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True
+            )
+
+    def end(self) -> None:
+        """What follows starts on a line of its own."""
+        if sys.stdout.isatty():
+            print()
+
+
+def _check_finalists(study: Study, hired: Team) -> list[Outcome]:
+    chosen = study.finalists()
+    seeds = study.params.tune.seeds
+    print(f"the {len(chosen) - 1} best and the present values, each with {seeds} other seeds:", flush=True)
+    return coordinator.train_again(study, hired, chosen)
+
+
+def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) -> Outcome:
+    """Print the table; write and log the summary and the figures."""
+    print(finalists.table(outcomes))
+    best = finalists.winner(outcomes)
+    present = next(outcome for outcome in outcomes if outcome.finalist.trial is None)
+    gained, error = finalists.gain(best, present)
+    print(_verdict(best, gained, error))
+    summary = {
+        "study": study.optuna.study_name,
+        "data": {"name": study.dataset.name, "sha256": study.dataset.sha256},
+        "trials": study.counted(),
+        "winner": best.finalist.name,
+        "gain": {"mean": gained, "standard_error": error, "real": finalists.is_real(gained, error)},
+        "finalists": [
+            {
+                "name": each.finalist.name,
+                "values": dict(each.finalist.values),
+                "parameters": each.finalist.parameters,
+                "validation_accuracy": {"mean": each.mean, "deviation": each.deviation, "n": len(each.accuracies)},
+            }
+            for each in sorted(outcomes, key=lambda outcome: -outcome.mean)
+        ],
+    }
+    files.write_json(SUMMARY, summary)
+    run.log_files([SUMMARY], "study")
+    run.log_files(plots.write(study, FIGURES), "figures")
+    run.log_best(study.counted(), best.finalist.values, {"best_validation_accuracy": best.mean})
+    print(f"{SUMMARY}, {FIGURES}/, and the MLflow run {run.run_id}")
+    return best
+
+
+def _verdict(best: Outcome, gained: float, error: float) -> str:
+    if best.finalist.trial is None:
+        return "the present values are the best"
+    real = "a real gain" if finalists.is_real(gained, error) else "within two standard errors: it may be chance"
+    return f"{best.finalist.name} against the present values: {gained:+.3%} +- {error:.3%}, {real}"
+
+
+def _apply(study: Study, best: Outcome, outcomes: Sequence[Outcome], run: studies.StudyRun, force: bool) -> None:
+    """Write the winner's values into params.yaml, all else in it untouched."""
+    present = next(outcome for outcome in outcomes if outcome.finalist.trial is None)
+    if best is present:
+        print(f"{PARAMS} stays as it is")
+        return
+    if not finalists.is_real(*finalists.gain(best, present)) and not force:
+        print(f"{PARAMS} stays as it is; --force writes the winner's values all the same")
+        return
+    before = PARAMS.read_text()
+    after = with_values(before, best.finalist.values)
+    print(
+        "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(PARAMS), str(PARAMS), n=0)),
+        end="",
+    )
+    files.write(PARAMS, after.encode())
+    run.log_applied(study.optuna.study_name, best.finalist.trial, best.finalist.values)
+    print(f"{PARAMS} has the values of {best.finalist.name}: `dvc repro` trains with them")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,109 @@
+"""The process that gives work to the team: trials of the study until there are enough, then the finalists' seeds."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from optuna.trial import Trial
+
+from pipeline.errors import Fault
+from pipeline.network.training import Epoch
+from pipeline.params import Params
+from pipeline.tuning.finalists import Finalist, Outcome
+from pipeline.tuning.messages import Done, Failed, Lost, Message
+from pipeline.tuning.study import MOST_RETRIES, RETRIES, Study, knobs_of
+from pipeline.tuning.team import Team
+
+WAIT = 1.0  # seconds for which nothing need happen
+
+
+@dataclass
+class _AtWork:
+    """A trial that a worker is at."""
+
+    trial: Trial
+    params: Params
+    history: list[Epoch] = field(default_factory=list)
+    pruned: bool = False
+
+
+def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], None]) -> None:
+    """Go on with the study until it has so many trials; ``on_change`` is called whenever one has ended.
+
+    What is at work when this is interrupted is tried again when the study goes on.
+    """
+    at_work: dict[int, _AtWork] = {}
+    try:
+        while at_work or study.counted() < total:
+            _give_work(study, team, at_work, total)
+            study.beat(work.trial for work in at_work.values())
+            if not at_work:
+                time.sleep(WAIT)  # others, elsewhere, are at the last trials
+            for task, message in team.messages(WAIT):
+                assert isinstance(task, int)
+                if _has_ended(study, team, at_work[task], message):
+                    del at_work[task]
+                    on_change()
+    except BaseException:
+        with suppress(Fault, OSError):  # a storage that is gone must not hide why this ended
+            for number, work in at_work.items():
+                study.lose(number, work.trial.params)
+        raise
+
+
+def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int) -> None:
+    while team.has_idle and study.counted() + study.unfinished() < total:
+        trial = study.next()
+        if not study.answer_from_history(trial):
+            params = study.params.changed(knobs_of(trial) | {"train.epochs": study.params.tune.epochs})
+            at_work[trial.number] = _AtWork(trial, params)
+            team.give(trial.number, params)
+
+
+def _has_ended(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
+    trial, retries = work.trial, work.trial.user_attrs.get(RETRIES, 0)
+    match message:
+        case Epoch():
+            work.history.append(message)
+            work.pruned = not study.report(trial, message)
+            team.answer(trial.number, go_on=not work.pruned)
+            return False
+        case Done():
+            study.finish(trial, work.params, work.history, work.pruned)
+        case Failed(reason):
+            study.fail(trial, reason)
+        case Lost(reason) if retries < MOST_RETRIES:
+            study.lose(trial.number, trial.params, retries + 1)
+        case Lost(reason):
+            study.fail(trial, f"{reason}, {retries + 1} times")
+    return True
+
+
+def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list[Outcome]:
+    """Each finalist with each of ``tune.seeds`` seeds, none of them that of the trials.
+
+    What is known from an earlier call is not done again. Raises Fault where one fails.
+    """
+    tune = study.params.tune
+    seeds = [(study.params.seed + 1 + number) % 2**32 for number in range(tune.seeds)]
+    pairs = [(index, seed) for seed in seeds for index in range(len(finalists))]
+    waiting = [(index, seed) for index, seed in pairs if not study.has_accuracy(finalists[index].values, seed)]
+    last: dict[object, Epoch] = {}
+    while waiting or team.tasks:
+        while waiting and team.has_idle:
+            index, seed = waiting.pop(0)
+            knobs = {**finalists[index].values, "train.epochs": tune.epochs, "seed": seed}
+            team.give((index, seed), study.params.changed(knobs))
+        for task, message in team.messages(WAIT):
+            assert isinstance(task, tuple)
+            finalist, seed = finalists[task[0]], task[1]
+            match message:
+                case Epoch():
+                    last[task] = message
+                    team.answer(task, go_on=True)
+                case Done():
+                    study.keep_accuracy(finalist.values, seed, last[task].validation_accuracy)
+                case Failed(reason) | Lost(reason):
+                    raise Fault(f"{finalist.name} with seed {seed} failed: {reason}")
+    return [Outcome(each, tuple(study.accuracy(each.values, seed) for seed in seeds)) for each in finalists]

@@ -1,0 +1,27 @@
+"""What a worker says of its task. After an epoch it waits for an answer; the others are its last word."""
+
+from dataclasses import dataclass
+
+from pipeline.network.training import Epoch
+
+
+@dataclass(frozen=True)
+class Done:
+    """The training has come to its end, or was stopped."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The training cannot come to its end, and would not on another try either."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker is gone, and what it was at with it."""
+
+    reason: str
+
+
+Message = Epoch | Done | Failed | Lost

@@ -1,0 +1,52 @@
+"""The study as pictures: Optuna's own, and accuracy against size."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial
+from optuna.visualization import matplotlib as drawings
+
+from pipeline import figures, files
+from pipeline.tuning.records import TrialRecord
+from pipeline.tuning.study import ERROR, Study
+
+DRAWINGS: dict[str, Callable[..., object]] = {
+    "history": drawings.plot_optimization_history,
+    "importances": drawings.plot_param_importances,
+    "slice": drawings.plot_slice,
+    "parallel_coordinates": drawings.plot_parallel_coordinate,
+}
+FEWEST_TRIALS = 2  # complete ones; the importance of a knob cannot be told from a single trial
+
+
+def write(study: Study, folder: Path) -> list[Path]:
+    """Write the pictures that the study has enough complete trials for; returns their paths."""
+    complete = [trial for trial in study.ended() if trial.status == "complete"]
+    pictures = {"accuracy_against_size": figures.as_png(_front(complete))}
+    if len(complete) >= FEWEST_TRIALS:
+        pictures |= {name: _drawn(draw, study) for name, draw in DRAWINGS.items()}
+    for name, picture in pictures.items():
+        files.write(folder / f"{name}.png", picture)
+    return [folder / f"{name}.png" for name in pictures]
+
+
+def _front(complete: list[TrialRecord]) -> Figure:
+    return figures.accuracy_against_size(
+        [trial.parameters for trial in complete], [1 - trial.scores[ERROR] for trial in complete]
+    )
+
+
+def _drawn(draw: Callable[..., object], study: Study) -> bytes:
+    with warnings.catch_warnings(), pyplot.rc_context():  # Optuna sets a style, for all figures from then on
+        warnings.simplefilter("ignore")  # it is experimental, and says that a low error is taken for good, as it is
+        draw(study.optuna, target=_error, target_name=ERROR.replace("_", " "))
+        picture = figures.as_png(pyplot.gcf(), tight=True)
+        pyplot.close("all")
+    return picture
+
+
+def _error(trial: FrozenTrial) -> float:
+    return float(trial.values[0])

@@ -1,0 +1,50 @@
+"""A worker of the study: a process that trains what it is told and says after each epoch how it went.
+
+    python -m pipeline.tuning.worker FILE_DESCRIPTOR
+
+``pipeline.tuning.team`` starts it. It knows neither Optuna nor MLflow, and never reads the test images. It ends when
+the process at the other end of the connection does, at the latest after the epoch that it is in.
+"""
+
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pipeline import recipe
+from pipeline.errors import UserError, run_command
+from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
+from pipeline.network.training import DivergedError
+from pipeline.tuning.messages import Done, Failed
+
+
+def main() -> None:
+    """Take parameters to train with, until there are no more."""
+    dataset = read_dataset()
+    train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
+    with Connection(int(sys.argv[1])) as coordinator:
+        try:
+            while True:
+                _train(coordinator, dataset, train, validation)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            sys.exit(1)  # nobody is left who could be told
+
+
+def _train(
+    coordinator: "Connection[Any, Any]", dataset: Dataset, train: LabelledImages, validation: LabelledImages
+) -> None:
+    params = coordinator.recv()
+    try:
+        device = recipe.device_for(params)
+        cnn = recipe.build(params, dataset)
+        for epoch in recipe.fit(cnn, train.to(device), validation.to(device), params):
+            coordinator.send(epoch)
+            if not coordinator.recv():
+                break
+    except (UserError, DivergedError, RuntimeError, MemoryError) as error:
+        coordinator.send(Failed(f"{type(error).__name__}: {error}"))
+    else:
+        coordinator.send(Done())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,359 @@
+"""The tuning study as its users meet it: on real digits, with a real storage, real workers and a real MLflow."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.storages import JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline import tune
+from pipeline.errors import UserError
+from pipeline.images.splits import read_dataset
+from pipeline.params import read_params
+from pipeline.tracking import runs
+from pipeline.tuning.study import JOURNAL, Journal, Study, counts, open_storage
+from tests.conftest import QUICK, REPOSITORY, write_params
+
+SMALL: dict[str, Any] = QUICK | {
+    "model.filters.0": 8,
+    "model.filters.1": 8,
+    "train.batch_size": 600,
+    "tune.epochs": 2,
+    "tune.trials": 4,
+    "tune.seeds": 2,
+    "tune.finalists": 1,
+    "tune.space": {
+        "model.filters.0": {"low": 4, "high": 12, "step": 4},
+        "model.filters.1": {"low": 4, "high": 12, "step": 4},
+        "model.dropout": {"low": 0.0, "high": 0.6, "step": 0.05},
+    },
+}
+
+
+@pytest.fixture
+def study_folder(workspace: Path) -> Path:
+    """The current folder, with a small study in its params.yaml."""
+    write_params(workspace, SMALL)
+    return workspace
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """`python -m pipeline.tune` in the current folder; what it printed."""
+    done = subprocess.run(
+        command(*arguments), env=surroundings(**environment), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def refused(*arguments: str, code: int = 2, **environment: str) -> str:
+    """The one line with which it refuses."""
+    done = subprocess.run(
+        command(*arguments), env=surroundings(**environment), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    return line.removeprefix("error: ")
+
+
+def finished(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(*arguments), env=surroundings(**environment), capture_output=True, text=True, check=False
+    )
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline.tune", *arguments]
+
+
+def surroundings(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(REPOSITORY)} | more
+
+
+def trials(name: str = "convtrack") -> list[FrozenTrial]:
+    storage = JournalStorage(Journal(str(JOURNAL)))
+    return optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+
+
+def children() -> list[Run]:
+    runs.connect()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    assert experiment is not None
+    return [run for run in client.search_runs([experiment.experiment_id]) if "trial.number" in run.data.tags]
+
+
+def parent() -> Run:
+    runs.connect()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], "tags.`study.id` != ''")
+    return found
+
+
+def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None:
+    (study_folder / "data/prepared/test.safetensors").unlink()  # it decides nothing, so it is not missed
+    before = Path("params.yaml").read_text()
+    printed = run()
+    assert Path("params.yaml").read_text() == before
+    found = trials()
+    assert [trial.number for trial in found] == [0, 1, 2, 3]
+    assert found[0].params == {"model.filters.0": 8, "model.filters.1": 8, "model.dropout": 0.5}
+    lines = printed.splitlines()
+    assert lines[0] == "0/4 trials"
+    assert any(re.match(r"4/4 trials.*, best validation accuracy \d\d\.\d\d% \(trial \d\)$", line) for line in lines)
+    summary = json.loads((study_folder / "tuning/summary.json").read_text())
+    assert summary["trials"] == 4
+    assert [each["validation_accuracy"]["n"] for each in summary["finalists"]] == [2, 2]
+    assert {each["name"] for each in summary["finalists"]} >= {"present"}
+    pictures = {path.stem for path in (study_folder / "tuning/figures").glob("*.png")}
+    assert pictures == {"history", "importances", "slice", "parallel_coordinates", "accuracy_against_size"}
+
+    assert parent().info.status == "FINISHED"
+    assert {run.data.tags["trial.number"] for run in children()} == {"0", "1", "2", "3"}
+    for child in children():
+        trial = found[int(child.data.tags["trial.number"])]
+        assert child.data.tags["mlflow.parentRunId"] == parent().info.run_id
+        assert child.info.status == {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}[trial.state.name]
+        assert child.data.params["model.filters.0"] == str(trial.params["model.filters.0"])
+        curve = MlflowClient().get_metric_history(child.info.run_id, "validation_accuracy")
+        assert [1 - point.value for point in curve] == pytest.approx(list(trial.intermediate_values.values()))
+
+    # Going on adds to the same study and the same parent, and trains no finalist twice with the same seed.
+    again = run("--trials", "6", "--apply", "--force")
+    assert len(trials()) == 6
+    assert len(children()) == 6
+    assert parent().data.tags["mlflow.runName"] == "tuning convtrack"
+    after = Path("params.yaml").read_text()
+    changed = [line for line in after.splitlines() if line not in before.splitlines()]
+    winner = json.loads((study_folder / "tuning/summary.json").read_text())["winner"]
+    if winner == "present":
+        assert after == before
+    else:
+        assert 1 <= len(changed) <= 2
+        assert all(f"+{line}" in again for line in changed)
+        assert parent().data.tags["applied.trial"] == winner.removeprefix("trial ")
+
+
+def test_the_same_seed_and_one_worker_give_the_same_trials_also_in_two_goes(study_folder: Path) -> None:
+    for name, goes in {"once": ["5"], "again": ["5"], "in two goes": ["2", "5"]}.items():
+        for total in goes:
+            run("--study", name, "--workers", "1", "--trials", total)
+    once, again, in_two = (
+        [(trial.params, trial.value, trial.intermediate_values, trial.state) for trial in trials(name)]
+        for name in ("once", "again", "in two goes")
+    )
+    assert once == again == in_two
+    assert len({json.dumps(params) for params, *_ in once}) > 3
+    write_params(study_folder, SMALL | {"seed": 1})
+    run("--study", "other seed", "--workers", "1", "--trials", "5")
+    assert [trial.params for trial in trials("other seed")] != [params for params, *_ in once]
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"train.learning_rate": 0.002}, "train.learning_rate = 0.001, and now it is 0.002"),
+        ({"tune.epochs": 3}, "tune.epochs = 2, and now it is 3"),
+        (
+            {"tune.space": SMALL["tune.space"] | {"model.dropout": {"low": 0.1, "high": 0.6}}},
+            "tune.space.model.dropout = {'low': 0.0, 'high': 0.6, 'step': 0.05}, and now it is {'low': 0.1,",
+        ),
+        (
+            {"tune.space": SMALL["tune.space"] | {"model.batch_norm": {"choices": [False, True]}}},
+            "tune.space.model.batch_norm = none, and now it is {'choices': [False, True]}",
+        ),
+    ],
+)
+def test_a_study_is_not_gone_on_with_for_something_else(
+    study_folder: Path, changed: dict[str, object], line: str
+) -> None:
+    open_study()
+    write_params(study_folder, SMALL | changed)
+    with pytest.raises(UserError) as refusal:
+        open_study()
+    assert line in str(refusal.value)
+    assert "start another study with --study NAME" in str(refusal.value)
+    open_study("another")
+
+
+def test_the_tuned_values_may_change_and_the_study_goes_on(study_folder: Path) -> None:
+    open_study()
+    write_params(
+        study_folder, SMALL | {"model.filters.0": 4, "model.filters.1": 12, "model.dropout": 0.1, "train.epochs": 3}
+    )
+    open_study()
+
+
+def test_other_images_make_another_study(study_folder: Path) -> None:
+    open_study()
+    description = study_folder / "data/prepared/dataset.json"
+    facts = json.loads(description.read_text())
+    facts["splits"]["train"]["sha256"] = "0" * 64
+    description.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"was made with data\.sha256 = [0-9a-f]{64}, and now it is [0-9a-f]{64}"):
+        open_study()
+
+
+def open_study(name: str = "convtrack") -> Study:
+    return Study.open(open_storage(), name, read_params(), read_dataset())
+
+
+def test_values_that_were_tried_are_answered_from_history(study_folder: Path) -> None:
+    write_params(study_folder, SMALL | {"tune.space": {"model.filters.0": {"choices": [4, 8]}}})
+    run("--trials", "6", "--workers", "1")
+    found = trials()
+    assert len(found) == 6
+    answered = [trial for trial in found if "same_as" in trial.user_attrs]
+    assert len(answered) == 4
+    for trial in answered:
+        earlier = found[trial.user_attrs["same_as"]]
+        assert (trial.params, trial.value, trial.state) == (earlier.params, earlier.value, earlier.state)
+
+
+def test_when_every_trial_fails_nothing_is_applied(study_folder: Path) -> None:
+    write_params(study_folder, SMALL | {"tune.space": {"model.kernel_size": {"choices": [14, 15]}}})
+    before = Path("params.yaml").read_bytes()
+    line = refused("--apply", "--force", code=1)
+    assert line.startswith("no trial of the study came to its end; the last one: ")
+    assert "block 2's filter" in line
+    assert Path("params.yaml").read_bytes() == before
+    assert [trial.state.name for trial in trials()] == ["FAIL"] * 4
+    assert parent().info.status == "FAILED"
+    assert [child.info.status for child in children()] == ["FAILED"] * 4
+    assert "block 2's filter" in children()[0].data.tags["failure"]
+
+
+def test_a_front_of_accuracy_and_size_is_not_pruned(study_folder: Path) -> None:
+    write_params(study_folder, SMALL | {"tune.second_objective": "parameters"})
+    run()
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 4
+    assert trials()[0].values[1] == 8 * 10 + 8 * 8 * 9 + 8 + 5 * 5 * 8 * 10 + 10
+    assert children()[0].data.metrics["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--workers", "1000"], "--workers is 1000; allowed: 1 to"),
+        (["--trials", "0"], "argument --trials: 0 is no number from 1 on"),
+        (["--force"], "--force goes with --apply"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    study_folder: Path,
+    arguments: list[str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune", *arguments])
+    with pytest.raises((SystemExit, UserError)) as refusal:
+        tune.main()
+    assert line in (capsys.readouterr().err or str(refusal.value))
+    assert not JOURNAL.exists()
+
+
+def test_a_storage_that_is_not_there_is_said_in_one_line(study_folder: Path) -> None:
+    line = refused(code=1, OPTUNA_STORAGE="sqlite:////nowhere/study.db")
+    assert line == "the study's storage failed: unable to open database file"
+
+
+def test_two_studies_at_once_in_one_folder_are_refused(study_folder: Path) -> None:
+    with start() as first:
+        wait_for_trials(1)
+        assert refused() == "another study is at work in this folder: wait for it, or end it"
+        assert first.wait(120) == 0
+    assert len(trials()) == 4
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_is_gone_on_with(study_folder: Path, sent: signal.Signals) -> None:
+    write_params(study_folder, SMALL | {"tune.epochs": 40})
+    with start() as interrupted:
+        wait_for_trials(3)
+        interrupted.send_signal(sent)
+        assert interrupted.wait(30) == 128 + sent
+    assert parent().info.status == "KILLED"
+    assert {child.info.status for child in children()} <= {"FINISHED", "KILLED", "FAILED"}
+    assert not any(trial.state == TrialState.RUNNING for trial in trials())
+    done = [trial for trial in trials() if counts(trial)]
+    run()
+    check_that_nothing_is_lost(done, total=4)
+    assert parent().info.status == "FINISHED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 2, 4, 7, 11, 16, 22, 29, 37, 45])
+@pytest.mark.parametrize("killed", ["study", "worker"])
+def test_what_is_killed_loses_no_trial(study_folder: Path, killed: str, lines: int) -> None:
+    with start() as study:
+        wait_for_lines(lines)
+        done = [trial for trial in trials() if counts(trial)] if lines > 2 else []
+        if killed == "worker":
+            workers = psutil.Process(study.pid).children()
+            for worker in workers[:1]:  # there may be none yet, or none any more
+                worker.kill()
+            assert study.wait(120) == 0
+        else:
+            study.kill()
+    run()
+    check_that_nothing_is_lost(done, total=4)
+    assert parent().info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_half_a_line_in_the_journal_is_cut_off(study_folder: Path) -> None:
+    run("--trials", "2")
+    done = trials()
+    with JOURNAL.open("a") as journal:
+        journal.write('{"op_code":4,"worker_id":"x","stu')
+    run()
+    check_that_nothing_is_lost(done, total=4)
+
+
+def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
+    """Those that had ended are as they were; as many as were asked for count; MLflow has all, none of them running."""
+    after = trials()
+    assert [after[trial.number] for trial in done] == done
+    assert sum(map(counts, after)) == total
+    assert not any(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in after)
+    assert sorted(int(child.data.tags["trial.number"]) for child in children()) == list(range(len(after)))
+    assert not any(child.info.status == "RUNNING" for child in children())
+
+
+def start() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command(), env=surroundings(), stdout=subprocess.DEVNULL)
+
+
+def wait_for_lines(count: int) -> None:
+    """Until the journal has so many."""
+    for _ in range(6000):
+        if JOURNAL.exists() and JOURNAL.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing was written")
+
+
+def wait_for_trials(count: int) -> None:
+    """Until so many have been begun."""
+    for _ in range(600):
+        if JOURNAL.exists() and JOURNAL.read_text().count('"op_code":4') >= count + 1:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no trial was begun")
