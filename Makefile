@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint ui seeds bench lock
+.PHONY: help setup repro test slow lint ui tune seeds bench lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,11 @@ repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visual
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
-test: $(INSTALLED)  ## run the test suite
-	$(ACTIVATE) && python -m pytest $(ARGS)
+test: $(INSTALLED)  ## run the test suite, without the slow tests
+	$(ACTIVATE) && python -m pytest -m 'not slow' $(ARGS)
+
+slow: $(INSTALLED)  ## run the slow tests
+	$(ACTIVATE) && python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	$(ACTIVATE) && ruff check . && ruff format --check . && mypy
@@ -34,6 +37,9 @@ lint: $(INSTALLED)  ## check style and types
 ui: $(INSTALLED)  ## open MLflow at http://127.0.0.1:5000, for this machine only
 	$(ACTIVATE) && MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
+
+tune: $(INSTALLED)  ## the tuning study of params.yaml; ARGS=--apply writes what it found into the file
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m pipeline.tune $(ARGS)
 
 seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures
 	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS)
