@@ -9,17 +9,14 @@ import argparse
 import statistics
 from pathlib import Path
 
-import torch
-
 from bench import recipes
 from bench.machine import machine
-from pipeline import files
+from pipeline import files, recipe
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network import scoring, training
 from pipeline.network.cnn import CNN
 from pipeline.params import PARAMS, Params, read_params
-from pipeline.train import build
 
 _FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "fit_seconds")
 
@@ -61,16 +58,9 @@ def fitted(
     seed: int, params: Params, dataset: Dataset, train: LabelledImages, validation: LabelledImages
 ) -> tuple[CNN, list[training.Epoch]]:
     """The network trained with another seed than that of ``params``, and what its epochs gave."""
-    cnn = build(params.model_copy(update={"seed": seed}), dataset)
-    history = list(
-        training.fit(
-            cnn,
-            (train.images, train.labels),
-            (validation.images, validation.labels),
-            generator=torch.Generator(train.images.device).manual_seed(seed),
-            **params.train.model_dump(exclude={"device", "threads"}),
-        )
-    )
+    params = params.model_copy(update={"seed": seed})
+    cnn = recipe.build(params, dataset)
+    history = list(recipe.fit(cnn, train, validation, params))
     return cnn, history
 
 

@@ -92,12 +92,12 @@ def test_one_file_is_one_stage_is_one_section() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("mlflow", {"tracking/runs.py", "tracking/registry.py"}),
-        ("optuna", set()),
+        ("mlflow", {"tracking/runs.py", "tracking/registry.py", "tracking/studies.py"}),
+        ("optuna", {"tuning/coordinator.py", "tuning/plots.py", "tuning/space.py", "tuning/study.py"}),
         ("ruamel", {"params.py"}),
         ("torchvision", {"images/sources.py"}),
         ("mlxtend", {"images/sources.py"}),
-        ("matplotlib", {"figures.py", "visualize.py"}),
+        ("matplotlib", {"figures.py", "tuning/plots.py", "visualize.py"}),
         ("numba", {"network/kernels.py"}),
     ],
 )
@@ -120,8 +120,9 @@ def test_the_network_knows_neither_files_nor_tracking() -> None:
 
 def test_the_test_images_are_opened_by_the_final_stages_alone() -> None:
     readers = {module.name for module in MODULES if re.search(r"\bread_split\b", module.read_text())} - {"splits.py"}
-    assert readers == {"train.py", "evaluate.py", "visualize.py"}
-    assert not re.search(r"\bTEST\b|\"test\"", (PIPELINE / "train.py").read_text())
+    assert readers == {"train.py", "worker.py", "evaluate.py", "visualize.py"}
+    for module in ("train.py", "tuning/worker.py"):
+        assert not re.search(r"\bTEST\b|\"test\"", (PIPELINE / module).read_text())
 
 
 def test_only_sources_knows_a_data_set_by_name() -> None:

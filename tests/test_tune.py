@@ -150,6 +150,7 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
         assert parent().data.tags["applied.trial"] == winner.removeprefix("trial ")
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_one_worker_give_the_same_trials_also_in_two_goes(study_folder: Path) -> None:
     for name, goes in {"once": ["5"], "again": ["5"], "in two goes": ["2", "5"]}.items():
         for total in goes:
@@ -239,6 +240,7 @@ def test_when_every_trial_fails_nothing_is_applied(study_folder: Path) -> None:
     assert "block 2's filter" in children()[0].data.tags["failure"]
 
 
+@pytest.mark.slow
 def test_a_front_of_accuracy_and_size_is_not_pruned(study_folder: Path) -> None:
     write_params(study_folder, SMALL | {"tune.second_objective": "parameters"})
     run()
@@ -274,6 +276,7 @@ def test_a_storage_that_is_not_there_is_said_in_one_line(study_folder: Path) -> 
     assert line == "the study's storage failed: unable to open database file"
 
 
+@pytest.mark.slow
 def test_two_studies_at_once_in_one_folder_are_refused(study_folder: Path) -> None:
     with start() as first:
         wait_for_trials(1)
@@ -282,6 +285,7 @@ def test_two_studies_at_once_in_one_folder_are_refused(study_folder: Path) -> No
     assert len(trials()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_study_is_gone_on_with(study_folder: Path, sent: signal.Signals) -> None:
     write_params(study_folder, SMALL | {"tune.epochs": 40})

@@ -49,7 +49,7 @@ class StudyRun:
         ] + [Metric(key, value, trial.ended, 0) for key, value in trial.scores.items()]
         for start in range(0, len(metrics), MOST_METRICS):
             client.log_batch(child, metrics[start : start + MOST_METRICS])
-        facts = {**trial.values, "parameters": trial.parameters}
+        facts = {**trial.values, **({"parameters": trial.parameters} if trial.parameters else {})}
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
         self._written.add(trial.number)

@@ -35,7 +35,7 @@ def write(study: Study, folder: Path) -> list[Path]:
 
 def _front(complete: list[TrialRecord]) -> Figure:
     return figures.accuracy_against_size(
-        [trial.parameters for trial in complete], [1 - trial.scores[ERROR] for trial in complete]
+        [trial.parameters or 0 for trial in complete], [1 - trial.scores[ERROR] for trial in complete]
     )
 
 

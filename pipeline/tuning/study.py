@@ -171,7 +171,7 @@ class Study:
             failure=failure,
             counts=counts(trial),
             values=knobs_of(trial),
-            parameters=self._parameters(knobs_of(trial)),
+            parameters=None if trial.state == TrialState.FAIL else self._parameters(knobs_of(trial)),
             scores=dict(zip(self.optuna.metric_names or (), trial.values or (), strict=False)),
             history=trial.user_attrs.get(HISTORY, ()),
             started=round((trial.datetime_start or ended).timestamp() * 1000),
@@ -195,7 +195,7 @@ class Study:
         return [
             Finalist(None, present, self._parameters(present)),
             *(
-                Finalist(trial.number, trial.values, trial.parameters)
+                Finalist(trial.number, trial.values, self._parameters(trial.values))
                 for trial in self.best(self.params.tune.finalists + 1)
                 if trial.values != present
             ),
