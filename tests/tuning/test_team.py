@@ -9,12 +9,18 @@ from collections.abc import Hashable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pipeline.network.training import Epoch
 from pipeline.params import read_params
 from pipeline.tuning.messages import Done, Failed, Lost, Message
 from pipeline.tuning.team import Team, team
 from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the tests run in other folders
 
 
 def said(hired: Team, answers: bool = True) -> list[tuple[Hashable, Message]]:
