@@ -19,6 +19,7 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -87,7 +88,10 @@ def open_storage() -> BaseStorage:
     url = os.environ.get(STORAGE)
     if url is None:
         FOLDER.mkdir(exist_ok=True)
-        return JournalStorage(Journal(str(JOURNAL)))
+        # No other process writes here, so a lock that is there was left by one that was killed. Optuna would wait half
+        # a minute for it, and for ever where the journal's path is a relative one.
+        JOURNAL.with_name(JOURNAL.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
+        return JournalStorage(Journal(str(JOURNAL.resolve())))
     with storage_faults(), _as_it_is():
         return RDBStorage(
             url,
