@@ -60,7 +60,7 @@ def _best_first(
 ) -> list[Score]:
     scores = []
     for knobs in candidates:
-        params = recipes.changed(recipes.published(), knobs)
+        params = recipes.published().changed(knobs)
         reached = [fitted(seed, params, dataset, *splits)[1][-1].validation_accuracy for seed in seeds]
         scores.append(Score(knobs, statistics.fmean(reached), statistics.stdev(reached), list(seeds)))
         mean, deviation = scores[-1].validation_accuracy, scores[-1].deviation

@@ -61,20 +61,6 @@ def published() -> Params:
     return read_params(PUBLISHED)
 
 
-def changed(params: Params, knobs: Mapping[str, object]) -> Params:
-    """The same parameters with other values for some knobs, named by their dotted paths. Raises ValueError."""
-    content = params.model_dump()
-    for path, value in knobs.items():
-        *sections, knob = path.split(".")
-        section = content
-        for name in sections:
-            section = section[name]
-        if knob not in section:
-            raise ValueError(f"{path} is no knob")
-        section[knob] = value
-    return Params.model_validate(content)
-
-
 def as_words(knobs: Mapping[str, object]) -> list[str]:
     """The knobs as they are given to `dvc exp run -S` and to the programs here: ``path=value``."""
     return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in knobs.items()]

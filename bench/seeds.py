@@ -24,7 +24,7 @@ _FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "fit_seconds")
 def main() -> None:
     """Train and score once a seed, print a line each and the summary, write the output."""
     arguments = _arguments()
-    params = recipes.changed(read_params(arguments.recipe), recipes.from_words(arguments.knobs))
+    params = read_params(arguments.recipe).changed(recipes.from_words(arguments.knobs))
     dataset = read_dataset()
     device = training.set_up(params.train.device, params.train.threads, params.train.precision)
     splits = {name: read_split(dataset, name).to(device) for name in (TRAIN, VALIDATION, TEST)}

@@ -103,7 +103,7 @@ def write_images(path: Path, train: LabelledImages, validation: LabelledImages) 
 def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) -> dict[str, int]:
     """Floating-point operations with all gradients, and with those alone that are not zero after an epoch."""
     knobs = {"train.epochs": 1}
-    params = recipes.changed(recipes.published(), knobs)
+    params = recipes.published().changed(knobs)
     cnn, _ = seeds.fitted(params.seed, params, read_dataset(), train, validation)
     live = arithmetic.live_gradients(cnn, train[:1000], torch.Generator().manual_seed(params.seed))
     counts = len(train), len(validation)

@@ -11,7 +11,6 @@ import difflib
 import fcntl
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,8 +22,9 @@ from pipeline.images.splits import read_dataset
 from pipeline.params import PARAMS, Params, read_params, with_values
 from pipeline.tracking import runs, studies
 from pipeline.tuning import coordinator, finalists, plots
-from pipeline.tuning.finalists import Outcome
-from pipeline.tuning.study import ERROR, FOLDER, Study, open_storage, storage_faults
+from pipeline.tuning.finalists import Outcome, Verdict
+from pipeline.tuning.storage import FOLDER, open_storage, storage_faults
+from pipeline.tuning.study import ERROR, Study
 from pipeline.tuning.team import Team, team
 
 SUMMARY = FOLDER / "summary.json"
@@ -46,9 +46,9 @@ def main() -> None:
             with team(workers) as hired:
                 _run_trials(study, hired, total, run)
                 outcomes = _check_finalists(study, hired)
-            best = _conclude(study, outcomes, run)
+            verdict = _conclude(study, outcomes, run)
             if arguments.apply:
-                _apply(study, best, outcomes, run, arguments.force)
+                _apply(study, verdict, run, arguments.force)
 
 
 def _arguments() -> argparse.Namespace:
@@ -95,7 +95,7 @@ def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) ->
     progress = _Progress(study, total)
 
     def on_change() -> None:
-        for trial in study.ended():
+        for trial in study.ended(without=run.written):
             run.log_trial(trial)
         progress.show()
 
@@ -115,12 +115,12 @@ class _Progress:
     def __init__(self, study: Study, total: int) -> None:
         self._study, self._total = study, total
         self._started, self._before = time.monotonic(), study.counted()
-        self._shown = ""
+        self._shown, self._rewrites = "", sys.stdout.isatty()
 
     def show(self) -> None:
         """The line as it is now."""
-        counts = Counter(trial.status for trial in self._study.ended() if trial.counts)
-        done = self._study.counted()
+        counts = self._study.count_by_status()
+        done = counts.total()
         best = self._study.best(1)
         parts = [
             f"{done}/{self._total} trials",
@@ -134,13 +134,11 @@ class _Progress:
         line = ", ".join(parts)
         if line != self._shown:
             self._shown = line
-            print(
-                f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True
-            )
+            print(*(("\r", line, "\033[K") if self._rewrites else (line, "\n")), sep="", end="", flush=True)
 
     def end(self) -> None:
         """What follows starts on a line of its own."""
-        if sys.stdout.isatty():
+        if self._rewrites:
             print()
 
 
@@ -151,19 +149,18 @@ def _check_finalists(study: Study, hired: Team) -> list[Outcome]:
     return coordinator.train_again(study, hired, chosen)
 
 
-def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) -> Outcome:
+def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) -> Verdict:
     """Print the table; write and log the summary and the figures."""
     print(finalists.table(outcomes))
-    best = finalists.winner(outcomes)
-    present = next(outcome for outcome in outcomes if outcome.finalist.trial is None)
-    gained, error = finalists.gain(best, present)
-    print(_verdict(best, gained, error))
+    verdict = finalists.judged(outcomes)
+    best = verdict.best
+    print(verdict)
     summary = {
         "study": study.optuna.study_name,
         "data": {"name": study.dataset.name, "sha256": study.dataset.sha256},
         "trials": study.counted(),
         "winner": best.finalist.name,
-        "gain": {"mean": gained, "standard_error": error, "real": finalists.is_real(gained, error)},
+        "gain": {"mean": verdict.gained, "standard_error": verdict.error, "real": verdict.is_real},
         "finalists": [
             {
                 "name": each.finalist.name,
@@ -179,24 +176,16 @@ def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) 
     run.log_files(plots.write(study, FIGURES), "figures")
     run.log_best(study.counted(), best.finalist.values, {"best_validation_accuracy": best.mean})
     print(f"{SUMMARY}, {FIGURES}/, and the MLflow run {run.run_id}")
-    return best
+    return verdict
 
 
-def _verdict(best: Outcome, gained: float, error: float) -> str:
-    if best.finalist.trial is None:
-        return "the present values are the best"
-    real = "a real gain" if finalists.is_real(gained, error) else "within two standard errors: it may be chance"
-    return f"{best.finalist.name} against the present values: {gained:+.3%} +- {error:.3%}, {real}"
-
-
-def _apply(study: Study, best: Outcome, outcomes: Sequence[Outcome], run: studies.StudyRun, force: bool) -> None:
+def _apply(study: Study, verdict: Verdict, run: studies.StudyRun, force: bool) -> None:
     """Write the winner's values into params.yaml, all else in it untouched."""
-    present = next(outcome for outcome in outcomes if outcome.finalist.trial is None)
-    if best is present:
-        print(f"{PARAMS} stays as it is")
-        return
-    if not finalists.is_real(*finalists.gain(best, present)) and not force:
-        print(f"{PARAMS} stays as it is; --force writes the winner's values all the same")
+    best = verdict.best
+    if best.finalist.trial is None or not (verdict.is_real or force):
+        print(
+            f"{PARAMS} stays as it is" + ("" if best.finalist.trial is None else "; --force writes the winner's values")
+        )
         return
     before = PARAMS.read_text()
     after = with_values(before, best.finalist.values)

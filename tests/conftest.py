@@ -20,7 +20,8 @@ REPOSITORY = Path(__file__).parents[1]
 PARAMS = REPOSITORY / "tests" / "params.yaml"
 QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2}
 needs_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="tests the training on a CUDA GPU, and PyTorch finds none on this machine"
+    not torch.cuda.is_available(),
+    reason="runs the network on a CUDA GPU: its results, its bytes and its waiting; PyTorch finds none on this machine",
 )
 
 

@@ -51,11 +51,11 @@ def test_a_recipe_can_be_said_in_words_and_understood() -> None:
         "train.schedule": "one-cycle",
     }
     assert recipes.from_words(recipes.as_words(knobs)) == knobs
-    params = recipes.changed(recipes.published(), recipes.SHORT)
+    params = recipes.published().changed(recipes.SHORT)
     assert (params.train.epochs, params.train.schedule, params.model.dropout) == (4, "one-cycle", 0.1)
     assert params.model.filters == recipes.published().model.filters
     with pytest.raises(ValueError, match=r"train\.epoch is no knob"):
-        recipes.changed(params, {"train.epoch": 3})
+        params.changed({"train.epoch": 3})
 
 
 @pytest.mark.parametrize(("epochs", "recipe"), [(4, recipes.SHORT), (2, recipes.SHORTEST)])
@@ -67,7 +67,7 @@ def test_the_short_recipes_are_the_best_of_their_candidates(epochs: int, recipe:
     assert all(score["knobs"] in screened[: len(finalists)] for score in finalists)
     best = max(finalists, key=lambda score: float(score["validation_accuracy"]))
     published = recipes.published()
-    assert recipes.changed(published, best["knobs"]) == recipes.changed(published, recipe)
+    assert published.changed(best["knobs"]) == published.changed(recipe)
 
 
 @pytest.mark.parametrize(("figures", "low", "holds"), [((1.5, 1.7, 9), False, True), ((1.5, 1.7, 9), True, False)])

@@ -24,7 +24,8 @@ from pipeline.errors import UserError
 from pipeline.images.splits import read_dataset
 from pipeline.params import read_params
 from pipeline.tracking import runs
-from pipeline.tuning.study import JOURNAL, Journal, Study, counts, open_storage
+from pipeline.tuning.storage import JOURNAL, Journal, open_storage
+from pipeline.tuning.study import Study, counts
 from tests.conftest import QUICK, REPOSITORY, write_params
 
 SMALL: dict[str, Any] = QUICK | {

@@ -17,7 +17,7 @@ def main() -> None:
     """Fit the network to the prepared images."""
     epochs, copies, *words = sys.argv[1:]
     knobs = recipes.from_words(words) | {"train.epochs": int(epochs)}
-    params = recipes.changed(recipes.published(), knobs)
+    params = recipes.published().changed(knobs)
     recipe.device_for(params)
     dataset = read_dataset()
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)

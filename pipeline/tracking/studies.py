@@ -5,7 +5,7 @@ So no child is ever left running, whatever is killed; what is not there yet is w
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import mlflow
@@ -24,16 +24,14 @@ STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
 class StudyRun:
-    """The parent run of a study, open to be written to."""
+    """The parent run of a study, open to be written to; ``written`` are the numbers of the trials in it."""
 
     def __init__(self, run_id: str, written: set[int]) -> None:
-        self.run_id, self._written = run_id, written
+        self.run_id, self.written = run_id, written
 
     @runs.store_faults()
     def log_trial(self, trial: TrialRecord) -> None:
-        """A child run for a trial, if it has none yet."""
-        if trial.number in self._written:
-            return
+        """A child run for a trial that is not among those ``written``."""
         client = MlflowClient()
         name = f"trial {trial.number}"
         tags = {MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
@@ -52,7 +50,7 @@ class StudyRun:
         facts = {**trial.values, **({"parameters": trial.parameters} if trial.parameters else {})}
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
-        self._written.add(trial.number)
+        self.written.add(trial.number)
 
     @runs.store_faults()
     def log_best(self, trials: int, values: Mapping[str, object], metrics: Mapping[str, float]) -> None:
@@ -77,13 +75,16 @@ class StudyRun:
 @contextmanager
 def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Iterator[StudyRun]:
     """The parent run of a study, found again by the study's id or made. Its status ends true, as that of a training."""
-    with runs.store_faults():
-        found = mlflow.search_runs(filter_string=f"tags.`{STUDY}` = '{study_id}'", output_format="list")
-        run_id = found[0].info.run_id if found else None
-        with runs.open_run(dataset, {STUDY: study_id} | runs.surroundings(), name, run_id) as opened:
+    with ExitStack() as stack:
+        with runs.store_faults():  # not around what the study does: its own storage has errors of the same types
+            found = mlflow.search_runs(filter_string=f"tags.`{STUDY}` = '{study_id}'", output_format="list")
+            run_id = found[0].info.run_id if found else None
+            tags = {STUDY: study_id} | runs.surroundings()
+            opened = stack.enter_context(runs.open_run(dataset, tags, name, run_id))
             if run_id is None:
                 mlflow.log_params({f"tune.space.{path}": space for path, space in _space(params).items()})
-            yield StudyRun(opened, _written(opened))
+            run = StudyRun(opened, _written(opened))
+        yield run
 
 
 def _space(params: Params) -> dict[str, str]:

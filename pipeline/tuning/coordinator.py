@@ -12,7 +12,7 @@ from pipeline.network.training import Epoch
 from pipeline.params import Params
 from pipeline.tuning.finalists import Finalist, Outcome
 from pipeline.tuning.messages import Done, Failed, Lost, Message
-from pipeline.tuning.study import MOST_RETRIES, RETRIES, Study, knobs_of
+from pipeline.tuning.study import MOST_RETRIES, Study, knobs_of, retries_of
 from pipeline.tuning.team import Team
 
 WAIT = 1.0  # seconds for which nothing need happen
@@ -47,8 +47,8 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
                     on_change()
     except BaseException:
         with suppress(Fault, OSError):  # a storage that is gone must not hide why this ended
-            for number, work in at_work.items():
-                study.lose(number, work.trial.params)
+            for work in at_work.values():
+                study.lose(work.trial)
         raise
 
 
@@ -62,7 +62,7 @@ def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int
 
 
 def _has_ended(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
-    trial, retries = work.trial, work.trial.user_attrs.get(RETRIES, 0)
+    trial = work.trial
     match message:
         case Epoch():
             work.history.append(message)
@@ -73,10 +73,10 @@ def _has_ended(study: Study, team: Team, work: _AtWork, message: Message) -> boo
             study.finish(trial, work.params, work.history, work.pruned)
         case Failed(reason):
             study.fail(trial, reason)
-        case Lost(reason) if retries < MOST_RETRIES:
-            study.lose(trial.number, trial.params, retries + 1)
+        case Lost() if retries_of(trial) < MOST_RETRIES:
+            study.lose(trial, blamed=True)
         case Lost(reason):
-            study.fail(trial, f"{reason}, {retries + 1} times")
+            study.fail(trial, f"{reason}, {retries_of(trial) + 1} times")
     return True
 
 

@@ -51,9 +51,33 @@ def gain(best: Outcome, present: Outcome) -> tuple[float, float]:
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def is_real(gained: float, error: float) -> bool:
-    """Whether a gain is more than chance would give: above two standard errors."""
-    return gained > 2 * error
+@dataclass(frozen=True)
+class Verdict:
+    """The winner, and what it gains on the present values: mean and standard error of the paired differences."""
+
+    best: Outcome
+    gained: float
+    error: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the gain is more than chance would give: above two standard errors."""
+        return self.gained > 2 * self.error
+
+    def __str__(self) -> str:
+        if self.best.finalist.trial is None:
+            return "the present values are the best"
+        meaning = "a real gain" if self.is_real else "within two standard errors: it may be chance"
+        return (
+            f"{self.best.finalist.name} against the present values: {self.gained:+.3%} +- {self.error:.3%}, {meaning}"
+        )
+
+
+def judged(outcomes: Sequence[Outcome]) -> Verdict:
+    """Which of the finalists, the present values among them, is the best."""
+    best = winner(outcomes)
+    (present,) = (outcome for outcome in outcomes if outcome.finalist.trial is None)
+    return Verdict(best, *gain(best, present))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -2,28 +2,20 @@
 
 import json
 import math
-import os
 import time
 import uuid
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import LOCK_FILE_SUFFIX
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import Fault, UserError, without_password
+from pipeline.errors import UserError
 from pipeline.images.splits import Dataset
 from pipeline.network.cnn import multiply_adds, parameter_count
 from pipeline.network.training import Epoch
@@ -32,11 +24,8 @@ from pipeline.recipe import architecture
 from pipeline.tuning.finalists import Finalist
 from pipeline.tuning.records import Status, TrialRecord
 from pipeline.tuning.space import present_values, space_of
+from pipeline.tuning.storage import HEARTBEAT, as_it_is, storage_faults
 
-FOLDER = Path("tuning")
-JOURNAL = FOLDER / "study.journal"
-STORAGE = "OPTUNA_STORAGE"
-HEARTBEAT, GRACE = 10, 60  # seconds between signs of life, and after which a trial without one is given up
 FAILURE = "failure"  # why a trial cannot be done; one without it and FAIL was lost, and is tried again
 HISTORY = "history"  # a row an epoch
 SAME_AS = "same_as"  # the number of the earlier trial that answered this one
@@ -50,56 +39,6 @@ ENDED: dict[TrialState, Status] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
-
-
-class Journal(JournalFileBackend):
-    """Optuna's journal. A killed process, or a full disk, can leave half a line, which would spoil the next one."""
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """As Optuna's, after what is left of an unfinished line is cut off."""
-        with Path(self._file_path).open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-        super().append_logs(logs)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    """What Optuna calls experimental and is needed here. The versions are pinned."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
-
-
-@contextmanager
-def storage_faults() -> Iterator[None]:
-    """Errors of the storage leave as a Fault of one line. Also a decorator."""
-    try:
-        yield
-    except STORAGE_ERRORS as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise Fault(without_password(f"the study's storage failed: {reason}")) from error
-
-
-def open_storage() -> BaseStorage:
-    """Where ``OPTUNA_STORAGE`` says, else a journal in tuning/. Raises Fault."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = os.environ.get(STORAGE)
-    if url is None:
-        FOLDER.mkdir(exist_ok=True)
-        # No other process writes here, so a lock that is there was left by one that was killed. Optuna would wait half
-        # a minute for it, and for ever where the journal's path is a relative one.
-        JOURNAL.with_name(JOURNAL.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
-        return JournalStorage(Journal(str(JOURNAL.resolve())))
-    with storage_faults(), _as_it_is():
-        return RDBStorage(
-            url,
-            engine_kwargs={"pool_pre_ping": True},
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
 
 
 class Study:
@@ -128,7 +67,7 @@ class Study:
         made_for, wanted = study.user_attrs.get("made_for"), _identity(params, dataset)
         if made_for is None:
             study.set_user_attr("id", str(uuid.uuid4()))
-            with _as_it_is():
+            with as_it_is():
                 study.set_metric_names([ERROR, *([second] if second else [])])
             present = present_values(params, space_of(params))
             if present is not None:
@@ -155,15 +94,19 @@ class Study:
 
     def counted(self) -> int:
         """How many trials have been done."""
-        return sum(map(counts, self.trials()))
+        return self.count_by_status().total()
 
     def unfinished(self) -> int:
         """How many are at work, here or elsewhere."""
         return len(self.trials(TrialState.RUNNING))
 
-    def ended(self) -> list[TrialRecord]:
-        """All trials that have ended, also those that are tried again."""
-        return [self._record(trial) for trial in self.trials(*ENDED)]
+    def ended(self, without: Collection[int] = ()) -> list[TrialRecord]:
+        """The trials that have ended, also those that are tried again, but for these numbers."""
+        return [self._record(trial) for trial in self.trials(*ENDED) if trial.number not in without]
+
+    def count_by_status(self) -> Counter[Status]:
+        """How many of the trials that count are complete, pruned and failed."""
+        return Counter(ENDED[trial.state] for trial in self.trials() if counts(trial))
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         assert trial.datetime_start is not None or trial.datetime_complete is not None
@@ -189,8 +132,10 @@ class Study:
         """The complete trials with the lowest validation errors, each set of values once."""
         found: dict[str, TrialRecord] = {}
         for trial in sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (trial.values[0], trial.number)):
-            found.setdefault(json.dumps(trial.params, sort_keys=True), self._record(trial))
-        return list(found.values())[:count]
+            name = json.dumps(trial.params, sort_keys=True)
+            if name not in found and len(found) < count:
+                found[name] = self._record(trial)
+        return list(found.values())
 
     def finalists(self) -> list[Finalist]:
         """The best trials, and the present values."""
@@ -210,7 +155,7 @@ class Study:
         # A sampler that starts anew with each call of the command would repeat its first proposals.
         seed = (self.params.seed + len(self.trials())) % 2**32
         self.optuna.sampler = TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
-        with _as_it_is():
+        with as_it_is():
             return self.optuna.ask(self.space)
 
     def answer_from_history(self, trial: Trial) -> bool:
@@ -254,10 +199,13 @@ class Study:
         trial.set_user_attr(FAILURE, reason)
         self.optuna.tell(trial, state=TrialState.FAIL)
 
-    def lose(self, number: int, values: Mapping[str, object], retries: int = 0) -> None:
-        """End a trial that its process did not. The same values wait to be tried again."""
-        self.optuna.enqueue_trial(dict(values), user_attrs={RETRIES: retries})
-        self.optuna.tell(number, state=TrialState.FAIL)
+    def lose(self, trial: Trial | FrozenTrial, blamed: bool = False) -> None:
+        """End a trial that its process did not. The same values wait to be tried again.
+
+        ``blamed`` where they may be why their worker died; then they are not tried for ever.
+        """
+        self.optuna.enqueue_trial(trial.params, user_attrs={RETRIES: retries_of(trial) + blamed})
+        self.optuna.tell(trial.number, state=TrialState.FAIL)
 
     def beat(self, trials: Iterable[Trial]) -> None:
         """Where others can be at the same study: say that these trials are alive, and give up those that are not."""
@@ -265,7 +213,7 @@ class Study:
         if isinstance(storage, RDBStorage) and time.monotonic() - self._beaten > HEARTBEAT:
             for trial in trials:
                 storage.record_heartbeat(trial._trial_id)
-            with _as_it_is():
+            with as_it_is():
                 optuna.storages.fail_stale_trials(self.optuna)
             self._beaten = time.monotonic()
 
@@ -287,7 +235,7 @@ class Study:
         In a database others may be; there a trial without a heartbeat is given up.
         """
         for trial in self.trials(TrialState.RUNNING) if isinstance(self.optuna._storage, JournalStorage) else ():
-            self.lose(trial.number, trial.params, trial.user_attrs.get(RETRIES, 0))
+            self.lose(trial)
 
 
 def _accuracy_name(values: Mapping[str, object], seed: int) -> str:
@@ -297,6 +245,11 @@ def _accuracy_name(values: Mapping[str, object], seed: int) -> str:
 def knobs_of(trial: Trial | FrozenTrial) -> dict[str, object]:
     """The values that a trial is trained with: 0.15 where the steps of a range add up to 0.15000000000000002."""
     return {path: float(f"{value:.12g}") if isinstance(value, float) else value for path, value in trial.params.items()}
+
+
+def retries_of(trial: Trial | FrozenTrial) -> int:
+    """How often a worker has died at these values."""
+    return int(trial.user_attrs.get(RETRIES, 0))
 
 
 def counts(trial: FrozenTrial) -> bool:
