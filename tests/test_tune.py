@@ -1,5 +1,6 @@
 """The tuning study as its users meet it: on real digits, with a real storage, real workers and a real MLflow."""
 
+import functools
 import json
 import os
 import re
@@ -343,7 +344,9 @@ def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
 
 
 def start() -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command(), env=surroundings(), stdout=subprocess.DEVNULL)
+    # What a shell runs in the background inherits that it ignores interrupts, and would hand it on.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command(), env=surroundings(), stdout=subprocess.DEVNULL, preexec_fn=heed)
 
 
 def wait_for_lines(count: int) -> None:
