@@ -160,7 +160,10 @@ def recipe_bounds(studies: Mapping[str, Study], whole_processes: Mapping[str, Se
 
 def other_bounds(folder: Path, train: LabelledImages) -> list[Bound]:
     """Of whole stages, and of larger data."""
-    shares, megabytes = stages.tracking_share(stages.workspace(folder / "workspace"), pairs=3)
+    mnist, small = (stages.workspace(folder / name, name) for name in ("mnist", "mnist-5k"))
+    whole, megabytes = zip(*(stages.train_stage(mnist, "tracked") for _ in range(3)), strict=True)
+    # What MLflow does in the stage is the same, however many the images; between short stages it is seen more sharply.
+    shares = tuple(100 * each / statistics.median(whole) for each in stages.tracking_seconds(small, pairs=15))
     sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(5)]
     times = tuple(large.seconds[0] / small.seconds[0] for small, large in sizes)
     added = 3 * train.images.nbytes / 1e6
@@ -168,8 +171,8 @@ def other_bounds(folder: Path, train: LabelledImages) -> list[Bound]:
     around = stages.around_the_epochs(folder / "clone")
     return [
         Bound("dvc repro from the published files, without the epochs", (around,), 25, 15, "s", low=True),
-        Bound("MLflow's share of the stage train", tuple(100 * share for share in shares), 5, 2, "%", low=True),
-        Bound("peak memory of the stage train", (megabytes / 1000,), 1.3, 1, "GB", low=True),
+        Bound("MLflow's share of the stage train", shares, 5, 2, "%", low=True),
+        Bound("peak memory of the stage train", (max(megabytes) / 1000,), 1.3, 1, "GB", low=True),
         Bound("one epoch with 4x the images", times, 4.4, 4, "x", low=True),
         Bound("extra memory for them, in multiples of the bytes added", more, 1.25, 1, "x", low=True),
     ]

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from bench import recipes
 from pipeline import files
 from pipeline.images.splits import read_dataset
+from pipeline.params import with_values
 from pipeline.tracking import runs
 
 
@@ -26,34 +27,36 @@ def timed(command: Sequence[str], folder: Path, **more: str) -> tuple[float, str
     return time.perf_counter() - started, done.stdout
 
 
-def workspace(folder: Path) -> Path:
-    """A folder with the published recipe and the prepared images."""
+def workspace(folder: Path, dataset: str) -> Path:
+    """A folder with the published recipe, the prepared images of ``dataset`` and a tracking store.
+
+    The store is there before, as it is in all runs but the first.
+    """
     folder.mkdir()
-    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
-    (folder / "data").mkdir()
-    (folder / files.PREPARED).symlink_to(files.PREPARED.resolve())
+    recipe = with_values(recipes.PUBLISHED.read_text(), {"data.dataset": dataset})
+    (folder / "params.yaml").write_text(recipe)
+    mirror = files.raw_folder() / read_dataset().name
+    here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder), "PIPELINE_DATA_MIRROR": str(mirror.resolve())}
+    timed([sys.executable, "-m", "pipeline.prepare"], folder, **here)
+    timed([sys.executable, "-c", "from pipeline.tracking import runs; runs.connect()"], folder, **here)
     return folder
 
 
-def tracking_share(folder: Path, pairs: int) -> tuple[list[float], float]:
-    """What share of the stage `train` MLflow takes, pair by pair, and the stage's peak megabytes.
-
-    The tracking store is there before, as it is in all runs but the first. MLflow is at work before, between and after
-    the epochs; what the epochs themselves take more in one run than in the other is none of its doing and left out.
-    """
+def train_stage(folder: Path, way: str) -> tuple[float, float]:
+    """Seconds and peak megabytes of the stage `train`, "tracked" or "untracked"."""
     here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder)}
-    timed([sys.executable, "-c", "from pipeline.tracking import runs; runs.connect()"], folder, **here)
-    shares, peaks = [], []
+    seconds, printed = timed([sys.executable, "-m", "bench.train_stage", way], folder, **here)
+    return seconds, json.loads(printed.splitlines()[-1])["peak_mb"]
+
+
+def tracking_seconds(folder: Path, pairs: int) -> list[float]:
+    """Seconds that MLflow adds to the stage `train`, pair by pair."""
+    added = []
     for number in range(pairs):
-        around, whole = {}, {}
-        for way in ("tracked", "untracked")[:: 1 if number % 2 else -1]:  # neither is always first
-            whole[way], printed = timed([sys.executable, "-m", "bench.train_stage", way], folder, **here)
-            epochs, memory = map(json.loads, printed.splitlines()[-2:])
-            around[way] = whole[way] - epochs["seconds_in_epochs"]
-            if way == "tracked":
-                peaks.append(memory["peak_mb"])
-        shares.append((around["tracked"] - around["untracked"]) / whole["tracked"])
-    return shares, max(peaks)
+        ways = ("tracked", "untracked")[:: 1 if number % 2 else -1]  # neither is always first
+        seconds = {way: train_stage(folder, way)[0] for way in ways}
+        added.append(seconds["tracked"] - seconds["untracked"])
+    return added
 
 
 def around_the_epochs(folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""Stage `train` with or without MLflow: the seconds inside its epochs and the most memory it took. For bench/stages.py.
+"""Stage `train` with or without MLflow: the most memory it took. For bench/stages.py.
 
     python -m bench.train_stage tracked | untracked
 
@@ -22,19 +22,9 @@ def main() -> None:
         silent.__dict__["training_run"] = lambda *_: nullcontext()
         sys.modules["pipeline.tracking.runs"] = silent
     from pipeline import train
-    from pipeline.network.training import Epoch
-    from pipeline.tracking import runs
 
-    log_epoch, seconds = runs.log_epoch, []
-
-    def report_and_log(epoch: Epoch) -> None:
-        seconds.append(epoch.seconds)
-        log_epoch(epoch)
-
-    runs.log_epoch = report_and_log
     train.main()
     assert ("mlflow" in sys.modules) == (sys.argv[1] == "tracked")
-    reporting.report(seconds_in_epochs=sum(seconds))
     reporting.report_memory()
 
 
