@@ -3,8 +3,6 @@
 import json
 import re
 
-import pytest
-
 from bench import recipes
 from tests.conftest import PARAMS, REPOSITORY
 
@@ -52,7 +50,6 @@ def test_the_table_of_bounds_is_that_of_the_measurement() -> None:
     assert said == ", ".join(bound["what"] for bound in bounds if not bound["holds"])
 
 
-@pytest.mark.xfail(reason="MLflow's share of the stage train was 5.74 % of at most 5 when it was measured", strict=True)
 def test_every_bound_holds() -> None:
     bounds = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
     assert [bound["what"] for bound in bounds if not bound["holds"]] == []
