@@ -8,10 +8,10 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow lint ui tune seeds bench lock
+.PHONY: help setup repro test slow lint ui tune seeds bench bench-training bench-tuning lock
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 ...")'
@@ -55,8 +55,13 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 		--target bench/.lightning --requirement $<
 	touch "$@"
 
-bench: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## time the training beside Keras, a DataLoader loop and Lightning
+bench: bench-training $(if $(ARGS),,bench-tuning)  ## time the training and the study beside what people would use instead
+
+bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## Keras, a DataLoader loop, Lightning
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.speed $(ARGS)
+
+bench-tuning: $(INSTALLED)  ## a plain Optuna study
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.tuning $(ARGS)
 
 lock: $(INSTALLED)  ## write requirements.lock anew from pyproject.toml, keeping the versions that still fit
 	$(ACTIVATE) && python -m pip install --quiet uv && uv pip compile pyproject.toml --all-extras --universal \

@@ -3,7 +3,7 @@
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Bound:
     def holds(self) -> bool:
         """Whether it is reached."""
         return self.figure <= self.bound if self.low else self.figure >= self.bound
+
+    def as_row(self) -> dict[str, object]:
+        """For a results file."""
+        return asdict(self) | {"figure": self.figure, "holds": self.holds}
 
     def __str__(self) -> str:
         least = "at most" if self.low else "at least"

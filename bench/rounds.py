@@ -36,10 +36,10 @@ def ours(*knobs: str, copies: int = 1) -> Contender:
     return Contender(lambda _, epochs: [sys.executable, "-m", program, str(epochs), str(copies), *knobs])
 
 
-def usual(program: str, workers: int, **environment: str) -> Contender:
-    """One of the programs with a DataLoader."""
+def usual(program: str, argument: str, **environment: str) -> Contender:
+    """One of the programs with a DataLoader. The argument is their number of workers, or the trials of a study."""
     words = [sys.executable, "-m", f"bench.contenders.{program}"]
-    return Contender(lambda data, epochs: [*words, data, str(epochs), str(workers)], environment)
+    return Contender(lambda data, epochs: [*words, data, str(epochs), argument], environment)
 
 
 # In its environment, and nothing of this one.
@@ -48,10 +48,10 @@ KERAS = Contender(lambda data, epochs: [KERAS_PYTHON, "-E", "bench/contenders/ke
 CONTENDERS = {  # in the order in which they take their turns
     "Keras": KERAS,
     "convtrack, float32": ours(),
-    "DataLoader loop": usual("dataloader_loop", 0, **KEEP_MEMORY),
+    "DataLoader loop": usual("dataloader_loop", "0", **KEEP_MEMORY),
     "convtrack, bfloat16": ours("train.precision=bfloat16"),
-    "DataLoader loop, 2 workers": usual("dataloader_loop", 2, **KEEP_MEMORY),
-    "Lightning": usual("lightning_loop", 0),
+    "DataLoader loop, 2 workers": usual("dataloader_loop", "2", **KEEP_MEMORY),
+    "Lightning": usual("lightning_loop", "0"),
 }
 RACE = {  # and the epochs of each
     "Keras, 15 epochs": (KERAS, KERAS_EPOCHS),

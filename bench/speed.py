@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from bench import arithmetic, figures, recipes, seeds, stages
+from bench import arithmetic, figures, images, recipes, seeds, stages
 from bench.bounds import Bound, conclude
 from bench.machine import machine
 from bench.rounds import CONTENDERS, Turn, ours, race, take_turn
 from pipeline import files
-from pipeline.errors import UserError, run_command
-from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
+from pipeline.errors import run_command
+from pipeline.images.splits import LabelledImages, read_dataset
 
 RESULTS, PICTURE = Path("bench/results.json"), Path("docs/speed.png")
 SEEDS = {"short": 10, "shortest": 30}
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of one epoch, and only the bounds of an epoch")
     quick = parser.parse_args().quick
     rounds, epochs = (1, 1) if quick else (3, 2)
-    train, validation = read_images()
+    train, validation = images.read()
     operations = operations_of_an_epoch(train, validation)
     turns: dict[str, list[Turn]] = defaultdict(list)
     studies: dict[str, Study] = {}
@@ -48,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = folder / "images.npz"
-        write_images(data, train, validation)
+        images.write(data, train, validation)
         for number in range(1, rounds + 1):
             peaks.append(arithmetic.peak())
             for name, contender in CONTENDERS.items():
@@ -73,31 +72,11 @@ def main() -> None:
                 "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
                 "whole_processes": whole,
                 "studies": studies,
-                "bounds": [asdict(each) | {"figure": each.figure, "holds": each.holds} for each in bounds],
+                "bounds": [each.as_row() for each in bounds],
             },
         )
         figures.write_speed(PICTURE, seconds_of(turns))
     conclude(bounds)
-
-
-def read_images() -> tuple[LabelledImages, LabelledImages]:
-    """The training and validation images, if they are those that the bounds were set for."""
-    dataset = read_dataset()
-    train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
-    if dataset.name != "mnist" or (len(train), len(validation)) != (54_000, 6_000):
-        raise UserError(f"the prepared images are {dataset.label}; the bounds are those of mnist")
-    return train, validation
-
-
-def write_images(path: Path, train: LabelledImages, validation: LabelledImages) -> None:
-    """The images as NumPy arrays, which every contender can read."""
-    np.savez(
-        path,
-        train_images=train.images.numpy(),
-        train_labels=train.labels.numpy(),
-        validation_images=validation.images.numpy(),
-        validation_labels=validation.labels.numpy(),
-    )
 
 
 def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) -> dict[str, int]:
@@ -160,7 +139,7 @@ def recipe_bounds(studies: Mapping[str, Study], whole_processes: Mapping[str, Se
 
 def other_bounds(folder: Path, train: LabelledImages) -> list[Bound]:
     """Of whole stages, and of larger data."""
-    mnist, small = (stages.workspace(folder / name, name) for name in ("mnist", "mnist-5k"))
+    mnist, small = (stages.workspace(folder / name, {"data.dataset": name}) for name in ("mnist", "mnist-5k"))
     whole, megabytes = zip(*(stages.train_stage(mnist, "tracked") for _ in range(3)), strict=True)
     # What MLflow does in the stage is the same, however many the images; between short stages it is seen more sharply.
     shares = tuple(100 * each / statistics.median(whole) for each in stages.tracking_seconds(small, pairs=15))

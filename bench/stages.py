@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -27,25 +27,29 @@ def timed(command: Sequence[str], folder: Path, **more: str) -> tuple[float, str
     return time.perf_counter() - started, done.stdout
 
 
-def workspace(folder: Path, dataset: str) -> Path:
-    """A folder with the published recipe, the prepared images of ``dataset`` and a tracking store.
+def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
+    """A folder with the published recipe, but for some knobs, its prepared images and a tracking store.
 
     The store is there before, as it is in all runs but the first.
     """
     folder.mkdir()
-    recipe = with_values(recipes.PUBLISHED.read_text(), {"data.dataset": dataset})
+    recipe = with_values(recipes.PUBLISHED.read_text(), knobs)
     (folder / "params.yaml").write_text(recipe)
     mirror = files.raw_folder() / read_dataset().name
-    here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder), "PIPELINE_DATA_MIRROR": str(mirror.resolve())}
-    timed([sys.executable, "-m", "pipeline.prepare"], folder, **here)
-    timed([sys.executable, "-c", "from pipeline.tracking import runs; runs.connect()"], folder, **here)
+    in_folder(folder, "-m", "pipeline.prepare", PIPELINE_DATA_MIRROR=str(mirror.resolve()))
+    in_folder(folder, "-c", "from pipeline.tracking import runs; runs.connect()")
     return folder
+
+
+def in_folder(folder: Path, *arguments: str, **environment: str) -> tuple[float, str]:
+    """Run Python on this project in a workspace."""
+    here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder)}
+    return timed([sys.executable, *arguments], folder, **here, **environment)
 
 
 def train_stage(folder: Path, way: str) -> tuple[float, float]:
     """Seconds and peak megabytes of the stage `train`, "tracked" or "untracked"."""
-    here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder)}
-    seconds, printed = timed([sys.executable, "-m", "bench.train_stage", way], folder, **here)
+    seconds, printed = in_folder(folder, "-m", "bench.train_stage", way)
     return seconds, json.loads(printed.splitlines()[-1])["peak_mb"]
 
 

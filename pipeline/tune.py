@@ -23,7 +23,7 @@ from pipeline.params import PARAMS, Params, read_params, with_values
 from pipeline.tracking import runs, studies
 from pipeline.tuning import coordinator, finalists, plots
 from pipeline.tuning.finalists import Outcome, Verdict
-from pipeline.tuning.storage import FOLDER, open_storage, storage_faults
+from pipeline.tuning.storage import FOLDER, in_turn, open_storage, storage_faults
 from pipeline.tuning.study import ERROR, Study
 from pipeline.tuning.team import Team, team
 
@@ -39,13 +39,15 @@ def main() -> None:
     total = arguments.trials or params.tune.trials
     workers, threads = _shares(arguments.workers, params)
     params = params.changed({"train.threads": threads})
-    with _alone(), storage_faults():
-        study = Study.open(open_storage(), arguments.study, params, dataset)
+    # The workers come first, since they take as long to begin as the study does.
+    with _alone(), storage_faults(), team(workers) as hired:
+        with in_turn():
+            study = Study.open(open_storage(), arguments.study, params, dataset)
         runs.connect()
         with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
-            with team(workers) as hired:
-                _run_trials(study, hired, total, run)
-                outcomes = _check_finalists(study, hired)
+            _run_trials(study, hired, total, run)
+            outcomes = _check_finalists(study, hired)
+            hired.dismiss()
             verdict = _conclude(study, outcomes, run)
             if arguments.apply:
                 _apply(study, verdict, run, arguments.force)
@@ -95,15 +97,17 @@ def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) ->
     progress = _Progress(study, total)
 
     def on_change() -> None:
-        for trial in study.ended(without=run.written):
-            run.log_trial(trial)
+        run.log_trials(trial for trial in study.ended(without=run.written) if trial.number in study.asked)
         progress.show()
 
-    on_change()
+    run.log_missing(study.ended())
+    progress.show()
     try:
         coordinator.run_trials(study, hired, total, on_change)
+        progress.show()  # the last ones may have been done elsewhere
     finally:
         progress.end()
+    run.log_missing(study.ended())
     if study.best(1) == []:
         failure = next((trial.failure for trial in reversed(study.ended()) if trial.failure), "none was completed")
         raise Fault(f"no trial of the study came to its end; the last one: {failure}")
@@ -121,10 +125,11 @@ class _Progress:
         """The line as it is now."""
         counts = self._study.count_by_status()
         done = counts.total()
-        best = self._study.best(1)
+        best, elsewhere = self._study.best(1), self._study.elsewhere()
         parts = [
             f"{done}/{self._total} trials",
             *(f"{counts[name]} {name}" for name in ("pruned", "failed") if counts[name]),
+            *([f"{elsewhere} at work elsewhere"] if elsewhere else []),
         ]
         if best:
             parts.append(f"best validation accuracy {1 - best[0].scores[ERROR]:.2%} (trial {best[0].number})")

@@ -4,7 +4,9 @@ import functools
 import json
 import os
 import re
+import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -333,6 +335,41 @@ def test_half_a_line_in_the_journal_is_cut_off(study_folder: Path) -> None:
     check_that_nothing_is_lost(done, total=4)
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_said_in_one_line_and_loses_nothing(study_folder: Path) -> None:
+    with start(stderr=subprocess.PIPE) as study:
+        wait_for_trials(2)
+        done = [trial for trial in trials() if counts(trial)]
+        room = JOURNAL.stat().st_size + 10  # half a line
+        resource.prlimit(study.pid, resource.RLIMIT_FSIZE, (room, room))
+        _, complaint = study.communicate(timeout=120)
+    (line,) = complaint.decode().splitlines()
+    assert study.returncode == 1
+    assert "failed: " in line
+    run()
+    check_that_nothing_is_lost(done, total=4)
+
+
+@pytest.mark.slow
+def test_a_locked_database_is_said_in_one_line_and_loses_nothing(study_folder: Path) -> None:
+    url = f"sqlite:///{study_folder / 'study.db'}"
+    run("--trials", "2", OPTUNA_STORAGE=url)
+    with sqlite3.connect("study.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        line = refused(code=1, OPTUNA_STORAGE=url)
+        other.rollback()
+    assert line == "the study's storage failed: database is locked"
+    run("--trials", "3", OPTUNA_STORAGE=url)
+    assert len(optuna.load_study(study_name="convtrack", storage=url).trials) == 3
+
+
+def test_a_storage_without_its_driver_is_said_in_one_line(study_folder: Path) -> None:
+    line = refused(OPTUNA_STORAGE="postgresql+pg8000://host/study")
+    assert line == (
+        "OPTUNA_STORAGE needs the package pg8000; PostgreSQL's comes with: pip install 'convtrack[postgresql]'"
+    )
+
+
 def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
     """Those that had ended are as they were; as many as were asked for count; MLflow has all, none of them running."""
     after = trials()
@@ -343,10 +380,10 @@ def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
     assert not any(child.info.status == "RUNNING" for child in children())
 
 
-def start() -> "subprocess.Popen[bytes]":
+def start(stderr: int | None = None) -> "subprocess.Popen[bytes]":
     # What a shell runs in the background inherits that it ignores interrupts, and would hand it on.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(command(), env=surroundings(), stdout=subprocess.DEVNULL, preexec_fn=heed)
+    return subprocess.Popen(command(), env=surroundings(), stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed)
 
 
 def wait_for_lines(count: int) -> None:

@@ -1,7 +1,7 @@
 """What the two usual PyTorch programs share: images as torchvision hands them out, and the network."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,18 +38,19 @@ def loaders(workers: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     )
 
 
-def network() -> nn.Sequential:
-    """The published network."""
+def network(filters: Sequence[int] = (32, 64), dropout: float = 0.5) -> nn.Sequential:
+    """The published network, or one with other filter counts and dropout."""
+    first, second = filters
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3),
+        nn.Conv2d(1, first, 3),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3),
+        nn.Conv2d(first, second, 3),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(1600, 10),
+        nn.Dropout(dropout),
+        nn.Linear(25 * second, 10),
     )
 
 

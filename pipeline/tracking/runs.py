@@ -54,6 +54,7 @@ def connect() -> None:
     given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(given or f"sqlite:///{files.root() / 'mlflow.db'}")
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database tells of each of its migrations
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
     with _impatience():
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())

@@ -1,6 +1,6 @@
 """A tuning study in MLflow: a parent run, and a child for each trial, written once the trial has ended.
 
-So no child is ever left running, whatever is killed; what is not there yet is written when the study goes on.
+So no child is left running, whatever is killed: what is not there yet is written when the study goes on.
 """
 
 import time
@@ -26,19 +26,26 @@ STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 class StudyRun:
     """The parent run of a study, open to be written to; ``written`` are the numbers of the trials in it."""
 
-    def __init__(self, run_id: str, written: set[int]) -> None:
-        self.run_id, self.written = run_id, written
+    def __init__(self, run_id: str) -> None:
+        self.run_id, self.written = run_id, set[int]()
+        self._begun: dict[int, str] = {}  # children that are not written to their end
 
     @runs.store_faults()
-    def log_trial(self, trial: TrialRecord) -> None:
-        """A child run for a trial that is not among those ``written``."""
+    def log_missing(self, trials: Iterable[TrialRecord]) -> None:
+        """Child runs for those that nobody has written: others may write to the same store."""
+        self._look()
+        self.log_trials(trial for trial in trials if trial.number not in self.written)
+
+    def log_trials(self, trials: Iterable[TrialRecord]) -> None:
+        """A child run for each, of which none are among those ``written``."""
+        for trial in trials:
+            self._log_trial(trial)
+
+    @runs.store_faults()
+    def _log_trial(self, trial: TrialRecord) -> None:
+        """Write a child run, or the rest of one that was begun. What is there already, MLflow leaves as it is."""
         client = MlflowClient()
-        name = f"trial {trial.number}"
-        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
-        if trial.failure:
-            tags["failure"] = trial.failure[:5000]
-        experiment = client.get_run(self.run_id).info.experiment_id
-        child = client.create_run(experiment, start_time=trial.started, tags=tags, run_name=name).info.run_id
+        child = self._begun.get(trial.number) or self._begin(trial)
         metrics = [
             Metric(key, float(value), trial.ended, int(row["epoch"]))
             for row in trial.history
@@ -51,6 +58,31 @@ class StudyRun:
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
         self.written.add(trial.number)
+
+    def _begin(self, trial: TrialRecord) -> str:
+        client = MlflowClient()
+        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
+        if trial.failure:
+            tags["failure"] = trial.failure[:5000]
+        experiment = client.get_run(self.run_id).info.experiment_id
+        child = client.create_run(experiment, start_time=trial.started, tags=tags, run_name=f"trial {trial.number}")
+        return str(child.info.run_id)
+
+    def _look(self) -> None:
+        """See which trials have a child run in the store."""
+        client, token = MlflowClient(), None
+        experiment = client.get_run(self.run_id).info.experiment_id
+        while token != "":
+            page = client.search_runs(
+                [experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'", page_token=token, max_results=1000
+            )
+            for child in page:
+                number = int(child.data.tags[TRIAL])
+                if child.info.status == "RUNNING":
+                    self._begun[number] = child.info.run_id
+                else:
+                    self.written.add(number)
+            token = page.token or ""
 
     @runs.store_faults()
     def log_best(self, trials: int, values: Mapping[str, object], metrics: Mapping[str, float]) -> None:
@@ -77,33 +109,31 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
     """The parent run of a study, found again by the study's id or made. Its status ends true, as that of a training."""
     with ExitStack() as stack:
         with runs.store_faults():  # not around what the study does: its own storage has errors of the same types
-            found = mlflow.search_runs(filter_string=f"tags.`{STUDY}` = '{study_id}'", output_format="list")
-            run_id = found[0].info.run_id if found else None
-            tags = {STUDY: study_id} | runs.surroundings()
-            opened = stack.enter_context(runs.open_run(dataset, tags, name, run_id))
-            if run_id is None:
-                mlflow.log_params({f"tune.space.{path}": space for path, space in _space(params).items()})
-            run = StudyRun(opened, _written(opened))
-        yield run
+            run_id = _found(study_id) or _made(study_id, name, params)
+            stack.enter_context(runs.open_run(dataset, runs.surroundings(), name, run_id))
+        yield StudyRun(run_id)
+
+
+def _found(study_id: str) -> str | None:
+    oldest_first = mlflow.search_runs(
+        filter_string=f"tags.`{STUDY}` = '{study_id}'",
+        order_by=["attributes.start_time", "attributes.run_id"],
+        output_format="list",
+    )
+    return str(oldest_first[0].info.run_id) if oldest_first else None
+
+
+def _made(study_id: str, name: str, params: Params) -> str:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    assert experiment is not None
+    made = client.create_run(experiment.experiment_id, run_name=name, tags={STUDY: study_id}).info.run_id
+    run_id = _found(study_id) or made
+    if run_id != made:  # other machines begin the same study at the same time
+        client.delete_run(made)
+    client.log_batch(run_id, params=[Param(f"tune.space.{path}", space) for path, space in _space(params).items()])
+    return run_id
 
 
 def _space(params: Params) -> dict[str, str]:
     return {path: str(space.model_dump(exclude_unset=True)) for path, space in params.tune.space.items()}
-
-
-def _written(parent: str) -> set[int]:
-    """The numbers of the trials that have a child run. One that was not written to its end is deleted."""
-    client, numbers = MlflowClient(), set()
-    experiment = client.get_run(parent).info.experiment_id
-    token = None
-    while token != "":
-        page = client.search_runs(
-            [experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'", page_token=token, max_results=1000
-        )
-        for child in page:
-            if child.info.status == "RUNNING":
-                client.delete_run(child.info.run_id)
-            else:
-                numbers.add(int(child.data.tags[TRIAL]))
-        token = page.token or ""
-    return numbers

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from pipeline.errors import Fault
@@ -29,7 +30,7 @@ class _AtWork:
 
 
 def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], None]) -> None:
-    """Go on with the study until it has so many trials; ``on_change`` is called whenever one has ended.
+    """Go on with the study until it has so many trials; ``on_change`` is called whenever one may have ended.
 
     What is at work when this is interrupted is tried again when the study goes on.
     """
@@ -40,6 +41,7 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
             study.beat(work.trial for work in at_work.values())
             if not at_work:
                 time.sleep(WAIT)  # others, elsewhere, are at the last trials
+                on_change()
             for task, message in team.messages(WAIT):
                 assert isinstance(task, int)
                 if _has_ended(study, team, at_work[task], message):
@@ -62,6 +64,16 @@ def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int
 
 
 def _has_ended(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
+    try:
+        return _taken_in(study, team, work, message)
+    except UpdateFinishedTrialError:  # nothing was heard from here for so long that others have given it up
+        if isinstance(message, Epoch):
+            team.answer(work.trial.number, go_on=False)
+        return not isinstance(message, Epoch)
+
+
+def _taken_in(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
+    """Whether the trial has ended with this message."""
     trial = work.trial
     match message:
         case Epoch():
@@ -93,6 +105,8 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
     while waiting or team.tasks:
         while waiting and team.has_idle:
             index, seed = waiting.pop(0)
+            if study.has_accuracy(finalists[index].values, seed):  # another process was faster
+                continue
             knobs = {**finalists[index].values, "train.epochs": tune.epochs, "seed": seed}
             team.give((index, seed), study.params.changed(knobs))
         for task, message in team.messages(WAIT):

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import Fault, without_password
+from pipeline.errors import Fault, UserError, without_password
 
 FOLDER = Path("tuning")
 JOURNAL = FOLDER / "study.journal"
 STORAGE = "OPTUNA_STORAGE"
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life, and after which a trial without one is given up
+LOCK_TIMEOUT = 30  # seconds
+IN_TURN = 0xC0117ACC  # any number that nothing else locks
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
 
@@ -27,19 +30,23 @@ class Journal(JournalFileBackend):
     """Optuna's journal. A killed process, or a full disk, can leave half a line, which would spoil the next one."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """As Optuna's, after what is left of an unfinished line is cut off."""
-        with Path(self._file_path).open("rb+") as file:
-            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        super().append_logs(logs)
+        """As Optuna's, after what is left of an unfinished line is cut off. Raises Fault where it cannot be written."""
+        try:
+            with Path(self._file_path).open("rb+") as file:
+                if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            super().append_logs(logs)
+        except OSError as error:
+            raise Fault(f"the study's storage failed: {JOURNAL}: {error.strerror}") from error
 
 
 @contextmanager
 def as_it_is() -> Iterator[None]:
-    """What Optuna calls experimental and is needed here. The versions are pinned."""
+    """What Optuna calls experimental and is needed here; the versions are pinned. `Study.beat` gives the heartbeats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
         yield
 
 
@@ -49,13 +56,33 @@ def storage_faults() -> Iterator[None]:
     try:
         yield
     except STORAGE_ERRORS as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise Fault(without_password(f"the study's storage failed: {reason}")) from error
+        raise Fault(without_password(f"the study's storage failed: {_reason(error)}")) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the database said first: what it says to the next statement is only that the one before has failed."""
+    while earlier := error.__cause__ or error.__context__:
+        error = earlier
+    return str(error).splitlines()[0]
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """In PostgreSQL, one machine after the other: two on an empty database would both make its tables and the study."""
+    url = os.environ.get(STORAGE, "")
+    if not url.startswith("postgresql"):
+        yield
+        return
+    with storage_faults(), _driver_needed():
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_options(url))
+        with engine.connect() as connection:  # the lock ends with it
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({IN_TURN})"))
+            yield
 
 
 def open_storage() -> BaseStorage:
-    """Where ``OPTUNA_STORAGE`` says, else a journal in tuning/. Raises Fault."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    """Where ``OPTUNA_STORAGE`` says, else a journal in tuning/. Raises Fault, and UserError for a missing driver."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of errors that it also raises
     url = os.environ.get(STORAGE)
     if url is None:
         FOLDER.mkdir(exist_ok=True)
@@ -63,11 +90,27 @@ def open_storage() -> BaseStorage:
         # a minute for it, and for ever where the journal's path is a relative one.
         JOURNAL.with_name(JOURNAL.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
         return JournalStorage(Journal(str(JOURNAL.resolve())))
-    with storage_faults(), as_it_is():
+    with storage_faults(), as_it_is(), _driver_needed():
         return RDBStorage(
             url,
-            engine_kwargs={"pool_pre_ping": True},
+            engine_kwargs={"pool_pre_ping": True, **_options(url)},
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
+
+
+def _options(url: str) -> dict[str, Any]:
+    """PostgreSQL would wait for ever for a table that another keeps locked."""
+    return {"connect_args": {"options": f"-c lock_timeout={LOCK_TIMEOUT}s"}} if url.startswith("postgresql") else {}
+
+
+@contextmanager
+def _driver_needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        driver = getattr(error.__cause__ or error, "name", None) or "of that database"
+        raise UserError(
+            f"{STORAGE} needs the package {driver}; PostgreSQL's comes with: pip install 'convtrack[postgresql]'"
+        ) from error

@@ -12,7 +12,8 @@ from datetime import datetime
 import optuna
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.errors import UserError
@@ -50,7 +51,8 @@ class Study:
 
     def __init__(self, study: optuna.Study, params: Params, dataset: Dataset) -> None:
         self.optuna, self.params, self.dataset, self.space = study, params, dataset, space_of(params)
-        self._beaten = -math.inf
+        self.asked = set[int]()  # numbers of the trials that this process has begun
+        self._seen, self._beaten = set[int](), -math.inf
 
     @classmethod
     @storage_faults()
@@ -99,6 +101,10 @@ class Study:
     def unfinished(self) -> int:
         """How many are at work, here or elsewhere."""
         return len(self.trials(TrialState.RUNNING))
+
+    def elsewhere(self) -> int:
+        """How many are at work in other processes."""
+        return sum(trial.number not in self.asked for trial in self.trials(TrialState.RUNNING))
 
     def ended(self, without: Collection[int] = ()) -> list[TrialRecord]:
         """The trials that have ended, also those that are tried again, but for these numbers."""
@@ -156,7 +162,9 @@ class Study:
         seed = (self.params.seed + len(self.trials())) % 2**32
         self.optuna.sampler = TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
         with as_it_is():
-            return self.optuna.ask(self.space)
+            trial = self.optuna.ask(self.space)
+        self.asked.add(trial.number)
+        return trial
 
     def answer_from_history(self, trial: Trial) -> bool:
         """Finish a trial whose values have been tried before with what came of them; False if they have not."""
@@ -204,15 +212,19 @@ class Study:
 
         ``blamed`` where they may be why their worker died; then they are not tried for ever.
         """
-        self.optuna.enqueue_trial(trial.params, user_attrs={RETRIES: retries_of(trial) + blamed})
-        self.optuna.tell(trial.number, state=TrialState.FAIL)
+        if not self.trials()[trial.number].state.is_finished():  # as it is where another process has given it up
+            self.optuna.enqueue_trial(trial.params, user_attrs={RETRIES: retries_of(trial) + blamed})
+            self.optuna.tell(trial.number, state=TrialState.FAIL)
 
     def beat(self, trials: Iterable[Trial]) -> None:
         """Where others can be at the same study: say that these trials are alive, and give up those that are not."""
         storage = self.optuna._storage
-        if isinstance(storage, RDBStorage) and time.monotonic() - self._beaten > HEARTBEAT:
-            for trial in trials:
-                storage.record_heartbeat(trial._trial_id)
+        if isinstance(storage, BaseHeartbeat) and time.monotonic() - self._beaten > HEARTBEAT:
+            # One whose process died before the first sign of life would never be given up, so each gets one from here.
+            unknown = {trial._trial_id for trial in self.trials(TrialState.RUNNING)} - self._seen
+            for identifier in unknown.union(trial._trial_id for trial in trials):
+                storage.record_heartbeat(identifier)
+            self._seen |= unknown
             with as_it_is():
                 optuna.storages.fail_stale_trials(self.optuna)
             self._beaten = time.monotonic()

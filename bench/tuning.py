@@ -1,0 +1,89 @@
+"""How many trials an hour the tuning study makes, beside a plain Optuna study: `make bench-tuning`.
+
+    python -m bench.tuning
+
+The studies take turns, and all of them train the same networks for the same epochs. The clock runs from the start of
+the first trial to the end of the last. Nothing else should run. Writes bench/tuning.json; exits 1 where a figure falls
+short of its bound.
+"""
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+
+from bench import images, rounds, stages
+from bench.bounds import Bound, conclude
+from bench.machine import machine
+from pipeline import files
+from pipeline.errors import run_command
+from pipeline.tuning.storage import JOURNAL, Journal
+
+RESULTS = Path("bench/tuning.json")
+ROUNDS, TRIALS, EPOCHS = 3, 8, 3
+PLAIN = "plain study"
+OURS = {"convtrack, 2 workers": 2, "convtrack, 1 worker": 1}
+Values = Mapping[str, object]
+
+
+def main() -> None:
+    """Run the studies in turn; print, write, and exit 1 where a bound is not reached."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = folder / "images.npz"
+        images.write(data, *images.read())
+        for turn in range(1, ROUNDS + 1):
+            values: Sequence[Values] = ()
+            for name, workers in OURS.items():
+                seconds, tried = our_study(folder / f"{turn} {workers}", workers)
+                assert not values or tried == values
+                rates[name].append(3600 * TRIALS / seconds)
+                values = tried
+            rates[PLAIN].append(3600 * TRIALS / plain_study(data, values))
+            print(f"round {turn}  " + ", ".join(f"{name}: {each[-1]:.0f}" for name, each in rates.items()), flush=True)
+    bounds = bounds_of(rates)
+    what = {"machine": machine(), "trials": TRIALS, "epochs": EPOCHS, "trials_an_hour": rates}
+    files.write_json(RESULTS, what | {"bounds": [each.as_row() for each in bounds]})
+    conclude(bounds)
+
+
+def our_study(folder: Path, workers: int) -> tuple[float, list[Values]]:
+    """Seconds from the start of the first trial to the end of the last, and the values that were tried."""
+    # So few trials are all chosen before the sampler looks at what came of them: the studies try the same values.
+    knobs = {"tune.epochs": EPOCHS, "tune.finalists": 1, "tune.seeds": 2}
+    stages.workspace(folder, knobs)
+    stages.in_folder(folder, "-m", "pipeline.tune", "--trials", str(TRIALS), "--workers", str(workers))
+    storage = JournalStorage(Journal(str((folder / JOURNAL).resolve())))
+    done = optuna.load_study(study_name="convtrack", storage=storage).get_trials()
+    started = min(trial.datetime_start for trial in done if trial.datetime_start)
+    ended = max(trial.datetime_complete for trial in done if trial.datetime_complete)
+    return (ended - started).total_seconds(), [trial.params for trial in done]
+
+
+def plain_study(data: Path, values: Sequence[Values]) -> float:
+    """Seconds from the start of its first trial to the end of its last."""
+    _, printed = rounds.usual("optuna_study", json.dumps(values), **rounds.KEEP_MEMORY).run(data, EPOCHS)
+    *trials, _ = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return float(sum(trial["seconds"] for trial in trials))
+
+
+def bounds_of(rates: Mapping[str, Sequence[float]]) -> list[Bound]:
+    """Ratios, each of one round."""
+    two, one = (rates[name] for name in OURS)
+
+    def ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
+        return tuple(x / y for x, y in zip(a, b, strict=True))
+
+    return [
+        Bound("trials an hour, against a plain Optuna study", ratios(two, rates[PLAIN]), 6, 10, "x"),
+        Bound("trials an hour, two workers against one", ratios(two, one), 1.1, 1.25, "x"),
+    ]
+
+
+if __name__ == "__main__":
+    run_command(main)

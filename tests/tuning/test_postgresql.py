@@ -1,0 +1,210 @@
+"""A study in PostgreSQL, which several machines share: a real server, started here, and a folder for each machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import psycopg
+import pytest
+from mlflow import MlflowClient
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.tracking import runs
+from pipeline.tuning.study import counts
+from tests.conftest import write_params
+from tests.test_tune import SMALL, command, surroundings
+
+PASSWORD = "not to be seen"
+
+
+def programs() -> Path | None:
+    """The folder of PostgreSQL's server programs, which Debian keeps off the PATH."""
+    found = shutil.which("initdb")
+    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return folders[-1] if folders else None
+
+
+PROGRAMS = programs()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PROGRAMS is None, reason="PostgreSQL's server programs (initdb, pg_ctl) are not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The start of a URL, to which the name of a database is added."""
+    assert PROGRAMS is not None
+    # The server refuses to run as root, and another user may not enter pytest's folders.
+    user = "nobody" if os.getuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="convtrack-") as temporary, socket.socket() as free:
+        folder = Path(temporary)
+        (folder / "password").write_text(PASSWORD)
+        for path in (folder, folder / "password"):
+            shutil.chown(path, user or os.getuid())
+        initdb: list[str | Path] = ["-D", folder / "data", "-U", "convtrack", "-A", "scram-sha-256"]
+        run("initdb", *initdb, f"--pwfile={folder / 'password'}", user=user)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        control: list[str | Path] = ["-D", folder / "data", "-w", "-l", folder / "log"]
+        run("pg_ctl", *control, "-o", options, "start", user=user)
+        try:
+            yield f"postgresql+psycopg://convtrack:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{port}/"
+        finally:
+            run("pg_ctl", *control, "-m", "immediate", "stop", user=user)
+
+
+def run(program: str, *arguments: str | Path, user: str | None) -> None:
+    assert PROGRAMS is not None
+    subprocess.run([PROGRAMS / program, *arguments], check=True, stdout=subprocess.DEVNULL, cwd="/", user=user)
+
+
+@pytest.fixture
+def database(server: str) -> str:
+    """The URL of an empty database."""
+    name = f"study_{uuid.uuid4().hex}"
+    with connection(server + "postgres") as administrator:
+        administrator.execute(f"CREATE DATABASE {name}".encode())
+    return server + name
+
+
+def connection(url: str) -> "psycopg.Connection[Any]":
+    return psycopg.connect(url.replace("+psycopg", ""), autocommit=True)
+
+
+@pytest.fixture
+def machines(workspace: Path, tmp_path: Path) -> list[Path]:
+    """Four folders with the same small study in their params.yaml and the same images."""
+    write_params(workspace, SMALL | {"tune.trials": 6})
+    return [workspace, *(shutil.copytree(workspace, tmp_path / name, symlinks=True) for name in ("b", "c", "d"))]
+
+
+def start(machine: Path, database: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command("--workers", "1"),
+        cwd=machine,
+        env=surroundings(OPTUNA_STORAGE=database, DVC_ROOT=str(machine)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> str:
+    """What it printed, after it ended well."""
+    printed, complaints = process.communicate(timeout=seconds)
+    assert (process.returncode, complaints) == (0, "")
+    return printed
+
+
+def trials(database: str) -> list[FrozenTrial]:
+    (study,) = optuna.get_all_study_names(storage=database)
+    return optuna.load_study(study_name=study, storage=RDBStorage(database)).get_trials(deepcopy=False)
+
+
+def wait_until_running(database: str) -> FrozenTrial:
+    for _ in range(300):
+        time.sleep(0.1)
+        with connection(database) as looking:
+            if looking.execute("SELECT to_regclass('version_info')").fetchone() == (None,):
+                continue
+            if looking.execute("SELECT count(*) FROM studies").fetchone() == (0,):
+                continue
+        running = [trial for trial in trials(database) if trial.state == TrialState.RUNNING]
+        if running:
+            return running[0]
+    raise AssertionError("no trial was begun")
+
+
+def children(machine: Path) -> list[int]:
+    """The numbers of the trials that the machine's own MLflow has a run of."""
+    client = MlflowClient(f"sqlite:///{machine / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert not any(run.info.status == "RUNNING" for run in found)
+    return sorted(int(run.data.tags["trial.number"]) for run in found if "trial.number" in run.data.tags)
+
+
+def test_four_machines_make_one_study_of_an_empty_database(machines: list[Path], database: str) -> None:
+    with ExitStack() as stack:
+        processes = [stack.enter_context(start(machine, database)) for machine in machines]
+        printed = [ended(process) for process in processes]
+    found = trials(database)
+    assert [trial.number for trial in found] == list(range(6))
+    assert all(map(counts, found))
+    # The present values are tried once, whoever comes first.
+    assert [trial.number for trial in found if trial.params["model.dropout"] == 0.5][:1] == [0]
+    for machine, lines in zip(machines, printed, strict=True):
+        assert "6/6 trials" in lines
+        assert children(machine) == list(range(6))
+        assert PASSWORD not in lines
+
+
+def test_a_machine_that_dies_is_made_up_for(machines: list[Path], database: str) -> None:
+    with start(machines[0], database) as dies:
+        lost = wait_until_running(database)
+        workers = psutil.Process(dies.pid).children()
+        dies.kill()
+        psutil.wait_procs(workers, timeout=60)
+    with start(machines[1], database) as goes_on:
+        printed = ended(goes_on)
+    assert "5/6 trials, 1 at work elsewhere" in printed
+    found = trials(database)
+    assert found[lost.number].state == TrialState.FAIL
+    assert not counts(found[lost.number])
+    assert sum(map(counts, found)) == 6
+    assert [trial.number for trial in found if trial.params == lost.params and counts(trial)]
+
+
+def test_two_machines_with_one_tracking_store_write_each_trial_once(machines: list[Path], database: str) -> None:
+    shared = f"sqlite:///{machines[0] / 'mlflow.db'}"
+    for machine in machines[1:2]:
+        (machine / "mlflow.db").unlink()
+    with ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("MLFLOW_TRACKING_URI", shared)
+        processes = [stack.enter_context(start(machine, database)) for machine in machines[:2]]
+        for process in processes:
+            ended(process)
+    assert children(machines[0]) == list(range(6))
+
+
+def test_a_table_that_stays_locked_is_said_in_one_line(machines: list[Path], database: str) -> None:
+    with start(machines[0], database) as first:
+        ended(first)
+    write_params(machines[0], SMALL | {"tune.trials": 7})
+    with connection(database) as other, other.transaction():
+        other.execute("LOCK TABLE trials IN ACCESS EXCLUSIVE MODE")
+        process = start(machines[0], database)
+        _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = complaint.splitlines()
+    assert line.startswith("error: the study's storage failed: ")
+    assert "lock timeout" in line
+    assert PASSWORD not in line
+    with start(machines[0], database) as again:
+        ended(again)
+    assert sum(map(counts, trials(database))) == 7
+
+
+def test_a_wrong_password_is_said_in_one_line_without_it(machines: list[Path], database: str) -> None:
+    process = start(machines[0], database.replace("convtrack:", "convtrack:wrong%20"))
+    _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = complaint.splitlines()
+    assert line.startswith("error: the study's storage failed: ")
+    assert "password authentication failed" in line
+    assert "wrong" not in line
