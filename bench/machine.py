@@ -1,6 +1,8 @@
-"""The machine that a figure comes from."""
+"""The machine and the code that a figure comes from."""
 
 import platform
+import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -15,6 +17,17 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def code() -> str:
+    """The commit, with "-dirty" after it where the files are not those of the commit."""
+    words = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def today() -> str:
+    """The date, as 2026-01-31."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def _processor() -> str:

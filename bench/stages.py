@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -28,11 +29,11 @@ def timed(command: Sequence[str], folder: Path, **more: str) -> tuple[float, str
 
 
 def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
-    """A folder with the published recipe, but for some knobs, its prepared images and a tracking store.
+    """A clone with the published recipe, but for some knobs, its prepared images and a tracking store.
 
     The store is there before, as it is in all runs but the first.
     """
-    folder.mkdir()
+    subprocess.run(["git", "clone", "--quiet", ".", folder], check=True)
     recipe = with_values(recipes.PUBLISHED.read_text(), knobs)
     (folder / "params.yaml").write_text(recipe)
     mirror = files.raw_folder() / read_dataset().name
@@ -53,14 +54,26 @@ def train_stage(folder: Path, way: str) -> tuple[float, float]:
     return seconds, json.loads(printed.splitlines()[-1])["peak_mb"]
 
 
-def tracking_seconds(folder: Path, pairs: int) -> list[float]:
-    """Seconds that MLflow adds to the stage `train`, pair by pair."""
-    added = []
-    for number in range(pairs):
-        ways = ("tracked", "untracked")[:: 1 if number % 2 else -1]  # neither is always first
-        seconds = {way: train_stage(folder, way)[0] for way in ways}
-        added.append(seconds["tracked"] - seconds["untracked"])
-    return added
+@dataclass(frozen=True)
+class Pair:
+    """The stage `train` with MLflow and without: seconds from start to end, and the peak megabytes of the first."""
+
+    tracked: float
+    untracked: float
+    peak_mb: float
+
+    @property
+    def added(self) -> float:
+        """Seconds that MLflow adds."""
+        return self.tracked - self.untracked
+
+
+def pair(folder: Path, number: int) -> Pair:
+    """The stage both ways, in an order that depends on the number: neither way is always first."""
+    ways = ("tracked", "untracked")[:: 1 if number % 2 else -1]
+    done = {way: train_stage(folder, way) for way in ways}
+    (tracked, peak), (untracked, _) = done["tracked"], done["untracked"]
+    return Pair(tracked, untracked, peak)
 
 
 def around_the_epochs(folder: Path) -> float:

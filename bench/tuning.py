@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 
 from bench import images, rounds, stages
 from bench.bounds import Bound, conclude
-from bench.machine import machine
+from bench.machine import code, machine, today
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.tuning.storage import JOURNAL, Journal
@@ -47,7 +47,14 @@ def main() -> None:
             rates[PLAIN].append(3600 * TRIALS / plain_study(data, values))
             print(f"round {turn}  " + ", ".join(f"{name}: {each[-1]:.0f}" for name, each in rates.items()), flush=True)
     bounds = bounds_of(rates)
-    what = {"machine": machine(), "trials": TRIALS, "epochs": EPOCHS, "trials_an_hour": rates}
+    what = {
+        "machine": machine(),
+        "date": today(),
+        "code": code(),
+        "trials": TRIALS,
+        "epochs": EPOCHS,
+        "trials_an_hour": rates,
+    }
     files.write_json(RESULTS, what | {"bounds": [each.as_row() for each in bounds]})
     conclude(bounds)
 

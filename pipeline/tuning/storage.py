@@ -112,5 +112,5 @@ def _driver_needed() -> Iterator[None]:
     except ImportError as error:
         driver = getattr(error.__cause__ or error, "name", None) or "of that database"
         raise UserError(
-            f"{STORAGE} needs the package {driver}; PostgreSQL's comes with: pip install 'convtrack[postgresql]'"
+            f"{STORAGE} needs the package {driver}; postgresql+psycopg://... needs psycopg[binary], which is here"
         ) from error
