@@ -7,7 +7,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.images.splits import Dataset, LabelledImages
 from pipeline.network import training
-from pipeline.network.cnn import CNN, Architecture
+from pipeline.network.cnn import CNN, Architecture, layers
 from pipeline.params import Params
 
 
@@ -39,7 +39,17 @@ def fit(
     params: Params,
     on_step: Callable[[training.Step], object] = lambda step: None,
 ) -> Iterator[training.Epoch]:
-    """Train ``cnn`` in place as ``train`` says, on the device of the images; an Epoch after each pass."""
+    """Train ``cnn`` in place as ``train`` says, on the device of the images; an Epoch after each pass.
+
+    A UserError where a batch would be too small for batch normalisation.
+    """
+    size = params.train.batch_size
+    of_one_pixel = any(layer.output_shape[:-1] == (1, 1) for layer in layers(cnn.architecture))
+    if cnn.architecture.batch_norm and of_one_pixel and 1 in (size, len(train) % size):
+        raise UserError(
+            f"params.yaml: train.batch_size is {size}, which makes a batch of one of the "
+            f"{len(train):,} images; over maps of one pixel model.batch_norm needs two: take another batch size"
+        )
     return training.fit(
         cnn,
         (train.images, train.labels),

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import evaluate, prepare, train, visualize
 from pipeline.images import splits
+from pipeline.network import training
 from pipeline.params import with_values
 from pipeline.tracking import runs
 
@@ -22,6 +23,10 @@ QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2}
 needs_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="runs the network on a CUDA GPU: its results, its bytes and its waiting; PyTorch finds none on this machine",
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not training._has_bfloat16(torch.device("cpu")),
+    reason="computes in bfloat16, which this processor has no instructions for: imitated, they take very long",
 )
 
 

@@ -1,13 +1,15 @@
 """What `make bench` measures with: its arithmetic, its recipes, its verdicts."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import arithmetic, recipes, rounds, speed
+from bench import arithmetic, recipes, rounds, speed, stages
 from bench.bounds import Bound, conclude
 from bench.contenders import usual
 from pipeline.errors import Fault
@@ -86,6 +88,40 @@ def test_the_median_decides_whether_a_bound_holds(
     assert "1.70 x" in line
     assert "(1.50 ... 9.00)" in line
     assert len(others) == (0 if holds else 1)  # a bound that falls short does not hide those after it
+
+
+def test_mlflow_s_share_is_what_it_adds_to_a_short_stage_of_a_whole_one() -> None:
+    whole = [stages.Pair(20, 19, 1000), stages.Pair(40, 39, 1100)]
+    short = [[stages.Pair(5, 4, 900)], [stages.Pair(5.2, 4, 900)]]
+    found: dict[str, list[Any]] = {"whole": whole, "short": short, "around_the_epochs": [18.0, 19.0]}
+    repro, share, memory = speed.stage_bounds(found)
+    assert share.figures == pytest.approx((5, 3))
+    assert repro.figure == 18.5
+    assert memory.figures == (1, 1.1)
+
+
+def test_a_stage_without_mlflow_does_not_import_it(prepared: Path, migrated_database: Path, tmp_path: Path) -> None:
+    workspace = shutil.copytree(prepared, tmp_path / "workspace")
+    shutil.copy(migrated_database, workspace)
+    imported = {}
+    for way in ("tracked", "untracked"):
+        program = (
+            f"import sys; sys.argv[1:] = ['{way}']; from bench import train_stage; train_stage.main(); "
+            "print('mlflow' in sys.modules)"
+        )
+        _, printed = stages.timed(
+            [sys.executable, "-c", program], workspace, PYTHONPATH=str(REPOSITORY), DVC_ROOT=str(workspace)
+        )
+        imported[way] = printed.splitlines()[-1]
+    assert imported == {"tracked": "True", "untracked": "False"}
+
+
+def test_the_shortest_recipe_is_compared_by_whole_processes() -> None:
+    studies = {name: {"test_accuracy": {"mean": 0.9925}} for name in speed.SEEDS}
+    whole = {"Keras, 15 epochs": [80, 90], "shortest recipe": [8, 10], "short recipe": [12, 12]}
+    bounds = {bound.what: bound.figures for bound in speed.recipe_bounds(studies, whole)}
+    assert bounds["whole process: 15 epochs of Keras against the shortest recipe"] == (10, 9)
+    assert bounds["test accuracy of the short recipe, mean of 10 seeds"] == pytest.approx((99.25,))
 
 
 def test_the_dataloader_is_judged_by_its_faster_number_of_workers() -> None:

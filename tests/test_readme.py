@@ -2,8 +2,10 @@
 
 import json
 import re
+import statistics
 
 from bench import recipes
+from bench.bounds import Bound
 from tests.conftest import PARAMS, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -29,12 +31,12 @@ def test_the_table_of_knobs_is_that_of_params_yaml() -> None:
     assert "\n".join(knobs()) in README
 
 
-def test_the_short_recipe_is_the_one_that_was_measured() -> None:
-    command = re.search(r"^dvc exp run ((?:-S model|-S train|[^`])*?)(?=\n\n|\n```|#)", _speed(), flags=re.MULTILINE)
-    assert command is not None
-    words = command[1].replace("\\\n", " ").split()
-    assert words[::2] == ["-S"] * len(recipes.SHORT)
-    assert recipes.from_words(words[1::2]) == recipes.SHORT
+def test_the_short_recipes_are_those_that_were_measured() -> None:
+    commands = re.findall(r"^```bash\ndvc exp run ([^`]*)```", _speed(), flags=re.MULTILINE)
+    for command, recipe in zip(commands, (recipes.SHORT, recipes.SHORTEST), strict=True):
+        words = command.replace("\\\n", " ").split()
+        assert words[::2] == ["-S"] * len(recipe)
+        assert recipes.from_words(words[1::2]) == recipe
 
 
 def test_the_table_of_bounds_is_that_of_the_measurement() -> None:
@@ -51,8 +53,22 @@ def test_the_table_of_bounds_is_that_of_the_measurement() -> None:
 
 
 def test_every_bound_holds() -> None:
-    bounds = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
-    assert [bound["what"] for bound in bounds if not bound["holds"]] == []
+    rows = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
+    fields = ("what", "figures", "bound", "aim", "unit", "low")
+    bounds = [Bound(**{field: row[field] for field in fields}) for row in rows]
+    assert [bound.what for bound in bounds if not bound.holds] == []
+    assert all(figure > 0 for bound in bounds for figure in bound.figures)
+
+
+def test_the_table_of_epochs_is_that_of_the_measurement() -> None:
+    turns = json.loads((REPOSITORY / "bench/results.json").read_text())["turns"]
+    table = _speed().split("\n\n")[0]
+    assert table.count("\n| ") == len(turns) + 1
+    for each in turns.values():
+        seconds = [second for turn in each for second in turn["seconds"]]
+        memory = max(turn["peak_mb"] for turn in each) / 1000
+        row = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} ... {max(seconds):.2f}) | {memory:.2f} GB |"
+        assert row in table
 
 
 def _speed() -> str:

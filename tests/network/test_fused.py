@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pipeline.images.splits import LabelledImages
 from pipeline.network import fused, training
 from pipeline.network.cnn import CNN, Architecture, Block, as_input, seen_sides
-from tests.conftest import REPOSITORY, needs_a_gpu
+from tests.conftest import REPOSITORY, needs_a_gpu, needs_bfloat16
 
 DIGITS = tuple("0123456789")
 PUBLISHED = Architecture(image_shape=(28, 28, 1), class_names=DIGITS, filters=(32, 64))
@@ -131,6 +131,7 @@ def after_convolution(block: Block, maps: Tensor) -> Tensor:
     return pooled
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_bfloat16_gives_them_within_its_digits(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     some, cnn = images_for(architecture, digits), trained_a_little(architecture)

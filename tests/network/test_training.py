@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.images.splits import LabelledImages
-from pipeline.network import checkpoint, scoring, training
+from pipeline.network import checkpoint, fused, scoring, training
 from pipeline.network.cnn import CNN, Architecture, as_input
-from tests.conftest import needs_a_gpu
+from tests.conftest import needs_a_gpu, needs_bfloat16
 
 ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
 RECIPE: dict[str, Any] = {
@@ -125,9 +126,33 @@ def test_one_cycle_goes_up_and_then_down_to_nothing(digits: dict[str, LabelledIm
     assert rates[-1] < 1e-6
 
 
-def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages]) -> None:
-    _, history = fit(digits, epochs=3, precision="bfloat16")
+@needs_bfloat16
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages], batch_norm: bool) -> None:
+    _, history = fit(digits, architecture=replace(ARCHITECTURE, batch_norm=batch_norm), epochs=3, precision="bfloat16")
     assert history[-1].validation_accuracy > 0.9
+
+
+def test_nothing_that_is_drawn_is_drawn_twice(
+    digits: dict[str, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[bytes] = []
+    steps: list[training.Step] = []
+
+    def spy(cnn: CNN, images: Tensor, generator: torch.Generator | None = None, *others: Any) -> Tensor:
+        if generator is not None:  # none where validation images are scored
+            draws.append(generator.get_state().numpy().tobytes())
+        return logits(cnn, images, generator, *others)
+
+    logits = fused.logits
+    monkeypatch.setattr(fused, "logits", spy)
+    torch.set_num_threads(2)
+    fit(digits, batch_size=128, on_step=steps.append)
+    pieces = 28 * 2 + 1  # of an epoch: 28 batches of two pieces, and 16 images
+    assert len(draws) == len(set(draws)) == 2 * pieces
+    one, other = (torch.cat([step.labels for step in each]) for each in (steps[:29], steps[29:]))
+    assert one.bincount().tolist() == other.bincount().tolist()
+    assert not torch.equal(one, other)
 
 
 def test_the_training_loss_is_the_mean_over_images_not_over_batches(digits: dict[str, LabelledImages]) -> None:
