@@ -366,7 +366,7 @@ def test_a_locked_database_is_said_in_one_line_and_loses_nothing(study_folder: P
 def test_a_storage_without_its_driver_is_said_in_one_line(study_folder: Path) -> None:
     line = refused(OPTUNA_STORAGE="postgresql+pg8000://host/study")
     assert line == (
-        "OPTUNA_STORAGE needs the package pg8000; PostgreSQL's comes with: pip install 'convtrack[postgresql]'"
+        "OPTUNA_STORAGE needs the package pg8000; postgresql+psycopg://... needs psycopg[binary], which is here"
     )
 
 
