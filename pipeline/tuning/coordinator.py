@@ -1,6 +1,7 @@
 """The process that gives work to the team: trials of the study until there are enough, then the finalists' seeds."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
     pairs = [(index, seed) for seed in seeds for index in range(len(finalists))]
     waiting = [(index, seed) for index, seed in pairs if not study.has_accuracy(finalists[index].values, seed)]
     last: dict[object, Epoch] = {}
+    lost: Counter[object] = Counter()  # how often a worker has died at one
     while waiting or team.tasks:
         while waiting and team.has_idle:
             index, seed = waiting.pop(0)
@@ -118,6 +120,9 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
                     team.answer(task, go_on=True)
                 case Done():
                     study.keep_accuracy(finalist.values, seed, last[task].validation_accuracy)
+                case Lost() if lost[task] < MOST_RETRIES:
+                    lost[task] += 1
+                    waiting.append(task)
                 case Failed(reason) | Lost(reason):
                     raise Fault(f"{finalist.name} with seed {seed} failed: {reason}")
     return [Outcome(each, tuple(study.accuracy(each.values, seed) for seed in seeds)) for each in finalists]
