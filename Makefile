@@ -55,6 +55,7 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 		--target bench/.lightning --requirement $<
 	touch "$@"
 
+# Arguments are those of the training's program; --quick looks at the epochs alone.
 bench: bench-training $(if $(ARGS),,bench-tuning)  ## time the training and the study beside what people would use instead
 
 bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## Keras, a DataLoader loop, Lightning

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,6 @@ from pipeline.images.splits import LabelledImages, read_dataset
 
 RESULTS, PICTURE = Path("bench/results.json"), Path("docs/speed.png")
 SEEDS = {"short": 10, "shortest": 30}
-SHORT_PAIRS = 5  # a round
 Study = dict[str, dict[str, float]]
 
 
@@ -47,7 +45,7 @@ def main() -> None:
     turns: dict[str, list[Turn]] = defaultdict(list)
     studies: dict[str, Study] = {}
     whole: Mapping[str, list[float]] = {}
-    staged: Mapping[str, list[Any]] = {}
+    staged = stages.Stages()
     peaks = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -65,7 +63,7 @@ def main() -> None:
             studies["short"] = over_seeds(folder, recipes.SHORT, SEEDS["short"])
             studies["shortest"] = over_seeds(folder, recipes.SHORTEST, SEEDS["shortest"])
             bounds += recipe_bounds(studies, whole)
-            staged = take_stages(folder, rounds)
+            staged = stages.take(folder, rounds)
             bounds += stage_bounds(staged) + size_bounds(folder, train)
     print_figures(turns, peaks, operations, studies)
     if not quick:
@@ -80,11 +78,7 @@ def main() -> None:
                 "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
                 "whole_processes": whole,
                 "studies": studies,
-                "stages": {
-                    "whole": [asdict(pair) for pair in staged["whole"]],
-                    "short": [[asdict(pair) for pair in pairs] for pairs in staged["short"]],
-                    "around_the_epochs": staged["around_the_epochs"],
-                },
+                "stages": asdict(staged),
                 "bounds": [each.as_row() for each in bounds],
             },
         )
@@ -150,29 +144,14 @@ def recipe_bounds(studies: Mapping[str, Study], whole_processes: Mapping[str, Se
     ]
 
 
-def take_stages(folder: Path, rounds: int) -> dict[str, list[Any]]:
-    """Whole stages on MNIST and short ones on the packaged images, in turn, and `dvc repro` in fresh clones.
-
-    What MLflow does in the stage `train` depends on the epochs, not on the images, so between short stages it is seen
-    more sharply than between stages of half a minute.
-    """
-    whole, short = (stages.workspace(folder / name, {"data.dataset": name}) for name in ("mnist", "mnist-5k"))
-    found: dict[str, list[Any]] = {"whole": [], "short": [], "around_the_epochs": []}
-    for number in range(rounds):
-        found["whole"].append(stages.pair(whole, number))
-        found["short"].append([stages.pair(short, each) for each in range(SHORT_PAIRS)])
-        found["around_the_epochs"].append(stages.around_the_epochs(folder / f"clone {number}"))
-    return found
-
-
-def stage_bounds(found: Mapping[str, list[Any]]) -> list[Bound]:
+def stage_bounds(found: stages.Stages) -> list[Bound]:
     """Of whole stages. MLflow's share is what it adds to a short stage, of the whole one of that round."""
     shares = tuple(
         100 * pair.added / whole.tracked
-        for whole, pairs in zip(found["whole"], found["short"], strict=True)
+        for whole, pairs in zip(found.whole, found.short, strict=True)
         for pair in pairs
     )
-    repro, peaks = tuple(found["around_the_epochs"]), tuple(pair.peak_mb / 1000 for pair in found["whole"])
+    repro, peaks = tuple(found.around_the_epochs), tuple(pair.peak_mb / 1000 for pair in found.whole)
     return [
         Bound("dvc repro from the published files, without the epochs", repro, 25, 15, "s", low=True),
         Bound("MLflow's share of the stage train", shares, 5, 2, "%", low=True),

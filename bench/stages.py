@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -17,6 +17,8 @@ from pipeline import files
 from pipeline.images.splits import read_dataset
 from pipeline.params import with_values
 from pipeline.tracking import runs
+
+SHORT_PAIRS = 5  # a round
 
 
 def timed(command: Sequence[str], folder: Path, **more: str) -> tuple[float, str]:
@@ -77,6 +79,30 @@ def pair(folder: Path, number: int) -> Pair:
     done = {way: train_stage(folder, way) for way in ways}
     (tracked, peak), (untracked, _) = done["tracked"], done["untracked"]
     return Pair(tracked, untracked, peak)
+
+
+@dataclass
+class Stages:
+    """What was measured, round by round."""
+
+    whole: list[Pair] = field(default_factory=list)  # on MNIST
+    short: list[list[Pair]] = field(default_factory=list)  # on the packaged images
+    around_the_epochs: list[float] = field(default_factory=list)
+
+
+def take(folder: Path, rounds: int) -> Stages:
+    """Whole stages, short ones and `dvc repro`, in turn.
+
+    What MLflow does in the stage `train` depends on the epochs, not on the images, so between short stages it is seen
+    more sharply than between stages of half a minute.
+    """
+    whole, short = (workspace(folder / name, {"data.dataset": name}) for name in ("mnist", "mnist-5k"))
+    found = Stages()
+    for number in range(rounds):
+        found.whole.append(pair(whole, number))
+        found.short.append([pair(short, each) for each in range(SHORT_PAIRS)])
+        found.around_the_epochs.append(around_the_epochs(folder / f"clone {number}"))
+    return found
 
 
 def around_the_epochs(folder: Path) -> float:

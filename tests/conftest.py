@@ -25,8 +25,8 @@ needs_a_gpu = pytest.mark.skipif(
     reason="runs the network on a CUDA GPU: its results, its bytes and its waiting; PyTorch finds none on this machine",
 )
 needs_bfloat16 = pytest.mark.skipif(
-    not training._has_bfloat16(torch.device("cpu")),
-    reason="computes in bfloat16, which this processor has no instructions for: imitated, they take very long",
+    not training.has_bfloat16(torch.device("cpu")),
+    reason="trains in bfloat16, which params.yaml may not ask for here: this processor has no instructions for it",
 )
 
 

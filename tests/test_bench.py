@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -93,8 +92,7 @@ def test_the_median_decides_whether_a_bound_holds(
 def test_mlflow_s_share_is_what_it_adds_to_a_short_stage_of_a_whole_one() -> None:
     whole = [stages.Pair(20, 19, 1000), stages.Pair(40, 39, 1100)]
     short = [[stages.Pair(5, 4, 900)], [stages.Pair(5.2, 4, 900)]]
-    found: dict[str, list[Any]] = {"whole": whole, "short": short, "around_the_epochs": [18.0, 19.0]}
-    repro, share, memory = speed.stage_bounds(found)
+    repro, share, memory = speed.stage_bounds(stages.Stages(whole, short, [18.0, 19.0]))
     assert share.figures == pytest.approx((5, 3))
     assert repro.figure == 18.5
     assert memory.figures == (1, 1.1)

@@ -366,7 +366,8 @@ def test_a_locked_database_is_said_in_one_line_and_loses_nothing(study_folder: P
 def test_a_storage_without_its_driver_is_said_in_one_line(study_folder: Path) -> None:
     line = refused(OPTUNA_STORAGE="postgresql+pg8000://host/study")
     assert line == (
-        "OPTUNA_STORAGE needs the package pg8000; postgresql+psycopg://... needs psycopg[binary], which is here"
+        "OPTUNA_STORAGE needs the package pg8000, which is not installed; "
+        "for PostgreSQL: pip install 'psycopg[binary]', and a URL that begins with postgresql+psycopg://"
     )
 
 

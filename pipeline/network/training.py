@@ -73,7 +73,7 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no GPU; allowed here: auto | cpu")
     chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    if precision == "bfloat16" and not _has_bfloat16(chosen):
+    if precision == "bfloat16" and not has_bfloat16(chosen):
         raise ValueError("precision is bfloat16, but this processor has no instructions for it; allowed here: float32")
     if threads:
         torch.set_num_threads(threads)
@@ -87,7 +87,8 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
     return chosen
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for bfloat16, so that these are not imitated."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # oneDNN also says yes to AVX-512 without bfloat16 instructions, where it imitates them, slower than float32.

@@ -26,8 +26,8 @@ STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 class StudyRun:
     """The parent run of a study, open to be written to; ``written`` are the numbers of the trials in it."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id, self.written = run_id, set[int]()
+    def __init__(self, run_id: str, experiment_id: str) -> None:
+        self.run_id, self._experiment_id, self.written = run_id, experiment_id, set[int]()
         self._begun: dict[int, str] = {}  # children that are not written to their end
 
     @runs.store_faults()
@@ -60,21 +60,21 @@ class StudyRun:
         self.written.add(trial.number)
 
     def _begin(self, trial: TrialRecord) -> str:
-        client = MlflowClient()
         tags = {MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
         if trial.failure:
             tags["failure"] = trial.failure[:5000]
-        experiment = client.get_run(self.run_id).info.experiment_id
-        child = client.create_run(experiment, start_time=trial.started, tags=tags, run_name=f"trial {trial.number}")
+        child = MlflowClient().create_run(self._experiment_id, trial.started, tags, f"trial {trial.number}")
         return str(child.info.run_id)
 
     def _look(self) -> None:
         """See which trials have a child run in the store."""
         client, token = MlflowClient(), None
-        experiment = client.get_run(self.run_id).info.experiment_id
         while token != "":
             page = client.search_runs(
-                [experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'", page_token=token, max_results=1000
+                [self._experiment_id],
+                f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'",
+                page_token=token,
+                max_results=1000,
             )
             for child in page:
                 number = int(child.data.tags[TRIAL])
@@ -109,9 +109,12 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
     """The parent run of a study, found again by the study's id or made. Its status ends true, as that of a training."""
     with ExitStack() as stack:
         with runs.store_faults():  # not around what the study does: its own storage has errors of the same types
-            run_id = _found(study_id) or _made(study_id, name, params)
+            experiment = MlflowClient().get_experiment_by_name(runs.EXPERIMENT)
+            assert experiment is not None
+            experiment_id = experiment.experiment_id
+            run_id = _found(study_id) or _made(study_id, experiment_id, name, params)
             stack.enter_context(runs.open_run(dataset, runs.surroundings(), name, run_id))
-        yield StudyRun(run_id)
+        yield StudyRun(run_id, experiment_id)
 
 
 def _found(study_id: str) -> str | None:
@@ -123,11 +126,9 @@ def _found(study_id: str) -> str | None:
     return str(oldest_first[0].info.run_id) if oldest_first else None
 
 
-def _made(study_id: str, name: str, params: Params) -> str:
+def _made(study_id: str, experiment_id: str, name: str, params: Params) -> str:
     client = MlflowClient()
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
-    assert experiment is not None
-    made = client.create_run(experiment.experiment_id, run_name=name, tags={STUDY: study_id}).info.run_id
+    made = client.create_run(experiment_id, run_name=name, tags={STUDY: study_id}).info.run_id
     run_id = _found(study_id) or made
     if run_id != made:  # other machines begin the same study at the same time
         client.delete_run(made)

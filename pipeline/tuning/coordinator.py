@@ -14,6 +14,7 @@ from pipeline.network.training import Epoch
 from pipeline.params import Params
 from pipeline.tuning.finalists import Finalist, Outcome
 from pipeline.tuning.messages import Done, Failed, Lost, Message
+from pipeline.tuning.storage import STORAGE_ERRORS
 from pipeline.tuning.study import MOST_RETRIES, Study, knobs_of, retries_of
 from pipeline.tuning.team import Team
 
@@ -49,7 +50,7 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
                     del at_work[task]
                     on_change()
     except BaseException:
-        with suppress(Fault, OSError):  # a storage that is gone must not hide why this ended
+        with suppress(Fault, OSError, *STORAGE_ERRORS):  # a storage that is gone must not hide why this ended
             for work in at_work.values():
                 study.lose(work.trial)
         raise

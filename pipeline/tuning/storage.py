@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ def storage_faults() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What the database said first: what it says to the next statement is only that the one before has failed."""
-    while earlier := error.__cause__ or error.__context__:
-        error = earlier
+    earlier = error.__cause__ or error.__context__
+    # No further than the storage's own: this may have happened while something else was handled, an interrupt say.
+    of_the_storage = isinstance(earlier, STORAGE_ERRORS) or earlier is getattr(error, "orig", None)
+    if earlier is not None and of_the_storage:
+        return _reason(earlier)
     return str(error).splitlines()[0]
 
 
@@ -73,11 +76,12 @@ def in_turn() -> Iterator[None]:
     if not url.startswith("postgresql"):
         yield
         return
-    with storage_faults(), _driver_needed():
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_options(url))
-        with engine.connect() as connection:  # the lock ends with it
+    with ExitStack() as stack:
+        with storage_faults(), _driver_needed():
+            engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_options(url))
+            connection = stack.enter_context(engine.connect())  # the lock ends with it
             connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({IN_TURN})"))
-            yield
+        yield
 
 
 def open_storage() -> BaseStorage:
@@ -112,5 +116,6 @@ def _driver_needed() -> Iterator[None]:
     except ImportError as error:
         driver = getattr(error.__cause__ or error, "name", None) or "of that database"
         raise UserError(
-            f"{STORAGE} needs the package {driver}; postgresql+psycopg://... needs psycopg[binary], which is here"
+            f"{STORAGE} needs the package {driver}, which is not installed; "
+            "for PostgreSQL: pip install 'psycopg[binary]', and a URL that begins with postgresql+psycopg://"
         ) from error

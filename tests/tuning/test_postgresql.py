@@ -38,7 +38,10 @@ def programs() -> Path | None:
 PROGRAMS = programs()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PROGRAMS is None, reason="PostgreSQL's server programs (initdb, pg_ctl) are not installed"),
+    pytest.mark.skipif(
+        PROGRAMS is None,
+        reason="starts a PostgreSQL server; its programs (initdb, pg_ctl) are not here: apt-get install postgresql",
+    ),
 ]
 
 
@@ -136,6 +139,7 @@ def children(machine: Path) -> list[int]:
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     assert not any(run.info.status == "RUNNING" for run in found)
+    assert sum("study.id" in run.data.tags for run in found) == 1
     return sorted(int(run.data.tags["trial.number"]) for run in found if "trial.number" in run.data.tags)
 
 
@@ -170,16 +174,24 @@ def test_a_machine_that_dies_is_made_up_for(machines: list[Path], database: str)
     assert [trial.number for trial in found if trial.params == lost.params and counts(trial)]
 
 
-def test_two_machines_with_one_tracking_store_write_each_trial_once(machines: list[Path], database: str) -> None:
-    shared = f"sqlite:///{machines[0] / 'mlflow.db'}"
-    for machine in machines[1:2]:
-        (machine / "mlflow.db").unlink()
-    with ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setenv("MLFLOW_TRACKING_URI", shared)
-        processes = [stack.enter_context(start(machine, database)) for machine in machines[:2]]
-        for process in processes:
-            ended(process)
+def test_two_machines_with_one_tracking_store_write_each_trial_once(
+    machines: list[Path], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{machines[0] / 'mlflow.db'}")
+    with start(machines[0], database) as one, start(machines[1], database) as other:
+        ended(one)
+        ended(other)
     assert children(machines[0]) == list(range(6))
+
+
+def test_a_trial_that_others_have_given_up_is_left_to_them(machines: list[Path], database: str) -> None:
+    with start(machines[0], database) as process:
+        given_up = wait_until_running(database)
+        RDBStorage(database).set_trial_state_values(given_up._trial_id, TrialState.FAIL)
+        ended(process)
+    found = trials(database)
+    assert found[given_up.number].state == TrialState.FAIL
+    assert sum(map(counts, found)) == 6
 
 
 def test_a_table_that_stays_locked_is_said_in_one_line(machines: list[Path], database: str) -> None:

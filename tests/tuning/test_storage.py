@@ -1,0 +1,25 @@
+"""The study's storage, and what is said when it fails."""
+
+import pytest
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
+
+from pipeline.errors import Fault
+from pipeline.tuning.storage import storage_faults
+
+
+def test_what_failed_first_is_what_is_said() -> None:
+    with pytest.raises(Fault, match=r"^the study's storage failed: the table is locked$"), storage_faults():
+        locked = ValueError("the table is locked")
+        try:
+            raise OperationalError("SELECT 1", {}, locked) from locked
+        except OperationalError as error:
+            raise StorageInternalError("an error of the storage") from error
+
+
+def test_what_was_being_handled_is_not_why_it_failed() -> None:
+    with pytest.raises(Fault, match=r"^the study's storage failed: it is gone$"), storage_faults():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise StorageInternalError("it is gone")  # noqa: B904
