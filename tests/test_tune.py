@@ -47,6 +47,9 @@ SMALL: dict[str, Any] = QUICK | {
 }
 
 
+PRESENT = {"model.filters.0": 8, "model.filters.1": 8, "model.dropout": 0.5}
+
+
 @pytest.fixture
 def study_folder(workspace: Path) -> Path:
     """The current folder, with a small study in its params.yaml."""
@@ -117,7 +120,7 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
     assert Path("params.yaml").read_text() == before
     found = trials()
     assert [trial.number for trial in found] == [0, 1, 2, 3]
-    assert found[0].params == {"model.filters.0": 8, "model.filters.1": 8, "model.dropout": 0.5}
+    assert found[0].params == PRESENT
     lines = printed.splitlines()
     assert lines[0] == "0/4 trials"
     assert any(re.match(r"4/4 trials.*, best validation accuracy \d\d\.\d\d% \(trial \d\)$", line) for line in lines)
@@ -376,6 +379,7 @@ def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
     after = trials()
     assert [after[trial.number] for trial in done] == done
     assert sum(map(counts, after)) == total
+    assert any(trial.params == PRESENT and counts(trial) for trial in after)
     assert not any(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in after)
     assert sorted(int(child.data.tags["trial.number"]) for child in children()) == list(range(len(after)))
     assert not any(child.info.status == "RUNNING" for child in children())

@@ -212,8 +212,11 @@ class Study:
 
         ``blamed`` where they may be why their worker died; then they are not tried for ever.
         """
-        if not self.trials()[trial.number].state.is_finished():  # as it is where another process has given it up
-            self.optuna.enqueue_trial(trial.params, user_attrs={RETRIES: retries_of(trial) + blamed})
+        stored = self.trials()[trial.number]
+        if not stored.state.is_finished():  # as it is where another process has given it up
+            # Optuna writes a trial's values one by one; those that it was given before it began are there at once.
+            values = stored.system_attrs.get("fixed_params", {}) | stored.params
+            self.optuna.enqueue_trial(values, user_attrs={RETRIES: retries_of(stored) + blamed})
             self.optuna.tell(trial.number, state=TrialState.FAIL)
 
     def beat(self, trials: Iterable[Trial]) -> None:
