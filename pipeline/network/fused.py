@@ -20,6 +20,8 @@ Precision = Literal["float32", "bfloat16"]
 SIGNS = {"max": 1, "min": -1}
 MOST_UNROLLED = 36  # multiply-adds for one filter and one pooling window; beyond, the compiler keeps loops, and is slow
 FEWEST_FILTERS = 16  # a vector's length
+FEWEST_FACTORS = 32  # channels and filters; with fewer the sums cost more than the multiplications that they save
+WINOGRAD_IMAGES = 8  # at a time; what is in work then stays in the core's own cache
 
 
 def logits(
@@ -133,6 +135,30 @@ def _convolved(block: Block, inputs: Tensor, precision: Precision) -> Tensor:
     return maps
 
 
+def _suits_winograd(block: Block) -> bool:
+    """Whether ``_by_winograd`` can stand in for this bare block, and is faster."""
+    convolution = block.convolution
+    sizes = convolution.kernel_size[0], convolution.stride[0], block.pool_size
+    return sizes == (3, 1, 2) and min(convolution.in_channels, convolution.out_channels) >= FEWEST_FACTORS
+
+
+def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """Of inputs (N, C, H, W) what ``_pooled`` gives of their convolution."""
+    loops = kernels.winograd(sign)
+    by_pixel, factors = _by_pixel(inputs), kernels.sums_of_weights(weight)
+    _, channels, filters = factors.shape
+    left = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
+    winners = torch.empty(left.shape, dtype=torch.uint8)
+    for start in range(0, len(inputs), WINOGRAD_IMAGES):
+        some = slice(start, start + WINOGRAD_IMAGES)
+        maps, places = left[some].view(-1, filters), winners[some].view(-1, filters)
+        sums, products = torch.empty(16, len(maps), channels), torch.empty(16, len(maps), filters)
+        loops.part(by_pixel[some].numpy(), sums.numpy())
+        torch.bmm(sums, factors, out=products)
+        loops.choose(products.numpy(), bias.numpy(), maps.numpy(), places.numpy())
+    return left, winners
+
+
 def _pooled(block: Block, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Of maps (N, filters, H, W) what pooling and ReLU leave, (N, H', W', filters), and the numbers of the winners."""
     by_pixel = _by_pixel(maps)
@@ -165,7 +191,10 @@ class _BareBlock(torch.autograd.Function):
     def forward(
         ctx: _Context, inputs: Tensor, weight: Tensor, bias: Tensor, block: Block, precision: Precision
     ) -> Tensor:
-        left, ctx.winners = _pooled(block, _convolved(block, inputs, precision))
+        if precision == "float32" and _suits_winograd(block):
+            left, ctx.winners = _by_winograd(inputs, weight, bias, SIGNS[block.pool])
+        else:
+            left, ctx.winners = _pooled(block, _convolved(block, inputs, precision))
         ctx.block = block
         ctx.save_for_backward(inputs, weight)
         return left.permute(0, 3, 1, 2)

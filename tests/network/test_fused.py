@@ -34,6 +34,7 @@ ARCHITECTURES = [
     replace(PUBLISHED, filters=(24, 8), pool_size=3, dropout=0.0),
     replace(PUBLISHED, filters=(16, 8), kernel_size=1, pool_size=4),
     replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3)),
+    replace(PUBLISHED, filters=(32, 40), image_shape=(20, 31, 3)),
     replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3), padding=1, pool="min"),
 ]
 
@@ -181,9 +182,10 @@ def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> 
             "import torch",
             "from pipeline.network import fused",
             "from pipeline.network.cnn import CNN, Architecture",
-            "cnn = CNN(Architecture((28, 28, 1), ('a', 'b'), (16, 8)), torch.Generator())",
-            "draws = torch.Generator()",
-            "fused.logits(cnn, torch.ones(2, 28, 28, 1, dtype=torch.uint8), draws).sum().backward()",
+            "for filters in ((16, 8), (32, 64)):",
+            "    cnn = CNN(Architecture((28, 28, 1), ('a', 'b'), filters), torch.Generator())",
+            "    images, draws = torch.ones(2, 28, 28, 1, dtype=torch.uint8), torch.Generator()",
+            "    fused.logits(cnn, images, draws).sum().backward()",
         ]
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -191,7 +193,7 @@ def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> 
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         kept.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")})
-    assert len([path for path in kept[0] if path.suffix == ".nbc"]) == 6
+    assert len([path for path in kept[0] if path.suffix == ".nbc"]) == 11
     assert kept[0] == kept[1]
 
 
