@@ -1,6 +1,7 @@
 """Arrays in, matplotlib figure out. Every figure is readable at README width, on a light and on a dark page."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -51,6 +52,38 @@ def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     left.set(ylabel="cross-entropy (nats)", ylim=(0, None))
     right.set(ylabel="images classified rightly")
     right.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: Sequence[bool]) -> Figure:
+    """A point a trial; a line is the best complete one so far. At least one is complete.
+
+    The pruned ones, which were ended early, stand with the accuracy of their last epoch. So that the best can be told
+    apart, the axis ends some way below the worse half; what lies lower stands on its edge.
+    """
+    figure = _figure(4.2)
+    axes = figure.subplots()
+    rows = sorted(zip(numbers, accuracies, pruned, strict=True))
+    complete = [(number, accuracy) for number, accuracy, was_pruned in rows if not was_pruned]
+    best, middle = max(accuracy for _, accuracy in complete), np.median([accuracy for _, accuracy in complete])
+    room = max(best - middle, 1e-4)
+    lowest = middle - 3 * room
+
+    def draw(points: Sequence[tuple[int, float]], marker: str, label: str) -> None:
+        if points:
+            shown = [(number, max(accuracy, lowest)) for number, accuracy in points]
+            axes.plot(*zip(*shown, strict=True), marker, color=TRAINING, alpha=0.6, markersize=5, label=label)
+
+    draw(complete, "o", "complete")
+    draw([(number, accuracy) for number, accuracy, was_pruned in rows if was_pruned], "x", "pruned, at its last epoch")
+    steps = list(itertools.accumulate(complete, lambda so_far, trial: (trial[0], max(so_far[1], trial[1]))))
+    steps.append((rows[-1][0], best))
+    axes.step(*zip(*steps, strict=True), where="post", color=VALIDATION, label="best so far")
+    axes.set(xlabel="trial", ylabel="validation accuracy", ylim=(lowest - room / 4, max(accuracies) + room / 2))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

@@ -37,6 +37,9 @@ def every_figure() -> dict[str, Figure]:
         "maps": figures.feature_maps(images[0], {"conv2d": noise(20, 26, 26), "max_pooling2d": noise(20, 13, 13)}, "x"),
         "mistakes": figures.mistakes(images, ["cat"] * 7, ["dog"] * 7, [0.9] * 7),
         "one mistake in colour": figures.mistakes(images[:1].repeat(3, axis=3), [CLASSES[2]], ["dog"], [0.5]),
+        "study": figures.study_history([0, 1, 2, 3], [0.97, 0.98, 0.5, 0.975], [False, False, True, False]),
+        "study of one trial": figures.study_history([0], [0.97], [False]),
+        "front": figures.accuracy_against_size([100, 2000, 30000], [0.97, 0.98, 0.975]),
         "none": figures.mistakes(images[:0], [], [], []),
     }
 
@@ -105,3 +108,16 @@ def test_each_mistake_tells_what_was_predicted_and_what_it_really_is() -> None:
     titles = [axes.get_title() for axes in every_figure()["mistakes"].axes]
     assert titles[0] == "dog (90.0%), really cat"
     assert titles[7:] == ["", "", ""]
+
+
+def test_the_history_of_a_study_has_the_best_so_far_and_every_trial() -> None:
+    accuracies, pruned = [0.97, 0.1, 0.98, 0.975, 0.99], [False, True, False, False, True]
+    (axes,) = figures.study_history([0, 1, 2, 3, 4], accuracies, pruned).axes
+    drawn = {line.get_label(): tuple(np.asarray(line.get_data(), float).tolist()) for line in axes.lines}
+    assert drawn["complete"] == ([0, 2, 3], [0.97, 0.98, 0.975])
+    assert drawn["best so far"] == ([0, 2, 3, 4], [0.97, 0.98, 0.98, 0.98])  # a pruned one is never the best
+    numbers, shown = drawn["pruned, at its last epoch"]
+    lowest, highest = axes.get_ylim()
+    assert numbers == [1, 4]
+    assert lowest <= shown[0] < 0.97  # on the edge, not out of sight
+    assert all(lowest <= each <= highest for _, points in drawn.values() for each in points)

@@ -1,4 +1,4 @@
-"""The study as pictures: Optuna's own, and accuracy against size."""
+"""The study as pictures: its history and accuracy against size, and what Optuna draws of the knobs."""
 
 import warnings
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from pipeline.tuning.records import TrialRecord
 from pipeline.tuning.study import ERROR, Study
 
 DRAWINGS: dict[str, Callable[..., object]] = {
-    "history": drawings.plot_optimization_history,
     "importances": drawings.plot_param_importances,
     "slice": drawings.plot_slice,
     "parallel_coordinates": drawings.plot_parallel_coordinate,
@@ -24,13 +23,23 @@ FEWEST_TRIALS = 2  # complete ones; the importance of a knob cannot be told from
 
 def write(study: Study, folder: Path) -> list[Path]:
     """Write the pictures that the study has enough complete trials for; returns their paths."""
-    complete = [trial for trial in study.ended() if trial.status == "complete"]
-    pictures = {"accuracy_against_size": figures.as_png(_front(complete))}
+    ended = study.ended()
+    complete = [trial for trial in ended if trial.status == "complete"]
+    pictures = {"history": figures.as_png(_history(ended)), "accuracy_against_size": figures.as_png(_front(complete))}
     if len(complete) >= FEWEST_TRIALS:
         pictures |= {name: _drawn(draw, study) for name, draw in DRAWINGS.items()}
     for name, picture in pictures.items():
         files.write(folder / f"{name}.png", picture)
     return [folder / f"{name}.png" for name in pictures]
+
+
+def _history(ended: list[TrialRecord]) -> Figure:
+    seen = [trial for trial in ended if trial.status != "failed" and trial.history]
+    return figures.study_history(
+        [trial.number for trial in seen],
+        [trial.history[-1]["validation_accuracy"] for trial in seen],
+        [trial.status == "pruned" for trial in seen],
+    )
 
 
 def _front(complete: list[TrialRecord]) -> Figure:
