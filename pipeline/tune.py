@@ -37,10 +37,9 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     total = arguments.trials or params.tune.trials
-    workers, threads = _shares(arguments.workers, params)
-    params = params.changed({"train.threads": threads})
+    workers, cores = _workers_and_cores(arguments.workers, params)
     # The workers come first, since they take as long to begin as the study does.
-    with _alone(), storage_faults(), team(workers) as hired:
+    with _alone(), storage_faults(), team(workers, cores) as hired:
         with in_turn():
             study = Study.open(open_storage(), arguments.study, params, dataset)
         runs.connect()
@@ -72,13 +71,12 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def _shares(workers: int | None, params: Params) -> tuple[int, int]:
-    """How many workers there are, and how many threads each has: together no more than there are cores."""
+def _workers_and_cores(workers: int | None, params: Params) -> tuple[int, int]:
+    """How many workers there are, and how many cores they have among them."""
     cores = params.train.threads or torch.get_num_threads()
     if workers is not None and workers > cores:
         raise UserError(f"--workers is {workers}; allowed: 1 to {cores}, a core each")
-    workers = workers or cores
-    return workers, cores // workers
+    return workers or cores, cores
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
                 on_change()
             for task, message in team.messages(WAIT):
                 assert isinstance(task, int)
-                if _has_ended(study, team, at_work[task], message):
+                nothing_waits = study.counted() + study.unfinished() >= total
+                if _has_ended(study, team, at_work[task], message, nothing_waits):
                     del at_work[task]
                     on_change()
     except BaseException:
@@ -65,23 +66,23 @@ def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int
             team.give(trial.number, params)
 
 
-def _has_ended(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
+def _has_ended(study: Study, team: Team, work: _AtWork, message: Message, nothing_waits: bool) -> bool:
     try:
-        return _taken_in(study, team, work, message)
+        return _taken_in(study, team, work, message, nothing_waits)
     except UpdateFinishedTrialError:  # nothing was heard from here for so long that others have given it up
         if isinstance(message, Epoch):
             team.answer(work.trial.number, go_on=False)
         return not isinstance(message, Epoch)
 
 
-def _taken_in(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
+def _taken_in(study: Study, team: Team, work: _AtWork, message: Message, nothing_waits: bool) -> bool:
     """Whether the trial has ended with this message."""
     trial = work.trial
     match message:
         case Epoch():
             work.history.append(message)
             work.pruned = not study.report(trial, message)
-            team.answer(trial.number, go_on=not work.pruned)
+            team.answer(trial.number, not work.pruned, nothing_waits)
             return False
         case Done():
             study.finish(trial, work.params, work.history, work.pruned)
@@ -118,7 +119,7 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
             match message:
                 case Epoch():
                     last[task] = message
-                    team.answer(task, go_on=True)
+                    team.answer(task, go_on=True, nothing_waits=not waiting)
                 case Done():
                     study.keep_accuracy(finalist.values, seed, last[task].validation_accuracy)
                 case Lost() if lost[task] < MOST_RETRIES:

@@ -1,4 +1,7 @@
-"""What a worker says of its task. After an epoch it waits for an answer; the others are its last word."""
+"""What a worker says of its task: after an epoch it waits for an answer, the others are its last word.
+
+The answer is the number of threads for the next epoch, or STOP.
+"""
 
 from dataclasses import dataclass
 
@@ -24,4 +27,5 @@ class Lost:
     reason: str
 
 
+STOP = 0
 Message = Epoch | Done | Failed | Lost

@@ -9,18 +9,26 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeAlias
 
 from pipeline.network.training import Epoch
+from pipeline.network.workers import LARGEST_PIECE
 from pipeline.params import Params
-from pipeline.tuning.messages import Lost, Message
+from pipeline.tuning.messages import STOP, Lost, Message
 
 Line: TypeAlias = "Connection[Any, Any]"
 
 
 class Team:
-    """So many workers; one that dies is replaced. Tasks are named by the caller."""
+    """So many workers; one that dies is replaced. Tasks are named by the caller.
 
-    def __init__(self, workers: int) -> None:
+    Together they never have more threads than there are cores. Each has its share of them; the shares of those that
+    will have nothing to do go to the others, but no more than leave every bit of a result as it is.
+    """
+
+    def __init__(self, workers: int, cores: int) -> None:
+        self._cores, self._share = cores, cores // workers
         self._processes: dict[Line, subprocess.Popen[bytes]] = {}
         self._at: dict[Hashable, Line] = {}
+        self.threads: dict[Hashable, int] = {}  # of each task
+        self._most: dict[Hashable, int] = {}
         for _ in range(workers):
             self._hire()
 
@@ -36,8 +44,8 @@ class Team:
 
     @property
     def has_idle(self) -> bool:
-        """Whether a worker has nothing to do."""
-        return len(self._at) < len(self._processes)
+        """Whether a worker has nothing to do, and its share of the cores is free."""
+        return len(self._at) < len(self._processes) and sum(self.threads.values()) + self._share <= self._cores
 
     @property
     def tasks(self) -> list[Hashable]:
@@ -47,8 +55,10 @@ class Team:
     def give(self, task: Hashable, params: Params) -> None:
         """Have an idle worker train the network of ``params``."""
         self._at[task] = next(line for line in self._processes if line not in self._at.values())
+        self.threads[task] = self._share
+        self._most[task] = max(self._share, params.train.batch_size // LARGEST_PIECE)
         with suppress(OSError):  # it has died, which `messages` tells
-            self._at[task].send(params)
+            self._at[task].send(params.changed({"train.threads": self._share}))
 
     def messages(self, seconds: float) -> list[tuple[Hashable, Message]]:
         """What the workers say of their tasks, waiting for so many seconds for it. An epoch wants an answer."""
@@ -60,18 +70,28 @@ class Team:
         try:
             message: Message = line.recv()
         except (EOFError, OSError):
-            del self._at[task]
+            self._forget(task)
             reason = self._buried(line)
             self._hire()
             return Lost(reason)
         if not isinstance(message, Epoch):
-            del self._at[task]
+            self._forget(task)
         return message
 
-    def answer(self, task: Hashable, go_on: bool) -> None:
-        """Whether the worker shall go on after an epoch."""
+    def _forget(self, task: Hashable) -> None:
+        for kept in (self._at, self.threads, self._most):
+            del kept[task]
+
+    def answer(self, task: Hashable, go_on: bool, nothing_waits: bool = False) -> None:
+        """Whether the worker shall go on after an epoch; on more cores where the idle ones will not need theirs."""
+        if nothing_waits:
+            free = self._cores - sum(self.threads.values())
+            fair = self._cores // len(self._at)
+            self.threads[task] = min(fair, self.threads[task] + free, self._most[task])
+        else:
+            self.threads[task] = self._share
         with suppress(OSError):  # it has died, which `messages` tells
-            self._at[task].send(go_on)
+            self._at[task].send(self.threads[task] if go_on else STOP)
 
     def _buried(self, line: Line) -> str:
         process = self._processes.pop(line)
@@ -85,13 +105,14 @@ class Team:
             process.kill()
         for line in list(self._processes):
             self._buried(line)
-        self._at.clear()
+        for kept in (self._at, self.threads, self._most):
+            kept.clear()
 
 
 @contextmanager
-def team(workers: int) -> Iterator[Team]:
+def team(workers: int, cores: int) -> Iterator[Team]:
     """Workers that are gone afterwards, however it ends."""
-    hired = Team(workers)
+    hired = Team(workers, cores)
     try:
         yield hired
     finally:

@@ -10,11 +10,13 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from pipeline import recipe
 from pipeline.errors import UserError, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network.training import DivergedError
-from pipeline.tuning.messages import Done, Failed
+from pipeline.tuning.messages import STOP, Done, Failed
 
 
 def main() -> None:
@@ -38,8 +40,10 @@ def _train(
         cnn = recipe.build(params, dataset)
         for epoch in recipe.fit(cnn, train.to(device), validation.to(device), params):
             coordinator.send(epoch)
-            if not coordinator.recv():
+            threads = coordinator.recv()
+            if threads == STOP:
                 break
+            torch.set_num_threads(threads)
     except (UserError, DivergedError, RuntimeError, MemoryError) as error:
         coordinator.send(Failed(f"{type(error).__name__}: {error}"))
     else:

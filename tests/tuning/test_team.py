@@ -7,12 +7,16 @@ import sys
 import time
 from collections.abc import Hashable
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
+import torch
 
+from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.network.training import Epoch
 from pipeline.params import read_params
+from pipeline.tuning import worker
 from pipeline.tuning.messages import Done, Failed, Lost, Message
 from pipeline.tuning.team import Team, team
 from tests.conftest import REPOSITORY
@@ -35,8 +39,8 @@ def said(hired: Team, answers: bool = True) -> list[tuple[Hashable, Message]]:
 
 
 def test_two_workers_train_and_say_each_epoch(workspace: Path) -> None:
-    params = read_params().changed({"train.threads": 1})
-    with team(2) as hired:
+    params = read_params()
+    with team(2, cores=2) as hired:
         hired.give("a", params)
         hired.give("b", params.changed({"seed": 1}))
         assert not hired.has_idle
@@ -65,13 +69,68 @@ def test_two_workers_train_and_say_each_epoch(workspace: Path) -> None:
     assert "block 2's filter (15 x 15) is larger than" in message.reason
 
 
+@pytest.mark.parametrize(("batch_size", "threads"), [(128, [1, 2, 1, 2]), (64, [1, 1, 1, 1])])
+def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
+    batch_size: int, threads: list[int], workspace: Path
+) -> None:
+    params = read_params().changed({"train.epochs": 4, "train.batch_size": batch_size})
+    found, idle, accuracies = list[int](), list[bool](), list[float]()
+    with team(2, cores=2) as hired:
+        hired.give("a", params)
+        hired.give("b", params.changed({"seed": 1}))
+        narrow = [message for task, message in said(hired) if task == "a" and isinstance(message, Epoch)]
+        hired.give("a", params)
+        while hired.tasks:
+            for task, message in hired.messages(1):
+                if isinstance(message, Epoch):
+                    accuracies.append(message.validation_accuracy)
+                    hired.answer(task, go_on=True, nothing_waits=len(found) % 2 == 1)
+                    found.append(hired.threads[task])
+                    idle.append(hired.has_idle)
+    assert found == threads
+    assert idle == [count == 1 for count in threads]  # a worker without work must not begin on a core that is in use
+    assert accuracies == [epoch.validation_accuracy for epoch in narrow]
+
+
+def test_two_at_work_on_two_cores_keep_one_each(workspace: Path) -> None:
+    with team(2, cores=2) as hired:
+        hired.give("a", read_params().changed({"train.batch_size": 128}))
+        hired.give("b", read_params().changed({"train.batch_size": 128}))
+        while len(hired.tasks) == 2:
+            for task, message in hired.messages(1):
+                if isinstance(message, Epoch):
+                    hired.answer(task, go_on=True, nothing_waits=True)
+                    assert sum(hired.threads.values()) <= 2
+                    assert hired.threads[task] == 1 or len(hired.tasks) == 1
+
+
+def test_a_worker_trains_on_as_many_threads_as_it_is_told(workspace: Path, prepared: Path) -> None:
+    class Line:
+        """The worker's end of the connection, with what is said at the other end written down before."""
+
+        def __init__(self) -> None:
+            self.to_come: list[object] = [read_params().changed({"train.epochs": 3, "train.threads": 1}), 2, 1, 2]
+            self.threads: list[int] = []
+
+        def recv(self) -> object:
+            return self.to_come.pop(0)
+
+        def send(self, message: Message) -> None:
+            self.threads.append(torch.get_num_threads())
+
+    dataset, before, line = read_dataset(), torch.get_num_threads(), Line()
+    worker._train(cast(Any, line), dataset, read_split(dataset, TRAIN), read_split(dataset, VALIDATION))
+    torch.set_num_threads(before)
+    assert line.threads == [1, 2, 1, 2]  # three epochs, and that it is done
+
+
 def test_a_worker_that_is_killed_is_told_of_and_replaced(workspace: Path) -> None:
-    params = read_params().changed({"train.threads": 1})
-    with team(1) as hired:
+    params = read_params()
+    with team(1, cores=1) as hired:
         hired.give("a", params.changed({"train.epochs": 1000}))
         hired.messages(60)
-        (worker,) = workers_of(os.getpid())
-        os.kill(worker, signal.SIGKILL)
+        (killed,) = workers_of(os.getpid())
+        os.kill(killed, signal.SIGKILL)
         (heard,) = [message for message in said(hired) if isinstance(message[1], Lost)]
         assert heard == ("a", Lost("its worker was killed by signal 9"))
         hired.give("b", params)
@@ -82,7 +141,7 @@ def test_a_worker_that_is_killed_is_told_of_and_replaced(workspace: Path) -> Non
 def test_workers_end_when_nobody_is_left_to_hear_them(workspace: Path) -> None:
     code = (
         "from pipeline.tuning.team import Team; from pipeline.params import read_params\n"
-        "team = Team(1); team.give('a', read_params().changed({'train.epochs': 1000})); team.messages(60)\n"
+        "team = Team(1, 1); team.give('a', read_params().changed({'train.epochs': 1000})); team.messages(60)\n"
         "print('ready', flush=True); input()"
     )
     with subprocess.Popen(
@@ -94,10 +153,10 @@ def test_workers_end_when_nobody_is_left_to_hear_them(workspace: Path) -> None:
     ) as coordinator:
         assert coordinator.stdout is not None
         assert coordinator.stdout.readline() == "ready\n"
-        (worker,) = workers_of(coordinator.pid)
+        (left,) = workers_of(coordinator.pid)
         coordinator.kill()
     for _ in range(200):
-        if not is_alive(worker):
+        if not is_alive(left):
             return
         time.sleep(0.1)
     raise AssertionError("the worker is still there")
