@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from bench import recipes
-from bench.machine import machine
+from bench.machine import code, machine, today
 from pipeline import files, recipe
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
@@ -38,7 +38,15 @@ def main() -> None:
         print(f"{key}: mean {value['mean']:.5g}, deviation {value['deviation']:.2g}, n = {arguments.seeds}")
     files.write_json(
         arguments.output,
-        {"dataset": dataset.name, "knobs": arguments.knobs, "machine": machine(), "summary": summary, "rows": rows},
+        {
+            "dataset": dataset.name,
+            "knobs": arguments.knobs,
+            "machine": machine(),
+            "date": today(),
+            "code": code(),
+            "summary": summary,
+            "rows": rows,
+        },
     )
 
 
