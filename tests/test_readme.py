@@ -1,11 +1,15 @@
 """The README says what is so: its knobs are those of params.yaml, its targets and files exist."""
 
 import json
+import math
 import re
 import statistics
 
+import pytest
+
 from bench import recipes
 from bench.bounds import Bound
+from pipeline.network.cnn import Architecture, parameter_count
 from tests.conftest import PARAMS, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -39,21 +43,26 @@ def test_the_short_recipes_are_those_that_were_measured() -> None:
         assert recipes.from_words(words[1::2]) == recipe
 
 
-def test_the_table_of_bounds_is_that_of_the_measurement() -> None:
-    bounds = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
+MEASURED = pytest.mark.parametrize(("section", "file"), [("Speed", "results.json")])
+
+
+@MEASURED
+def test_the_table_of_bounds_is_that_of_the_measurement(section: str, file: str) -> None:
+    bounds = json.loads((REPOSITORY / "bench" / file).read_text())["bounds"]
     for bound in bounds:
         figures = bound["figures"]
         spread = f" ({min(figures):.2f} ... {max(figures):.2f})" if len(figures) > 1 else ""
         must = f"{'at most' if bound['low'] else 'at least'} {bound['bound']:g}"
         measured = f"{bound['figure']:.2f} {bound['unit']}{spread}"
-        assert f"| {bound['what']} | {measured} | {must} | {bound['aim']:g} |\n" in _speed()
-    short = re.search(r"figures? falls? short: ([^.]*?),? since", _speed().replace("\n", " "))
+        assert f"| {bound['what']} | {measured} | {must} | {bound['aim']:g} |\n" in _section(section)
+    short = re.search(r"figures? falls? short: ([^.]*?),? since", _section(section).replace("\n", " "))
     said = short[1] if short else ""
     assert said == ", ".join(bound["what"] for bound in bounds if not bound["holds"])
 
 
-def test_every_bound_holds() -> None:
-    rows = json.loads((REPOSITORY / "bench/results.json").read_text())["bounds"]
+@MEASURED
+def test_every_bound_holds(section: str, file: str) -> None:
+    rows = json.loads((REPOSITORY / "bench" / file).read_text())["bounds"]
     fields = ("what", "figures", "bound", "aim", "unit", "low")
     bounds = [Bound(**{field: row[field] for field in fields}) for row in rows]
     assert [bound.what for bound in bounds if not bound.holds] == []
@@ -71,8 +80,29 @@ def test_the_table_of_epochs_is_that_of_the_measurement() -> None:
         assert row in table
 
 
+def test_the_winner_of_the_study_is_better_on_the_test_images_by_more_than_chance() -> None:
+    rows, accuracies = [], []
+    for file in ("seeds.json", "tuned.json"):
+        measured = json.loads((REPOSITORY / "bench" / file).read_text())
+        model = recipes.published().changed(recipes.from_words(measured["knobs"])).model
+        parameters = parameter_count(Architecture((28, 28, 1), tuple("0123456789"), **model.model_dump()))
+        accuracies.append([row["test_accuracy"] for row in measured["rows"]])
+        mean, deviation = statistics.fmean(accuracies[-1]), statistics.stdev(accuracies[-1])
+        filters = ", ".join(map(str, model.filters))
+        rows.append(f"| {filters} | {model.dropout} | {parameters:,} | {mean:.4f} ± {deviation:.4f} | 10 |\n")
+    assert all(row in _section("Tuning") for row in rows)
+    default, tuned = accuracies
+    assert len(default) == len(tuned) == 10
+    error = math.sqrt((statistics.variance(default) + statistics.variance(tuned)) / 10)
+    assert statistics.fmean(tuned) - statistics.fmean(default) > 2 * error
+
+
 def _speed() -> str:
-    return README.split("\n## Speed\n")[1].split("\n## ")[0]
+    return _section("Speed")
+
+
+def _section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def test_every_make_target_that_is_named_exists() -> None:
@@ -90,5 +120,5 @@ def test_every_picture_and_every_file_of_the_pipeline_that_is_named_exists() -> 
 
 def test_pictures_are_kept_small() -> None:
     sizes = {path.name: path.stat().st_size for path in (REPOSITORY / "docs").glob("*.png")}
-    assert len(sizes) == 6
+    assert len(sizes) == 7
     assert max(sizes.values()) < 150_000
