@@ -23,7 +23,7 @@ SHORT_PAIRS = 5  # a round
 
 def timed(command: Sequence[str], folder: Path, **more: str) -> tuple[float, str]:
     """Seconds of a command that sees no GPU and no settings from outside, and what it printed."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC", "OPTUNA"))}
     environment |= {"CUDA_VISIBLE_DEVICES": "", **more}
     started = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -59,7 +59,7 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
     """A point a trial; a line is the best complete one so far. At least one is complete.
 
     The pruned ones, which were ended early, stand with the accuracy of their last epoch. So that the best can be told
-    apart, the axis ends some way below the worse half; what lies lower stands on its edge.
+    apart, the axis ends below the middle by three times what the best is above it; what lies lower stands on its edge.
     """
     figure = _figure(4.2)
     axes = figure.subplots()

@@ -4,6 +4,7 @@ import difflib
 import io
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -200,6 +201,11 @@ def _edges(path: str, space: Range, present: object) -> list[object]:
     if isinstance(present, bool) or not isinstance(present, int | float):
         raise ValueError(f"tune.space.{path} has low and high; a knob that is {present!r} needs choices")
     bounds = [space.low, space.high]
+    low, high, step = (Decimal(str(number or 0)) for number in (*bounds, space.step))  # 0.6 is no multiple of 0.05
+    if step and (high - low) % step:
+        raise ValueError(
+            f"tune.space.{path}: from low {space.low:g}, steps of {space.step:g} do not lead to high {space.high:g}"
+        )
     if isinstance(present, int):
         if not all(number is None or number.is_integer() for number in (*bounds, space.step)):
             raise ValueError(f"tune.space.{path} has a fraction; low, high and step are integers there")

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline import files
+from pipeline import files, recipe
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.images.splits import read_dataset
+from pipeline.images.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
 from pipeline.params import PARAMS, Params, read_params, with_values
 from pipeline.tracking import runs, studies
 from pipeline.tuning import coordinator, finalists, plots
@@ -29,6 +29,7 @@ from pipeline.tuning.team import Team, team
 
 SUMMARY = FOLDER / "summary.json"
 FIGURES = FOLDER / "figures"
+PATIENCE = 5  # seconds in which another machine writes a trial of its own into a store that it may share with this one
 
 
 def main() -> None:
@@ -38,10 +39,12 @@ def main() -> None:
     dataset = read_dataset()
     total = arguments.trials or params.tune.trials
     workers, cores = _workers_and_cores(arguments.workers, params)
-    # The workers come first, since they take as long to begin as the study does.
-    with _alone(), storage_faults(), team(workers, cores) as hired:
+    with _alone(), _ready(params, dataset), storage_faults(), team(workers, cores) as hired:
+        # The workers come before the study, since they take as long to begin as it does.
         with in_turn():
             study = Study.open(open_storage(), arguments.study, params, dataset)
+        if study.present is None:
+            print(f"the present values of {PARAMS} lie outside tune.space: they are no trial, but one of the finalists")
         runs.connect()
         with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
             _run_trials(study, hired, total, run)
@@ -91,6 +94,15 @@ def _alone() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _ready(params: Params, dataset: Dataset) -> Iterator[None]:
+    """What no trial could do without is missed here, in one line, and not by each trial."""
+    recipe.device_for(params)
+    for split in (TRAIN, VALIDATION):
+        read_split(dataset, split)
+    yield
+
+
 def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) -> None:
     progress = _Progress(study, total)
 
@@ -98,6 +110,7 @@ def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) ->
         run.log_trials(trial for trial in study.ended(without=run.written) if trial.number in study.asked)
         progress.show()
 
+    started = time.time()
     run.log_missing(study.ended())
     progress.show()
     try:
@@ -105,6 +118,8 @@ def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) ->
         progress.show()  # the last ones may have been done elsewhere
     finally:
         progress.end()
+    if study.has_others_since(max(started, time.time() - PATIENCE)):
+        time.sleep(PATIENCE)
     run.log_missing(study.ended())
     if study.best(1) == []:
         failure = next((trial.failure for trial in reversed(study.ended()) if trial.failure), "none was completed")

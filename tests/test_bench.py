@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import arithmetic, recipes, rounds, speed, stages
+from bench import arithmetic, images, recipes, rounds, speed, stages, tuning
 from bench.bounds import Bound, conclude
 from bench.contenders import usual
 from pipeline.errors import Fault
@@ -140,3 +141,22 @@ def test_a_contender_that_does_not_learn_is_no_contender(accuracy: float, learns
     else:
         with pytest.raises(Fault, match=r"does not learn: validation accuracy 90\.00%"):
             rounds.take_turn(contender, Path(), 1)
+
+
+def test_studies_are_compared_round_by_round_by_their_two_workers() -> None:
+    two, one = tuning.OURS
+    rates = {two: [600.0, 660.0, 900.0], one: [500.0, 600.0, 900.0], tuning.PLAIN: [100.0, 110.0, 75.0]}
+    plain, workers = tuning.bounds_of(rates | {tuning.KEPT: [1.0]})
+    assert plain.figures == (6, 6, 12)
+    assert workers.figures == pytest.approx((1.2, 1.1, 1.0))
+    assert plain.holds
+    assert workers.holds
+    assert not tuning.bounds_of(rates | {two: [590.0] * 3})[0].holds
+
+
+def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, LabelledImages], tmp_path: Path) -> None:
+    data, values = tmp_path / "images.npz", [{"model.filters.0": f, "model.filters.1": 8} for f in (8, 16)]
+    images.write(data, digits["train"][:1000], digits["validation"])
+    assert tuning.plain_study(data, [each | {"model.dropout": 0.1} for each in values]) > 0
+    with pytest.raises(subprocess.CalledProcessError):
+        tuning.plain_study(data, [{"model.filters.0": 8, "model.filters.1": 0, "model.dropout": 0.1}])

@@ -102,6 +102,11 @@ def test_every_knob_has_a_comment() -> None:
             "tune.space.model.filters.0 has 0; allowed: an integer >= 1 and <= 1024",
         ),
         (
+            "{low: 8, high: 96, step: 8}",
+            "{low: 8, high: 100, step: 8}",
+            "tune.space.model.filters.0: from low 8, steps of 8 do not lead to high 100",
+        ),
+        (
             "{low: 0.0, high: 0.6, step: 0.05}",
             "{low: 0.0, high: 1.0}",
             "tune.space.model.dropout has 1.0; allowed: a number >= 0 and < 1",

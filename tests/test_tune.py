@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from pipeline import tune
 from pipeline.errors import UserError
 from pipeline.images.splits import read_dataset
 from pipeline.params import read_params
-from pipeline.tracking import runs
+from pipeline.tracking import runs, studies
+from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judged
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
-from pipeline.tuning.study import Study, counts
+from pipeline.tuning.study import STARTUP_TRIALS, Study, counts
 from tests.conftest import QUICK, REPOSITORY, write_params
 
 SMALL: dict[str, Any] = QUICK | {
@@ -75,12 +75,6 @@ def refused(*arguments: str, code: int = 2, **environment: str) -> str:
     assert done.returncode == code, done.stderr
     (line,) = done.stderr.splitlines()
     return line.removeprefix("error: ")
-
-
-def finished(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(*arguments), env=surroundings(**environment), capture_output=True, text=True, check=False
-    )
 
 
 def command(*arguments: str) -> list[str]:
@@ -132,6 +126,12 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
     assert pictures == {"history", "importances", "slice", "parallel_coordinates", "accuracy_against_size"}
 
     assert parent().info.status == "FINISHED"
+    best = max(summary["finalists"], key=lambda each: float(each["validation_accuracy"]["mean"]))
+    kept = {f"best_of_4/{path}": str(value) for path, value in best["values"].items()}
+    assert kept.items() <= parent().data.params.items()
+    for folder, names in {"figures": {f"{name}.png" for name in pictures}, "study": {"summary.json"}}.items():
+        there = MlflowClient().list_artifacts(parent().info.run_id, folder)
+        assert {Path(each.path).name for each in there} == names
     assert {run.data.tags["trial.number"] for run in children()} == {"0", "1", "2", "3"}
     for child in children():
         trial = found[int(child.data.tags["trial.number"])]
@@ -157,17 +157,75 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
         assert parent().data.tags["applied.trial"] == winner.removeprefix("trial ")
 
 
+def concluded(*accuracies: tuple[int | None, float, float]) -> Verdict:
+    """What comes of finalists: the numbers of their trials, and their validation accuracies with two seeds."""
+    return judged([Outcome(Finalist(trial, {"model.dropout": 0.1}, 1), (a, b)) for trial, a, b in accuracies])
+
+
+@pytest.mark.parametrize(
+    ("finalists", "force", "written", "line"),
+    [
+        ([(None, 0.98, 0.99), (3, 0.97, 0.98)], True, False, "params.yaml stays as it is\n"),
+        ([(None, 0.98, 0.98), (3, 0.98, 0.99)], False, False, "stays as it is; --force writes the winner's values\n"),
+        ([(None, 0.98, 0.98), (3, 0.98, 0.99)], True, True, "params.yaml has the values of trial 3: "),
+        ([(None, 0.97, 0.98), (3, 0.98, 0.9901)], False, True, "-  dropout: 0.5"),
+    ],
+)
+def test_only_a_real_gain_is_applied_unless_it_is_forced(
+    study_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    finalists: list[tuple[int | None, float, float]],
+    force: bool,
+    written: bool,
+    line: str,
+) -> None:
+    study, before = open_study(), Path("params.yaml").read_text()
+    runs.connect()
+    with studies.study_run(study.id, "tuning", study.params, study.dataset) as opened:
+        tune._apply(study, concluded(*finalists), opened, force)
+    assert line in capsys.readouterr().out
+    after = Path("params.yaml").read_text()
+    assert (after != before) == written
+    assert (read_params().model.dropout == 0.1) == written
+    assert (parent().data.tags.get("applied.trial") == "3") == written
+    assert len(after.splitlines()) == len(before.splitlines())
+
+
+def test_another_winner_of_the_same_trials_is_kept_beside_the_first(study_folder: Path) -> None:
+    study = open_study()
+    runs.connect()
+    for dropout in (0.1, 0.2, 0.1):
+        with studies.study_run(study.id, "tuning", study.params, study.dataset) as opened:
+            opened.log_best(4, {"model.dropout": dropout}, {"best_validation_accuracy": 0.9})
+    best = {key: value for key, value in parent().data.params.items() if key.startswith("best")}
+    assert best == {"best_of_4/model.dropout": "0.1", "best_of_4.2/model.dropout": "0.2"}
+
+
+@pytest.mark.slow
+def test_trials_that_fall_behind_are_pruned(study_folder: Path) -> None:
+    printed = run("--trials", "16", "--workers", "1")
+    pruned = {trial.number for trial in trials() if trial.state == TrialState.PRUNED}
+    assert pruned
+    assert min(pruned) >= STARTUP_TRIALS
+    assert f"16/16 trials, {len(pruned)} pruned, " in printed
+    for child in children():
+        is_pruned = int(child.data.tags["trial.number"]) in pruned
+        assert child.info.status == ("KILLED" if is_pruned else "FINISHED")
+        curve = MlflowClient().get_metric_history(child.info.run_id, "validation_accuracy")
+        assert len(curve) == (1 if is_pruned else 2)  # the network was not trained any further
+
+
 @pytest.mark.slow
 def test_the_same_seed_and_one_worker_give_the_same_trials_also_in_two_goes(study_folder: Path) -> None:
-    for name, goes in {"once": ["5"], "again": ["5"], "in two goes": ["2", "5"]}.items():
-        for total in goes:
+    for name, goes in {"once": ["14"], "again": ["14"], "in two goes": ["6", "14"]}.items():
+        for total in goes:  # more than the sampler draws without looking at what came of the others
             run("--study", name, "--workers", "1", "--trials", total)
     once, again, in_two = (
         [(trial.params, trial.value, trial.intermediate_values, trial.state) for trial in trials(name)]
         for name in ("once", "again", "in two goes")
     )
     assert once == again == in_two
-    assert len({json.dumps(params) for params, *_ in once}) > 3
+    assert len({json.dumps(params) for params, *_ in once}) > 10
     write_params(study_folder, SMALL | {"seed": 1})
     run("--study", "other seed", "--workers", "1", "--trials", "5")
     assert [trial.params for trial in trials("other seed")] != [params for params, *_ in once]
@@ -278,6 +336,19 @@ def test_arguments_that_make_no_sense_are_refused(
     assert not JOURNAL.exists()
 
 
+@pytest.mark.parametrize("fault", ["no GPU", "no images"])
+def test_what_no_trial_could_do_without_is_missed_before_the_first(study_folder: Path, fault: str) -> None:
+    if fault == "no GPU":
+        write_params(study_folder, SMALL | {"train.device": "cuda"})
+        line = refused(CUDA_VISIBLE_DEVICES="")
+        assert line == "params.yaml: train.device is cuda, but torch finds no GPU; allowed here: auto | cpu"
+    else:
+        (study_folder / "data/prepared/validation.safetensors").unlink()
+        line = refused()
+        assert "validation.safetensors" in line
+    assert not JOURNAL.exists()
+
+
 def test_a_storage_that_is_not_there_is_said_in_one_line(study_folder: Path) -> None:
     line = refused(code=1, OPTUNA_STORAGE="sqlite:////nowhere/study.db")
     assert line == "the study's storage failed: unable to open database file"
@@ -317,8 +388,9 @@ def test_what_is_killed_loses_no_trial(study_folder: Path, killed: str, lines: i
         wait_for_lines(lines)
         done = [trial for trial in trials() if counts(trial)] if lines > 2 else []
         if killed == "worker":
-            workers = psutil.Process(study.pid).children()
-            for worker in workers[:1]:  # there may be none yet, or none any more
+            everyone = psutil.Process(study.pid).children()
+            workers = [each for each in everyone if "pipeline.tuning.worker" in each.cmdline()]
+            for worker in workers[:1]:  # there may be none any more
                 worker.kill()
             assert study.wait(120) == 0
         else:
@@ -326,6 +398,20 @@ def test_what_is_killed_loses_no_trial(study_folder: Path, killed: str, lines: i
     run()
     check_that_nothing_is_lost(done, total=4)
     assert parent().info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_at_a_trial_has_it_tried_again(study_folder: Path) -> None:
+    write_params(study_folder, SMALL | {"tune.epochs": 10})
+    with start() as study:
+        wait_for_epochs(3)
+        for worker in psutil.Process(study.pid).children():
+            worker.kill()
+        assert study.wait(120) == 0
+    lost = [trial for trial in trials() if not counts(trial)]
+    assert lost
+    assert all(trial.state == TrialState.FAIL for trial in lost)
+    check_that_nothing_is_lost([], total=4)
 
 
 @pytest.mark.slow
@@ -398,6 +484,15 @@ def wait_for_lines(count: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("nothing was written")
+
+
+def wait_for_epochs(count: int) -> None:
+    """Until the trials have come so far."""
+    for _ in range(600):
+        if JOURNAL.exists() and sum(len(trial.intermediate_values) for trial in trials()) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no epoch was trained")
 
 
 def wait_for_trials(count: int) -> None:

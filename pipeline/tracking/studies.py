@@ -3,6 +3,7 @@
 So no child is left running, whatever is killed: what is not there yet is written when the study goes on.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -86,11 +87,20 @@ class StudyRun:
 
     @runs.store_faults()
     def log_best(self, trials: int, values: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        """The best values after so many trials. MLflow never changes a parameter, so its name tells after how many."""
-        params = [Param(f"best_of_{trials}/{path}", str(value)) for path, value in values.items()]
-        now = round(time.time() * 1000)
+        """The best values after so many trials.
+
+        MLflow never changes a parameter, so its name tells after how many, and which time: other finalists, or more
+        seeds, can make others the best of the same trials.
+        """
+        client, now = MlflowClient(), round(time.time() * 1000)
+        there = client.get_run(self.run_id).data.params
+        for attempt in itertools.count(1):
+            name = f"best_of_{trials}" if attempt == 1 else f"best_of_{trials}.{attempt}"
+            named = {f"{name}/{path}": str(value) for path, value in values.items()}
+            if all(there.get(key, value) == value for key, value in named.items()):
+                break
         figures = [Metric(key, value, now, trials) for key, value in metrics.items()]
-        MlflowClient().log_batch(self.run_id, metrics=figures, params=params)
+        client.log_batch(self.run_id, metrics=figures, params=[Param(*each) for each in named.items()])
 
     @runs.store_faults()
     def log_applied(self, study: str, trial: int | None, values: Mapping[str, object]) -> None:

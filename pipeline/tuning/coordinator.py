@@ -1,5 +1,6 @@
 """The process that gives work to the team: trials of the study until there are enough, then the finalists' seeds."""
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,8 +53,7 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
                     on_change()
     except BaseException:
         with suppress(Fault, OSError, *STORAGE_ERRORS):  # a storage that is gone must not hide why this ended
-            for work in at_work.values():
-                study.lose(work.trial)
+            study.lose_all(work.trial for work in at_work.values())
         raise
 
 
@@ -87,11 +87,11 @@ def _taken_in(study: Study, team: Team, work: _AtWork, message: Message, nothing
         case Done():
             study.finish(trial, work.params, work.history, work.pruned)
         case Failed(reason):
-            study.fail(trial, reason)
+            study.fail(trial, work.history, reason)
         case Lost() if retries_of(trial) < MOST_RETRIES:
             study.lose(trial, blamed=True)
         case Lost(reason):
-            study.fail(trial, f"{reason}, {retries_of(trial) + 1} times")
+            study.fail(trial, work.history, f"{reason}, {retries_of(trial) + 1} times")
     return True
 
 
@@ -104,6 +104,7 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
     seeds = [(study.params.seed + 1 + number) % 2**32 for number in range(tune.seeds)]
     pairs = [(index, seed) for seed in seeds for index in range(len(finalists))]
     waiting = [(index, seed) for index, seed in pairs if not study.has_accuracy(finalists[index].values, seed)]
+    random.shuffle(waiting)  # other machines may be at the same ones: so few are done twice
     last: dict[object, Epoch] = {}
     lost: Counter[object] = Counter()  # how often a worker has died at one
     while waiting or team.tasks:

@@ -22,7 +22,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker is gone, and what it was at with it."""
+    """The training was broken off, and may come to its end on another try: the worker has died, or had no memory."""
 
     reason: str
 

@@ -51,6 +51,7 @@ class Study:
 
     def __init__(self, study: optuna.Study, params: Params, dataset: Dataset) -> None:
         self.optuna, self.params, self.dataset, self.space = study, params, dataset, space_of(params)
+        self.present = present_values(params, self.space)  # None where they are outside the space
         self.asked = set[int]()  # numbers of the trials that this process has begun
         self._seen, self._beaten = set[int](), -math.inf
 
@@ -110,6 +111,10 @@ class Study:
         """The trials that have ended, also those that are tried again, but for these numbers."""
         return [self._record(trial) for trial in self.trials(*ENDED) if trial.number not in without]
 
+    def has_others_since(self, seconds: float) -> bool:
+        """Whether a trial of another process has ended since then, in seconds since 1970."""
+        return any(trial.ended > 1000 * seconds for trial in self.ended(without=self.asked))
+
     def count_by_status(self) -> Counter[Status]:
         """How many of the trials that count are complete, pruned and failed."""
         return Counter(ENDED[trial.state] for trial in self.trials() if counts(trial))
@@ -168,16 +173,16 @@ class Study:
 
     def answer_from_history(self, trial: Trial) -> bool:
         """Finish a trial whose values have been tried before with what came of them; False if they have not."""
-        for earlier in self.trials(TrialState.COMPLETE, TrialState.PRUNED):
-            if earlier.params == trial.params and earlier.number != trial.number:
+        for earlier in filter(counts, self.trials(*ENDED)):
+            if knobs_of(earlier) == knobs_of(trial) and earlier.number != trial.number:
                 trial.set_user_attr(SAME_AS, earlier.number)
-                trial.set_user_attr(HISTORY, earlier.user_attrs[HISTORY])
+                trial.set_user_attr(HISTORY, earlier.user_attrs.get(HISTORY, []))
+                if earlier.state == TrialState.FAIL:
+                    trial.set_user_attr(FAILURE, earlier.user_attrs[FAILURE])
                 for step, value in earlier.intermediate_values.items():
                     trial.report(value, step)
-                if earlier.state == TrialState.COMPLETE:
-                    self.optuna.tell(trial, earlier.values)
-                else:
-                    self.optuna.tell(trial, state=TrialState.PRUNED)
+                values = earlier.values if earlier.state == TrialState.COMPLETE else None
+                self.optuna.tell(trial, values, earlier.state)
                 return True
         return False
 
@@ -202,8 +207,9 @@ class Study:
                 scores.append(multiply_adds(layers))
         self.optuna.tell(trial, scores)
 
-    def fail(self, trial: Trial, reason: str) -> None:
+    def fail(self, trial: Trial, history: Sequence[Epoch], reason: str) -> None:
         """End a trial that would fail again."""
+        trial.set_user_attr(HISTORY, [asdict(epoch) for epoch in history])
         trial.set_user_attr(FAILURE, reason)
         self.optuna.tell(trial, state=TrialState.FAIL)
 
@@ -218,6 +224,12 @@ class Study:
             values = stored.system_attrs.get("fixed_params", {}) | stored.params
             self.optuna.enqueue_trial(values, user_attrs={RETRIES: retries_of(stored) + blamed})
             self.optuna.tell(trial.number, state=TrialState.FAIL)
+
+    def lose_all(self, trials: Iterable[Trial]) -> None:
+        """Lose these, and one that was begun and interrupted before anybody knew of it."""
+        for trial in trials:
+            self.lose(trial)
+        self._lose_unfinished()
 
     def beat(self, trials: Iterable[Trial]) -> None:
         """Where others can be at the same study: say that these trials are alive, and give up those that are not."""

@@ -8,11 +8,13 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeAlias
 
+from pipeline.errors import Fault
 from pipeline.network.training import Epoch
 from pipeline.network.workers import LARGEST_PIECE
 from pipeline.params import Params
 from pipeline.tuning.messages import STOP, Lost, Message
 
+SIGNALS = 128  # exit codes from here on say that a signal ended the process
 Line: TypeAlias = "Connection[Any, Any]"
 
 
@@ -27,6 +29,7 @@ class Team:
         self._cores, self._share = cores, cores // workers
         self._processes: dict[Line, subprocess.Popen[bytes]] = {}
         self._at: dict[Hashable, Line] = {}
+        self._heard = set[Line]()  # those that have said something
         self.threads: dict[Hashable, int] = {}  # of each task
         self._most: dict[Hashable, int] = {}
         for _ in range(workers):
@@ -56,12 +59,16 @@ class Team:
         """Have an idle worker train the network of ``params``."""
         self._at[task] = next(line for line in self._processes if line not in self._at.values())
         self.threads[task] = self._share
-        self._most[task] = max(self._share, params.train.batch_size // LARGEST_PIECE)
+        parted = 1 if params.model.batch_norm else params.train.batch_size // LARGEST_PIECE
+        self._most[task] = max(self._share, parted)
         with suppress(OSError):  # it has died, which `messages` tells
             self._at[task].send(params.changed({"train.threads": self._share}))
 
     def messages(self, seconds: float) -> list[tuple[Hashable, Message]]:
-        """What the workers say of their tasks, waiting for so many seconds for it. An epoch wants an answer."""
+        """What the workers say of their tasks, waiting for so many seconds for it. An epoch wants an answer.
+
+        Raises Fault where a worker ends before it says anything: the next would too.
+        """
         ready = wait(list(self._at.values()), seconds)
         return [(task, self._message(task)) for task, line in list(self._at.items()) if line in ready]
 
@@ -71,9 +78,13 @@ class Team:
             message: Message = line.recv()
         except (EOFError, OSError):
             self._forget(task)
-            reason = self._buried(line)
+            begun, code = line in self._heard, self._buried(line)
+            if 0 <= code < SIGNALS and not begun:
+                raise Fault(f"a worker could not begin: it ended with exit code {code}") from None
             self._hire()
-            return Lost(reason)
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return Lost(f"its worker {how}")
+        self._heard.add(line)
         if not isinstance(message, Epoch):
             self._forget(task)
         return message
@@ -93,11 +104,12 @@ class Team:
         with suppress(OSError):  # it has died, which `messages` tells
             self._at[task].send(self.threads[task] if go_on else STOP)
 
-    def _buried(self, line: Line) -> str:
+    def _buried(self, line: Line) -> int:
+        """The exit code of a worker that ends, or minus the number of the signal that killed it."""
         process = self._processes.pop(line)
         line.close()
-        code = process.wait()
-        return f"its worker was killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
+        self._heard.discard(line)
+        return process.wait()
 
     def dismiss(self) -> None:
         """End all workers at once, whatever they are at."""

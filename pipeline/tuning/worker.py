@@ -16,7 +16,7 @@ from pipeline import recipe
 from pipeline.errors import UserError, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network.training import DivergedError
-from pipeline.tuning.messages import STOP, Done, Failed
+from pipeline.tuning.messages import STOP, Done, Failed, Lost
 
 
 def main() -> None:
@@ -44,8 +44,10 @@ def _train(
             if threads == STOP:
                 break
             torch.set_num_threads(threads)
-    except (UserError, DivergedError, RuntimeError, MemoryError) as error:
+    except (UserError, DivergedError) as error:
         coordinator.send(Failed(f"{type(error).__name__}: {error}"))
+    except (RuntimeError, MemoryError) as error:  # PyTorch says so too where there is no memory, or no thread
+        coordinator.send(Lost(f"{type(error).__name__}: {error}"))
     else:
         coordinator.send(Done())
 

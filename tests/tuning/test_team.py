@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Hashable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +14,14 @@ import psutil
 import pytest
 import torch
 
+from pipeline.errors import Fault
 from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.network.training import Epoch
 from pipeline.params import read_params
 from pipeline.tuning import worker
 from pipeline.tuning.messages import Done, Failed, Lost, Message
 from pipeline.tuning.team import Team, team
-from tests.conftest import REPOSITORY
+from tests.conftest import PARAMS, REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +71,18 @@ def test_two_workers_train_and_say_each_epoch(workspace: Path) -> None:
     assert "block 2's filter (15 x 15) is larger than" in message.reason
 
 
-@pytest.mark.parametrize(("batch_size", "threads"), [(128, [1, 2, 1, 2]), (64, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("changed", "threads"),
+    [
+        ({"train.batch_size": 128}, [1, 2, 1, 2]),
+        ({"train.batch_size": 64}, [1, 1, 1, 1]),
+        ({"train.batch_size": 128, "model.batch_norm": True}, [1, 1, 1, 1]),
+    ],
+)
 def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
-    batch_size: int, threads: list[int], workspace: Path
+    changed: dict[str, object], threads: list[int], workspace: Path
 ) -> None:
-    params = read_params().changed({"train.epochs": 4, "train.batch_size": batch_size})
+    params = read_params().changed({"train.epochs": 4} | changed)
     found, idle, accuracies = list[int](), list[bool](), list[float]()
     with team(2, cores=2) as hired:
         hired.give("a", params)
@@ -136,6 +145,13 @@ def test_a_worker_that_is_killed_is_told_of_and_replaced(workspace: Path) -> Non
         hired.give("b", params)
         assert isinstance(said(hired)[-1][1], Done)
     assert workers_of(os.getpid()) == []
+
+
+def test_a_worker_that_cannot_begin_ends_the_study_and_not_one_trial_after_the_other(tmp_path: Path) -> None:
+    with chdir(tmp_path), team(1, cores=1) as hired:
+        hired.give("a", read_params(PARAMS))
+        with pytest.raises(Fault, match=r"a worker could not begin: it ended with exit code 2"):
+            said(hired)
 
 
 def test_workers_end_when_nobody_is_left_to_hear_them(workspace: Path) -> None:
