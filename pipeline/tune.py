@@ -39,20 +39,22 @@ def main() -> None:
     dataset = read_dataset()
     total = arguments.trials or params.tune.trials
     workers, cores = _workers_and_cores(arguments.workers, params)
-    with _alone(), _ready(params, dataset), storage_faults(), team(workers, cores) as hired:
+    with _alone():
+        _check_needs(params, dataset)
         # The workers come before the study, since they take as long to begin as it does.
-        with in_turn():
-            study = Study.open(open_storage(), arguments.study, params, dataset)
-        if study.present is None:
-            print(f"the present values of {PARAMS} lie outside tune.space: they are no trial, but one of the finalists")
-        runs.connect()
-        with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
-            _run_trials(study, hired, total, run)
-            outcomes = _check_finalists(study, hired)
-            hired.dismiss()
-            verdict = _conclude(study, outcomes, run)
-            if arguments.apply:
-                _apply(study, verdict, run, arguments.force)
+        with storage_faults(), team(workers, cores) as hired:
+            with in_turn():
+                study = Study.open(open_storage(), arguments.study, params, dataset)
+            if study.present is None:
+                print(f"the present values of {PARAMS} are outside tune.space: they are no trial, but a finalist")
+            runs.connect()
+            with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
+                _run_trials(study, hired, total, run)
+                outcomes = _check_finalists(study, hired)
+                hired.dismiss()
+                verdict = _conclude(study, outcomes, run)
+                if arguments.apply:
+                    _apply(study, verdict, run, arguments.force)
 
 
 def _arguments() -> argparse.Namespace:
@@ -94,13 +96,11 @@ def _alone() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _ready(params: Params, dataset: Dataset) -> Iterator[None]:
-    """What no trial could do without is missed here, in one line, and not by each trial."""
+def _check_needs(params: Params, dataset: Dataset) -> None:
+    """What no trial could do without is missed here, in one line, and not by each worker and each trial."""
     recipe.device_for(params)
     for split in (TRAIN, VALIDATION):
         read_split(dataset, split)
-    yield
 
 
 def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) -> None:

@@ -22,6 +22,8 @@ MOST_UNROLLED = 36  # multiply-adds for one filter and one pooling window; beyon
 FEWEST_FILTERS = 16  # a vector's length
 FEWEST_FACTORS = 32  # channels and filters; with fewer the sums cost more than the multiplications that they save
 WINOGRAD_IMAGES = 8  # at a time; what is in work then stays in the core's own cache
+SUMS_OF_THREE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+SUMS_OF_NINE = torch.kron(SUMS_OF_THREE, SUMS_OF_THREE)  # of a filter's weights, for ``kernels.winograd``
 
 
 def logits(
@@ -145,8 +147,9 @@ def _suits_winograd(block: Block) -> bool:
 def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """Of inputs (N, C, H, W) what ``_pooled`` gives of their convolution."""
     loops = kernels.winograd(sign)
-    by_pixel, factors = _by_pixel(inputs), kernels.sums_of_weights(weight)
-    _, channels, filters = factors.shape
+    filters, channels, *_ = weight.shape
+    by_pixel = _by_pixel(inputs)
+    factors = (SUMS_OF_NINE @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
     left = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
     winners = torch.empty(left.shape, dtype=torch.uint8)
     for start in range(0, len(inputs), WINOGRAD_IMAGES):

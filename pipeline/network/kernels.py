@@ -15,10 +15,8 @@ from collections.abc import Callable, Set
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
-from torch import Tensor
 
 Loop = Callable[..., None]
 Floats = NDArray[np.float32]
@@ -175,7 +173,7 @@ def winograd(sign: int) -> Winograd:
     outputs take 16 instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016); here they
     are the four that a pooling window chooses from. ``part`` makes of inputs (N, H, W, channels) their sums
     (16, windows, channels). ``choose`` makes of 16 matrices of products (16, windows, filters) pooled maps and the
-    numbers of the winners' places, both (windows, filters). ``sums_of_weights`` gives the other factor.
+    numbers of the winners' places, both (windows, filters). The other factor are the weights' sums.
     """
     zero, lowest = np.float32(0), np.float32(-np.inf)
 
@@ -217,15 +215,7 @@ def winograd(sign: int) -> Winograd:
     return Winograd(_compiled(part), _compiled(choose))
 
 
-def sums_of_weights(weights: Tensor) -> Tensor:
-    """Of a convolution's weights (filters, channels, 3, 3) the sums for ``winograd``, (16, channels, filters)."""
-    filters, channels = weights.shape[:2]
-    return (_OF_NINE @ weights.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
-
-
-# Winograd's sums along one side: of three weights, four inputs, four products.
-_OF_THREE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
-_OF_NINE = torch.kron(_OF_THREE, _OF_THREE)
+# Winograd's sums along one side: of four inputs, and of four products.
 
 
 @_called_in_loops

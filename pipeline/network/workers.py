@@ -15,6 +15,11 @@ SMALLEST_PIECE = 16  # images; with fewer the operations' own overhead takes ove
 Result = TypeVar("Result")
 
 
+def most_threads(batch_size: int, batch_norm: bool) -> int:
+    """On how many threads at most a training gives the same bits as on one."""
+    return 1 if batch_norm else max(1, batch_size // LARGEST_PIECE)
+
+
 class Workers:
     """Threads among which images are dealt out, piece by piece.
 

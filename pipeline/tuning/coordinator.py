@@ -47,8 +47,7 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
                 on_change()
             for task, message in team.messages(WAIT):
                 assert isinstance(task, int)
-                nothing_waits = study.counted() + study.unfinished() >= total
-                if _has_ended(study, team, at_work[task], message, nothing_waits):
+                if _has_ended(study, team, at_work[task], message, total):
                     del at_work[task]
                     on_change()
     except BaseException:
@@ -58,7 +57,7 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
 
 
 def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int) -> None:
-    while team.has_idle and study.counted() + study.unfinished() < total:
+    while team.has_idle and study.wants_another(total):
         trial = study.next()
         if not study.answer_from_history(trial):
             params = study.params.changed(knobs_of(trial) | {"train.epochs": study.params.tune.epochs})
@@ -66,23 +65,23 @@ def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int
             team.give(trial.number, params)
 
 
-def _has_ended(study: Study, team: Team, work: _AtWork, message: Message, nothing_waits: bool) -> bool:
+def _has_ended(study: Study, team: Team, work: _AtWork, message: Message, total: int) -> bool:
     try:
-        return _taken_in(study, team, work, message, nothing_waits)
+        return _taken_in(study, team, work, message, total)
     except UpdateFinishedTrialError:  # nothing was heard from here for so long that others have given it up
         if isinstance(message, Epoch):
             team.answer(work.trial.number, go_on=False)
         return not isinstance(message, Epoch)
 
 
-def _taken_in(study: Study, team: Team, work: _AtWork, message: Message, nothing_waits: bool) -> bool:
+def _taken_in(study: Study, team: Team, work: _AtWork, message: Message, total: int) -> bool:
     """Whether the trial has ended with this message."""
     trial = work.trial
     match message:
         case Epoch():
             work.history.append(message)
             work.pruned = not study.report(trial, message)
-            team.answer(trial.number, not work.pruned, nothing_waits)
+            team.answer(trial.number, not work.pruned, nothing_waits=not study.wants_another(total))
             return False
         case Done():
             study.finish(trial, work.params, work.history, work.pruned)

@@ -99,9 +99,9 @@ class Study:
         """How many trials have been done."""
         return self.count_by_status().total()
 
-    def unfinished(self) -> int:
-        """How many are at work, here or elsewhere."""
-        return len(self.trials(TrialState.RUNNING))
+    def wants_another(self, total: int) -> bool:
+        """Whether those that are done and those at work, here or elsewhere, are fewer."""
+        return self.counted() + len(self.trials(TrialState.RUNNING)) < total
 
     def elsewhere(self) -> int:
         """How many are at work in other processes."""

@@ -36,11 +36,14 @@ def programs() -> Path | None:
 
 
 PROGRAMS = programs()
+# A database server is no Python package, so `make setup` cannot bring it, and the study's default storage, a file,
+# needs none: a clone without it must be able to run the other tests. CI is not let through without it (.ci/run).
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         PROGRAMS is None,
-        reason="starts a PostgreSQL server; its programs (initdb, pg_ctl) are not here: apt-get install postgresql",
+        reason="starts a PostgreSQL server of its own; pip cannot install its programs (initdb, pg_ctl), and they are "
+        "not on this machine: apt-get install postgresql",
     ),
 ]
 

@@ -94,7 +94,7 @@ def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
                 if isinstance(message, Epoch):
                     accuracies.append(message.validation_accuracy)
                     hired.answer(task, go_on=True, nothing_waits=len(found) % 2 == 1)
-                    found.append(hired.threads[task])
+                    found.append(hired.threads(task))
                     idle.append(hired.has_idle)
     assert found == threads
     assert idle == [count == 1 for count in threads]  # a worker without work must not begin on a core that is in use
@@ -109,8 +109,8 @@ def test_two_at_work_on_two_cores_keep_one_each(workspace: Path) -> None:
             for task, message in hired.messages(1):
                 if isinstance(message, Epoch):
                     hired.answer(task, go_on=True, nothing_waits=True)
-                    assert sum(hired.threads.values()) <= 2
-                    assert hired.threads[task] == 1 or len(hired.tasks) == 1
+                    assert sum(map(hired.threads, hired.tasks)) <= 2
+                    assert hired.threads(task) == 1 or len(hired.tasks) == 1
 
 
 def test_a_worker_trains_on_as_many_threads_as_it_is_told(workspace: Path, prepared: Path) -> None:
