@@ -59,7 +59,8 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
     """A point a trial; a line is the best complete one so far. At least one is complete.
 
     The pruned ones, which were ended early, stand with the accuracy of their last epoch. So that the best can be told
-    apart, the axis ends below the middle by three times what the best is above it; what lies lower stands on its edge.
+    apart, the axis ends below the middle by three times what the best is above it; what lies lower stands on its edge,
+    with a mark of its own.
     """
     figure = _figure(4.2)
     axes = figure.subplots()
@@ -71,11 +72,12 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
 
     def draw(points: Sequence[tuple[int, float]], marker: str, label: str) -> None:
         if points:
-            shown = [(number, max(accuracy, lowest)) for number, accuracy in points]
-            axes.plot(*zip(*shown, strict=True), marker, color=TRAINING, alpha=0.6, markersize=5, label=label)
+            axes.plot(*zip(*points, strict=True), marker, color=TRAINING, alpha=0.6, markersize=5, label=label)
 
-    draw(complete, "o", "complete")
-    draw([(number, accuracy) for number, accuracy, was_pruned in rows if was_pruned], "x", "pruned, at its last epoch")
+    draw([trial for trial in complete if trial[1] >= lowest], "o", "complete")
+    ended_early = [(number, accuracy) for number, accuracy, was_pruned in rows if was_pruned]
+    draw([trial for trial in ended_early if trial[1] >= lowest], "x", "pruned, at its last epoch")
+    draw([(number, lowest) for number, accuracy, _ in rows if accuracy < lowest], "v", "lower than shown")
     steps = list(itertools.accumulate(complete, lambda so_far, trial: (trial[0], max(so_far[1], trial[1]))))
     steps.append((rows[-1][0], best))
     axes.step(*zip(*steps, strict=True), where="post", color=VALIDATION, label="best so far")
@@ -83,7 +85,7 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
     return figure
 
 

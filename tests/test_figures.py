@@ -116,8 +116,9 @@ def test_the_history_of_a_study_has_the_best_so_far_and_every_trial() -> None:
     drawn = {line.get_label(): tuple(np.asarray(line.get_data(), float).tolist()) for line in axes.lines}
     assert drawn["complete"] == ([0, 2, 3], [0.97, 0.98, 0.975])
     assert drawn["best so far"] == ([0, 2, 3, 4], [0.97, 0.98, 0.98, 0.98])  # a pruned one is never the best
-    numbers, shown = drawn["pruned, at its last epoch"]
+    assert drawn["pruned, at its last epoch"] == ([4], [0.99])
+    numbers, shown = drawn["lower than shown"]
     lowest, highest = axes.get_ylim()
-    assert numbers == [1, 4]
+    assert numbers == [1]
     assert lowest <= shown[0] < 0.97  # on the edge, not out of sight
     assert all(lowest <= each <= highest for _, points in drawn.values() for each in points)
