@@ -15,7 +15,8 @@ from collections.abc import Callable, Set
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
-from numba import njit
+from numba import config, njit
+from numba.core.codegen import get_host_cpu_features
 from numpy.typing import NDArray
 
 Loop = Callable[..., None]
@@ -42,14 +43,27 @@ def _built_once(factory: Factory) -> Factory:
     return cast(Factory, build)
 
 
+@functools.cache
+def _allow_whole_vectors() -> None:
+    """Have the compiler use all 512 bits of AVX-512.
+
+    It keeps to 256 on Intel's processors, since the first of them slowed down otherwise; an epoch takes 5 to 13 % less
+    with all of them on an Emerald Rapids.
+    """
+    if config.CPU_FEATURES is None and "+avx512f" in (features := get_host_cpu_features()):
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
 def _compiled(function: Loop, freedoms: Set[str] = frozenset({"contract"})) -> Loop:
     # Without the interpreter's lock, so that several threads run it at once. A multiplication and the addition after it
     # may become one instruction; more is reordered only where ``freedoms`` say so. The same inputs give the same bits.
+    _allow_whole_vectors()
     loop: Loop = njit(nogil=True, cache=True, fastmath=set(freedoms), error_model="numpy")(function)
     return loop
 
 
 def _called_in_loops(function: Factory) -> Factory:
+    _allow_whole_vectors()
     return cast(Factory, njit(function))
 
 
