@@ -306,12 +306,20 @@ def test_when_every_trial_fails_nothing_is_applied(study_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_front_of_accuracy_and_size_is_not_pruned(study_folder: Path) -> None:
-    write_params(study_folder, SMALL | {"tune.second_objective": "parameters"})
+@pytest.mark.parametrize(
+    ("objective", "of_present"),
+    [
+        ("parameters", 8 * 10 + 8 * (8 * 9 + 1) + (5 * 5 * 8 + 1) * 10),
+        ("multiply_adds", 26 * 26 * 8 * 9 + 11 * 11 * 8 * 8 * 9 + 5 * 5 * 8 * 10),
+    ],
+)
+def test_a_front_of_accuracy_and_size_is_not_pruned(study_folder: Path, objective: str, of_present: int) -> None:
+    write_params(study_folder, SMALL | {"tune.second_objective": objective})
     run()
     assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 4
-    assert trials()[0].values[1] == 8 * 10 + 8 * 8 * 9 + 8 + 5 * 5 * 8 * 10 + 10
-    assert children()[0].data.metrics["parameters"] > 0
+    assert trials()[0].values[1] == of_present
+    sizes = {child.data.tags["trial.number"]: child.data.metrics[objective] for child in children()}
+    assert sizes == {str(trial.number): trial.values[1] for trial in trials()}
 
 
 @pytest.mark.parametrize(
