@@ -8,9 +8,11 @@ from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network import checkpoint, scoring
+from pipeline.network.checkpoint import Saved
 from pipeline.network.cnn import parameter_count
-from pipeline.params import read_params
-from pipeline.tracking import registry, runs
+from pipeline.params import Evaluate, read_params
+from pipeline.tracking import models, registry, runs
+from pipeline.tracking.card import model_card
 
 
 def main() -> None:
@@ -18,42 +20,58 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    model_sha256, cnn = files.sha256(model), checkpoint.from_bytes(model)
+    saved = checkpoint.from_bytes(model)
+    history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
-    logits = scoring.predict_logits(cnn, test.images)
-    error_count = int((logits.argmax(dim=1) != test.labels).sum())
-    scores = _brief_scores(logits, test) | {
-        "error_count": error_count,
-        "ece": scoring.expected_calibration_error(logits.softmax(dim=1), test.labels, params.evaluate.calibration_bins),
-        "per_class": _class_scores(logits, test, dataset.class_names),
-    }
+    logits = scoring.predict_logits(saved.cnn, test.images)
+    scores = _test_scores(saved, logits, test, dataset, params.evaluate)
     metrics = {
         "test": scores,
-        "validation": _brief_scores(scoring.predict_logits(cnn, validation.images), validation),
-        "parameters": parameter_count(cnn.architecture),
+        "validation": _brief_scores(scoring.predict_logits(saved.cnn, validation.images), validation),
+        "parameters": parameter_count(saved.cnn.architecture),
         "dataset": dataset.name,
     }
     files.write_json(files.METRICS, metrics)
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
     runs.connect()
-    history = files.read_table(files.HISTORY, made_by="train")
-    run_id = runs.find_or_restore(model_sha256, cnn, dataset, history)
+    run_id = runs.find_or_restore(files.sha256(model), saved, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
-    runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], "evaluation")
-    registered = registry.register(
-        run_id,
-        runs.log_model(run_id, cnn, dataset, model_sha256),
-        f"{dataset.name}-cnn",
-        model_sha256=model_sha256,
-        test_sha256=dataset.splits[TEST].sha256,
-        error_count=error_count,
+    runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], runs.EVALUATION)
+    lineage = runs.lineage_of(run_id)
+    entry = registry.Entry(
+        run_id=run_id,
+        model_id=models.log_model(run_id, saved.cnn, dataset, files.sha256(model)),
+        model_sha256=files.sha256(model),
+        predictions_sha256=files.sha256(files.PREDICTIONS.read_bytes()),
+        lineage=lineage,
+        recipe=saved.recipe,
+        parameters=parameter_count(saved.cnn.architecture),
+        scores=scores,
+        right=(logits.argmax(dim=1) == test.labels).numpy(),
+        card=model_card(dataset, saved, metrics, lineage),
     )
+    registered = registry.register(entry, dataset, test, params.evaluate.promotion)
+    files.write_json(files.PROMOTION, registered.as_report())
+    runs.log_files(run_id, [files.PROMOTION], runs.EVALUATION)
     print(
-        f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {error_count} errors in {len(test):,} images\n"
-        f"{registered.name} version {registered.version} is {registered.alias}: {registered.reason}"
+        f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {scores['error_count']} errors in "
+        f"{len(test):,} images\n"
+        f"{registered.name} version {registered.version} is {registered.decision.alias}: {registered.decision.reason}"
     )
+
+
+def _test_scores(
+    saved: Saved, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
+) -> dict[str, object]:
+    probabilities = logits.softmax(dim=1)
+    return _brief_scores(logits, test) | {
+        "error_count": int((logits.argmax(dim=1) != test.labels).sum()),
+        "ece": scoring.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
+        "per_class": _class_scores(logits, test, dataset.class_names),
+        "robustness": scoring.robustness(saved.cnn, test.images, test.labels),
+    }
 
 
 def _brief_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:

@@ -15,6 +15,7 @@ MODEL = Path("models/model.safetensors")
 HISTORY = Path("reports/history.csv")
 METRICS = Path("reports/metrics.json")
 PREDICTIONS = Path("reports/predictions.csv")
+PROMOTION = Path("reports/promotion.json")
 FIGURES = Path("reports/figures")
 
 

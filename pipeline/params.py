@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import json
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -73,10 +74,20 @@ class Train(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None
 
 
+class Promotion(Section):
+    """What a model must reach to become champion, and how sure it must be that it is better."""
+
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None
+    max_ece: Annotated[float, Field(ge=0, le=1)] | None
+    max_parameters: Annotated[int, Field(ge=1)] | None
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None
+
+
 class Evaluate(Section):
-    """How the trained CNN is scored."""
+    """How the trained CNN is scored, and when it becomes champion."""
 
     calibration_bins: int = Field(ge=2, le=100)
+    promotion: Promotion
 
 
 class Visualize(Section):
@@ -120,6 +131,10 @@ class Tune(Section):
     space: dict[str, Range] = Field(min_length=1)
 
 
+MACHINE = ("device", "threads")  # knobs of train that say where, not what
+DECIDES = set(Train.model_fields) - set(MACHINE)
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -138,9 +153,14 @@ class Params(Section):
         return self
 
     @property
+    def recipe(self) -> dict[str, object]:
+        """The knobs that decide the trained model by their dotted names; not those of the machine that trains it."""
+        return flat(self.model_dump(mode="json", include={"seed": True, "data": True, "model": True, "train": DECIDES}))
+
+    @property
     def sha256(self) -> str:
-        """One digest for all the knobs that decide the trained model."""
-        return files.sha256(self.model_dump_json(include={"seed", "data", "model", "train"}).encode())
+        """One digest for the recipe."""
+        return digest(self.recipe)
 
     def knobs(self) -> dict[str, object]:
         """All knobs by their dotted paths, in which a number counts the items of a list."""
@@ -152,6 +172,19 @@ class Params(Section):
         for path, value in knobs.items():
             _put(content, path, value)
         return Params.model_validate(content)
+
+
+def digest(recipe: Mapping[str, object]) -> str:
+    """The SHA-256 of a recipe, of these parameters or of those in a model file."""
+    return files.sha256(json.dumps(recipe, sort_keys=True).encode())
+
+
+def flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, whose keys are dotted paths."""
+    found: dict[str, object] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _put(content: dict[str, Any], path: str, value: object) -> None:

@@ -25,7 +25,7 @@ def main() -> None:
     runs.connect()
     with runs.training_run(params, dataset):
         history = _fit(cnn, train, validation, params)
-        model = checkpoint.to_bytes(cnn)
+        model = checkpoint.to_bytes(cnn, dataset.tags, params.recipe)
         model_sha256 = files.sha256(model)
         files.write(files.MODEL, model)
         files.write_table(files.HISTORY, [_row(epoch) for epoch in history])

@@ -17,19 +17,19 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    cnn = checkpoint.from_bytes(model)
+    saved = checkpoint.from_bytes(model)
     test = read_split(dataset, TEST)
     history = files.read_table(files.HISTORY, made_by="train")
 
     paths = []
-    for name, figure in _figures(cnn, dataset, test, history, params.visualize).items():
+    for name, figure in _figures(saved.cnn, dataset, test, history, params.visualize).items():
         paths.append(files.FIGURES / f"{name}.png")
         files.write(paths[-1], figures.as_png(figure))
     for stale in set(files.FIGURES.iterdir()) - set(paths):
         stale.unlink()
 
     runs.connect()
-    run_id = runs.find_or_restore(files.sha256(model), cnn, dataset, history)
+    run_id = runs.find_or_restore(files.sha256(model), saved, dataset, history)
     runs.log_files(run_id, paths, "figures")
     print(f"{len(paths)} figures of a model trained on {dataset.label} -> {files.FIGURES}")
 

@@ -190,6 +190,7 @@ def test_the_digest_follows_the_knobs_that_decide_the_model_and_no_others(tmp_pa
         return read_params(tmp_path / "params.yaml").sha256
 
     same = digest("", "")
+    assert digest("threads: null", "threads: 2") == digest("device: auto", "device: cpu") == same
     assert digest("mistakes: 25", "mistakes: 3") == digest("trials: 50", "trials: 3") == same
     assert len({same, digest("dropout: 0.5", "dropout: 0.4"), digest("seed: 0  ", "seed: 1  ")}) == 3
 

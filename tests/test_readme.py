@@ -18,12 +18,15 @@ LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):\s*(?P<value>[^#]*?)\s*#\s*(?
 
 def knobs() -> list[str]:
     """The rows of the README's table of knobs, read off the published recipe and its comments."""
-    rows, section = [], ""
+    rows, sections = [], list[str]()
     for line in PARAMS.read_text().splitlines():
-        if re.fullmatch(r"\w+:", line):
-            section = line[:-1] + "."
-        elif found := LINE.match(line):
-            name = (section if found["indent"] else "") + found["key"]
+        found = LINE.match(line)
+        if not line.strip() or line.startswith("#"):
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        sections[depth:] = [line.split(":")[0].strip()]
+        if found:
+            name = ".".join(sections)
             value = f"`{found['value']}`" if found["value"] else ""
             comment = found["comment"].replace("|", "\\|")
             rows.append(f"| `{name}` | {value} | {comment} |")

@@ -50,6 +50,7 @@ def test_the_stages_write_the_promised_files_and_no_others(finished: Path) -> No
         "reports/history.csv",
         "reports/metrics.json",
         "reports/predictions.csv",
+        "reports/promotion.json",
     ]
 
 
@@ -75,7 +76,7 @@ def test_metrics_and_predictions_agree(finished: Path) -> None:
 
 
 def test_the_model_file_rebuilds_the_network(finished: Path) -> None:
-    architecture = checkpoint.from_bytes(files.MODEL.read_bytes()).architecture
+    architecture = checkpoint.from_bytes(files.MODEL.read_bytes()).cnn.architecture
     assert architecture.filters == (32, 64)
     assert architecture.class_names == tuple("0123456789")
     assert architecture.image_shape == (28, 28, 1)

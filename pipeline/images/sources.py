@@ -102,6 +102,7 @@ PUBLISHED = {
 }
 PACKAGED = "mnist-5k"
 NAMES = (*PUBLISHED, PACKAGED)
+CENTRED_STROKES = ("mnist", PACKAGED)  # light strokes on black, framed as pictures.centred_strokes does it
 
 
 class NoMirrorError(Fault):

@@ -63,6 +63,11 @@ class Dataset:
         return self.name if self.name == self.requested else f"{self.name}, standing in for {self.requested}"
 
     @property
+    def tags(self) -> dict[str, str]:
+        """By what the data are known, wherever a model says what it was trained on."""
+        return {"data.name": self.name, "data.requested": self.requested, "data.sha256": self.sha256}
+
+    @property
     def sha256(self) -> str:
         """One digest for all the data: the SHA-256 of the splits' digests, one after the other."""
         return files.sha256("".join(self.splits[name].sha256 for name in SPLITS).encode())

@@ -234,6 +234,9 @@ def as_input(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
+MOST_IMAGES = 1000
+
+
 class Classifier(nn.Module):
     """The CNN as others use it: images (N, H, W, C) uint8 in, class probabilities (N, classes) out."""
 
@@ -243,6 +246,8 @@ class Classifier(nn.Module):
         self.cnn = copy.deepcopy(cnn).cpu().eval().to(memory_format=torch.contiguous_format)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities, each row adding up to 1."""
+        """Probabilities, each row adding up to 1; a RuntimeError for more than MOST_IMAGES."""
+        # The exported graph keeps this check: a server's memory must not depend on who asks.
+        torch._check(images.shape[0] <= MOST_IMAGES, lambda: f"at most {MOST_IMAGES:,} images at a time")
         logits: Tensor = self.cnn(as_input(images))
         return logits.softmax(dim=1)

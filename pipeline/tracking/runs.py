@@ -3,35 +3,33 @@
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
-import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, RunStatus
+from mlflow.entities import DatasetInput, InputTag, RunStatus
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import files
 from pipeline.errors import Fault, without_password
 from pipeline.images.splits import Dataset
-from pipeline.network.cnn import CNN, Classifier, parameter_count
+from pipeline.network.checkpoint import Saved
+from pipeline.network.cnn import CNN, parameter_count
 from pipeline.network.training import Epoch
-from pipeline.params import Params
+from pipeline.params import MACHINE, Params, digest, flat
+from pipeline.tracking import lineage
+from pipeline.tracking.lineage import PARAMS_SHA256
 
 EXPERIMENT = "convtrack"
 MODEL_SHA256 = "model.sha256"
-DATA_DECIDES = ("image_shape", "class_names")
+EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
 STORE_ERRORS = (MlflowException, SQLAlchemyError)
 
 
@@ -53,6 +51,7 @@ def connect() -> None:
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(given or f"sqlite:///{files.root() / 'mlflow.db'}")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of a few kilobytes
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database tells of each of its migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
     with _impatience():
@@ -88,8 +87,9 @@ def training_run(params: Params, dataset: Dataset) -> Iterator[str]:
 
     It ends FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``.
     """
-    with store_faults(), open_run(dataset, {"params.sha256": params.sha256} | surroundings()) as run_id:
-        mlflow.log_params(_flat(params.model_dump(include={"seed", "data", "model", "train"})))
+    tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code()} | lineage.surroundings()
+    with store_faults(), open_run(dataset, tags) as run_id:
+        mlflow.log_params(params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE})
         yield run_id
 
 
@@ -98,9 +98,8 @@ def open_run(
     dataset: Dataset, tags: dict[str, str], name: str | None = None, run_id: str | None = None
 ) -> Iterator[str]:
     """A new run with its tags and data sets, or an earlier one gone on with; yields its id."""
-    data = {"data.name": dataset.name, "data.requested": dataset.requested, "data.sha256": dataset.sha256}
     run_id = mlflow.start_run(
-        run_id=run_id, run_name=name or _run_name(dataset.name), tags=data | tags, log_system_metrics=False
+        run_id=run_id, run_name=name or _run_name(dataset.name), tags=dataset.tags | tags, log_system_metrics=False
     ).info.run_id
     try:
         MlflowClient().log_inputs(
@@ -125,37 +124,6 @@ def _end(status: int, failure: str = "") -> None:
 
 def _run_name(otherwise: str) -> str:
     return os.environ.get("DVC_EXP_NAME") or otherwise
-
-
-def surroundings() -> dict[str, str]:
-    """The code and the machine. Names that git or DVC did not give are left out."""
-    # The stages write these themselves, so that they say nothing of the code.
-    changes = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
-    tags = {
-        "git.commit": _git("rev-parse", "HEAD"),
-        "git.dirty": None if changes is None else str(bool(changes)).lower(),
-        "dvc.stage": os.environ.get("DVC_STAGE"),
-        "dvc.exp": os.environ.get("DVC_EXP_NAME"),
-        "torch.version": torch.__version__,
-        "cpu.capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu.threads": str(torch.get_num_threads()),
-    }
-    return {key: value for key, value in tags.items() if value}
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _dataset_input(dataset: Dataset, split: str, context: str) -> DatasetInput:
@@ -186,44 +154,11 @@ def describe_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
 
 
 @store_faults()
-def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str:
-    """The model of a run that has ended, if it does not have it yet; its status stays. Returns the model's id.
-
-    The model takes images (N, H, W, C) uint8 and gives class probabilities (N, classes). It is logged when it is
-    evaluated, since exporting it is no part of the training.
-    """
-    found = MlflowClient().search_logged_models(
-        experiment_ids=[MlflowClient().get_run(run_id).info.experiment_id],
-        filter_string=f"source_run_id = '{run_id}'",
-    )
-    for model in found:
-        if model.status == LoggedModelStatus.READY:
-            return str(model.model_id)
-    a = cnn.architecture
-    logged = Model.log(
-        artifact_path=None,
-        flavor=mlflow.pytorch,
-        run_id=run_id,
-        name="model",
-        pytorch_model=Classifier(cnn),
-        serialization_format="pt2",
-        signature=ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *a.image_shape))]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(a.class_names)))]),
-        ),
-        input_example=np.zeros((2, *a.image_shape), dtype=np.uint8),  # two rows leave the batch size free
-        pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "torch")],
-        tags={MODEL_SHA256: model_sha256, "data.sha256": dataset.sha256},
-    )
-    return str(logged.model_id)
-
-
-@store_faults()
-def find_or_restore(model_sha256: str, cnn: CNN, dataset: Dataset, history: Sequence[Mapping[str, str]]) -> str:
+def find_or_restore(model_sha256: str, saved: Saved, dataset: Dataset, history: Sequence[Mapping[str, str]]) -> str:
     """The id of the newest finished run whose model has this hash.
 
     Where there is none, because DVC took the model from its cache, a run is opened from what the files tell and
-    tagged ``restored``: the architecture, the data and the rows of history.csv, not how and where it was trained.
+    tagged ``restored``: the recipe, the data and the rows of history.csv, not on what machine and by what code.
     """
     found = mlflow.search_runs(
         filter_string=f"tags.`{MODEL_SHA256}` = '{model_sha256}' and attributes.status = 'FINISHED'",
@@ -233,19 +168,26 @@ def find_or_restore(model_sha256: str, cnn: CNN, dataset: Dataset, history: Sequ
     )
     if found:
         return str(found[0].info.run_id)
-    with open_run(dataset, {"restored": "true"}) as run_id:
-        layers = {key: value for key, value in asdict(cnn.architecture).items() if key not in DATA_DECIDES}
-        mlflow.log_params({f"model.{key}": value for key, value in layers.items()})
+    tags = {**saved.data, PARAMS_SHA256: digest(saved.recipe), "restored": "true"}
+    with open_run(dataset, tags) as run_id:
+        mlflow.log_params(dict(saved.recipe))
         for row in history:
             mlflow.log_metrics({key: float(row[key]) for key in row if key != "epoch"}, step=int(row["epoch"]))
-        describe_model(cnn, dataset, model_sha256)
+        describe_model(saved.cnn, dataset, model_sha256)
     return run_id
+
+
+@store_faults()
+def lineage_of(run_id: str) -> dict[str, str]:
+    """The tags of a run that say where its model comes from: all but those that MLflow set for itself."""
+    tags = MlflowClient().get_run(run_id).data.tags
+    return {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
 
 
 @store_faults()
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """The scores on the test images, and that data set, into a run that has ended; its status stays."""
-    numbers = {key: value for key, value in _flat(scores).items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
     mlflow.log_metrics({_metric_name(f"test_{key}"): value for key, value in numbers.items()}, run_id=run_id)
     MlflowClient().log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 

@@ -16,7 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.images.splits import Dataset
 from pipeline.params import Params
-from pipeline.tracking import runs
+from pipeline.tracking import lineage, runs
 from pipeline.tuning.records import TrialRecord
 
 STUDY, TRIAL = "study.id", "trial.number"
@@ -123,7 +123,7 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
             assert experiment is not None
             experiment_id = experiment.experiment_id
             run_id = _found(study_id) or _made(study_id, experiment_id, name, params)
-            stack.enter_context(runs.open_run(dataset, runs.surroundings(), name, run_id))
+            stack.enter_context(runs.open_run(dataset, lineage.surroundings(), name, run_id))
         yield StudyRun(run_id, experiment_id)
 
 

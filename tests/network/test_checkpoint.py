@@ -18,8 +18,10 @@ def network(seed: int) -> CNN:
 
 def test_the_file_holds_all_that_the_network_is() -> None:
     cnn = network(0)
-    read = checkpoint.from_bytes(checkpoint.to_bytes(cnn))
+    saved = checkpoint.from_bytes(checkpoint.to_bytes(cnn, {"data.name": "pets"}, {"model.filters": [4, 6]}))
+    read = saved.cnn
     assert read.architecture == ARCHITECTURE
+    assert (saved.data, saved.recipe) == ({"data.name": "pets"}, {"model.filters": [4, 6]})
     images = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(read(images), cnn.eval()(images), rtol=0, atol=0)
 

@@ -19,7 +19,7 @@ from pipeline.images.splits import read_dataset
 from pipeline.network import checkpoint
 from pipeline.network.cnn import Classifier
 from pipeline.params import read_params
-from pipeline.tracking import runs
+from pipeline.tracking import lineage, models, runs
 from tests.conftest import QUICK, write_params
 
 
@@ -36,7 +36,7 @@ def test_one_run_holds_the_whole_story(finished: Path) -> None:
     run = only_run()
     assert run.info.status == "FINISHED"
     assert run.info.run_name == f"mnist-5k-{files.sha256(files.MODEL.read_bytes())[:8]}"
-    assert run.data.params["model.filters"] == "(32, 64)"
+    assert run.data.params["model.filters"] == "[32, 64]"
     assert run.data.params["train.epochs"] == "2"
     assert run.data.params["seed"] == "0"
     assert run.data.params["parameters"] == "34826"
@@ -98,7 +98,7 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
     }
     drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
     assert len(drawn) == 5
-    assert logged == drawn | {"evaluation/metrics.json", "evaluation/predictions.csv"}
+    assert logged == drawn | {f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "promotion.json")}
 
 
 def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monke
     loaded = mlflow.pyfunc.load_model(f"models:/{outputs.model_outputs[0].model_id}")
     images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = Classifier(checkpoint.from_bytes(files.MODEL.read_bytes()))(images).numpy()
+        expected = Classifier(checkpoint.from_bytes(files.MODEL.read_bytes()).cnn)(images).numpy()
     assert loaded.input_example.shape == (2, 28, 28, 1)
     for count in (5, 1, 3):
         np.testing.assert_allclose(loaded.predict(images[:count].numpy()), expected[:count], atol=1e-6)
@@ -126,10 +126,10 @@ def test_a_model_is_logged_once_and_one_that_was_cut_off_again(finished_copy: Pa
     started = mlflow.initialize_logged_model(name="model", source_run_id=only_run().info.run_id)  # and then the kill
     MlflowClient().log_outputs(only_run().info.run_id, [LoggedModelOutput(started.model_id, step=0)])
     dataset, model = read_dataset(), files.MODEL.read_bytes()
-    arguments = checkpoint.from_bytes(model), dataset, files.sha256(model)
-    assert runs.log_model(only_run().info.run_id, *arguments) == whole.model_outputs[0].model_id
+    arguments = checkpoint.from_bytes(model).cnn, dataset, files.sha256(model)
+    assert models.log_model(only_run().info.run_id, *arguments) == whole.model_outputs[0].model_id
     MlflowClient().delete_logged_model(whole.model_outputs[0].model_id)
-    again = runs.log_model(only_run().info.run_id, *arguments)
+    again = models.log_model(only_run().info.run_id, *arguments)
     assert again not in (started.model_id, whole.model_outputs[0].model_id)
     assert mlflow.pyfunc.load_model(f"models:/{again}").predict(np.zeros((1, 28, 28, 1), dtype=np.uint8)).shape == (
         1,
@@ -174,8 +174,11 @@ def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> 
     assert run.data.tags["restored"] == "true"
     assert run.data.tags["model.sha256"] == files.sha256(files.MODEL.read_bytes())
     assert run.data.params["model.dropout"] == "0.5"  # from the model file, whatever params.yaml says now
-    assert not {"seed", "train.epochs"} & set(run.data.params)
-    assert not {"git.commit", "params.sha256", "torch.version"} & set(run.data.tags)
+    assert (run.data.params["seed"], run.data.params["train.epochs"]) == ("0", "2")
+    write_params(finished_copy, QUICK)
+    assert run.data.tags["params.sha256"] == read_params().sha256
+    assert run.data.tags["data.sha256"] == read_dataset().sha256
+    assert not {"git.commit", "code", "torch.version", "cpu.threads"} & set(run.data.tags)  # nobody knows these
     history = files.read_table(files.HISTORY, made_by="train")
     points = MlflowClient().get_metric_history(run.info.run_id, "validation_loss")
     assert [(point.step, point.value) for point in points] == [
@@ -243,18 +246,18 @@ def test_the_experiment_of_dvc_names_the_run(workspace: Path, monkeypatch: pytes
 
 def test_the_commit_is_in_the_tags_where_there_is_one(workspace: Path) -> None:
     def git(*words: str) -> str:
-        return runs._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
+        return lineage._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
 
-    assert {"git.commit", "git.dirty"} & set(runs.surroundings()) == set()
+    assert {"git.commit", "git.dirty"} & set(lineage.surroundings()) == set()
     git("init")
     git("add", ".")
     git("commit", "-m", "x")
-    tags = runs.surroundings()
+    tags = lineage.surroundings()
     assert tags["git.commit"] == git("rev-parse", "HEAD")
     assert len(tags["git.commit"]) == 40
     assert tags["git.dirty"] == "false"
     write_params(workspace, {"seed": 7})
-    assert runs.surroundings()["git.dirty"] == "true"
+    assert lineage.surroundings()["git.dirty"] == "true"
 
 
 def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:

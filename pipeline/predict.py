@@ -1,0 +1,97 @@
+"""Ask a registered model, by default the champion, what is on pictures.
+
+    python -m pipeline.predict FILE_OR_FOLDER... [--model MODEL] [--json]
+
+A line for each picture: the file, its label, how probable it is, and the second guess where it is close. `-` is a
+picture on standard input. One that cannot be read is a line on standard error, and does not stop the others.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError, run_command
+from pipeline.images import pictures, sources
+from pipeline.tracking import registry, runs
+from pipeline.tracking.gate import CHAMPION
+from pipeline.tracking.registry import Loaded
+
+STDIN = "-"
+CLOSE = 0.1  # probability from which on the second guess is told
+AT_A_TIME = 250  # pictures
+
+
+def main() -> None:
+    """Load the model, then read, classify and print, some pictures at a time."""
+    arguments = _arguments()
+    paths = list(_paths(arguments.files))
+    runs.connect()
+    loaded = registry.load(registry.find(arguments.model))
+    show = _as_json if arguments.json else _as_line
+    unread = 0
+    for start in range(0, len(paths), AT_A_TIME):
+        images = {}
+        for path in paths[start : start + AT_A_TIME]:
+            try:
+                images[path] = _image(path, loaded)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                unread += 1
+        if not images:
+            continue
+        for path, probabilities in zip(images, loaded.model.classify(np.stack(list(images.values()))), strict=True):
+            print(show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
+    if unread:
+        raise UserError(f"{unread} of {len(paths)} pictures could not be read")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.predict", description="What is on these pictures, says a registered model."
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
+    parser.add_argument("--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line, with all probabilities")
+    return parser.parse_args()
+
+
+def _paths(given: Iterable[str]) -> Iterator[str]:
+    """The files that are named, and the pictures in the folders that are."""
+    for name in given:
+        if Path(name).is_dir():
+            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
+            if not found:
+                raise UserError(f"there are no pictures in {name}; they end in {', '.join(pictures.SUFFIXES)}")
+            yield from map(str, found)
+        else:
+            yield name
+
+
+def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
+    """A picture as the model takes it, (H, W, C)."""
+    picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), path)
+    if loaded.data_name in sources.CENTRED_STROKES:
+        return pictures.centred_strokes(picture, loaded.model.image_shape, path).numpy()
+    return pictures.fitted(picture, loaded.model.image_shape).numpy()
+
+
+def _as_line(path: str, probabilities: Mapping[str, float]) -> str:
+    (label, first), (other, second), *_ = sorted(probabilities.items(), key=lambda each: -each[1])
+    doubt = f"  (or {other}, {second:.1%})" if second >= CLOSE else ""
+    return f"{path}  {label}  {first:.1%}{doubt}"
+
+
+def _as_json(path: str, probabilities: Mapping[str, float]) -> str:
+    label = max(probabilities, key=lambda name: probabilities[name])
+    content = {"file": path, "label": label, "probability": probabilities[label], "probabilities": probabilities}
+    return json.dumps(content, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

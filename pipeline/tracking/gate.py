@@ -1,0 +1,115 @@
+"""The champion gate: which of two models is better, judged on the same test images. Knows no MLflow and no file."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from pipeline.params import Promotion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+NOT_WORSE = 0.05  # p-value from which on more errors may be chance, where evaluate.promotion.alpha is not set
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model before the gate: which of the test images it gets right, (N,) bool, and how large it is."""
+
+    right: NDArray[np.bool_]
+    parameters: int
+
+    @property
+    def error_count(self) -> int:
+        """How many test images it gets wrong."""
+        return int((~self.right).sum())
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How many of the same test images both models, only one of them, or neither gets right."""
+
+    both_right: int
+    only_challenger_right: int
+    only_champion_right: int
+    both_wrong: int
+
+    @property
+    def p_value(self) -> float:
+        """How likely two equally good models differ as much (exact McNemar test, two-sided; McNemar, 1947).
+
+        Images that both get right, or both wrong, tell nothing of which is better. Of the others, a coin decides.
+        """
+        decided = self.only_challenger_right + self.only_champion_right
+        return float(binomtest(self.only_challenger_right, decided).pvalue) if decided else 1.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The alias that a model deserves, why, and the comparison where there was one."""
+
+    alias: str
+    reason: str
+    paired: Paired | None = None
+
+    def as_row(self) -> dict[str, object]:
+        """For JSON and for tags."""
+        table = {"p_value": self.paired.p_value, "table": asdict(self.paired)} if self.paired else {}
+        return {"decision": self.alias, "reason": self.reason, **table}
+
+
+def compare(challenger: NDArray[np.bool_], champion: NDArray[np.bool_]) -> Paired:
+    """The 2x2 table of two models on the same images: ``right`` of each, both (N,) bool."""
+    return Paired(
+        int((challenger & champion).sum()),
+        int((challenger & ~champion).sum()),
+        int((~challenger & champion).sum()),
+        int((~challenger & ~champion).sum()),
+    )
+
+
+def decide(challenger: Scored, ece: float, champion: Scored | None, version: str, rules: Promotion) -> Decision:
+    """Whether ``challenger`` takes the place of ``champion``, which is registered as ``version``.
+
+    It must reach the floors of ``rules``, one of them for its expected calibration error ``ece``, and either make
+    (significantly) fewer errors or be smaller and not significantly worse.
+    """
+    paired = compare(challenger.right, champion.right) if champion else None
+    if failed := list(_below(challenger, ece, rules)):
+        return Decision(CHALLENGER, "; ".join(failed), paired)
+    if champion is None or paired is None:
+        return Decision(CHAMPION, "there was no champion")
+    alias, reason = _compared(challenger, champion, version, paired.p_value, rules.alpha)
+    return Decision(alias, reason, paired)
+
+
+def _below(challenger: Scored, ece: float, rules: Promotion) -> Iterator[str]:
+    """What the challenger does not reach."""
+    accuracy = float(challenger.right.mean())
+    if rules.min_accuracy is not None and accuracy < rules.min_accuracy:
+        yield f"its accuracy {accuracy:.4f} is below evaluate.promotion.min_accuracy {rules.min_accuracy:g}"
+    if rules.max_ece is not None and ece > rules.max_ece:
+        yield f"its calibration error {ece:.4f} is above evaluate.promotion.max_ece {rules.max_ece:g}"
+    if rules.max_parameters is not None and challenger.parameters > rules.max_parameters:
+        yield (
+            f"its {challenger.parameters:,} parameters are more than evaluate.promotion.max_parameters "
+            f"{rules.max_parameters:,}"
+        )
+
+
+def _compared(
+    challenger: Scored, champion: Scored, version: str, p_value: float, alpha: float | None
+) -> tuple[str, str]:
+    counts = f"{challenger.error_count} test errors against {champion.error_count} of version {version}"
+    test = f"p = {p_value:.2g}"
+    fewer = challenger.error_count < champion.error_count
+    if fewer and (alpha is None or p_value < alpha):
+        return CHAMPION, f"{counts} ({test})"
+    not_worse = challenger.error_count <= champion.error_count or p_value >= (alpha or NOT_WORSE)
+    if challenger.parameters < champion.parameters and not_worse:
+        sizes = f"{challenger.parameters:,} parameters against {champion.parameters:,}"
+        return CHAMPION, f"{counts}, not significantly more ({test}), and {sizes}"
+    if fewer:
+        return CHALLENGER, f"{counts}, not significantly fewer ({test}; evaluate.promotion.alpha is {alpha:g})"
+    return CHALLENGER, f"{counts} ({test})"
