@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow lint ui tune seeds bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow lint ui tune serve seeds bench bench-training bench-tuning lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ ui: $(INSTALLED)  ## open MLflow at http://127.0.0.1:5000, for this machine only
 
 tune: $(INSTALLED)  ## the tuning study of params.yaml; ARGS=--apply writes what it found into the file
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m pipeline.tune $(ARGS)
+
+serve: $(INSTALLED)  ## answer for the champion at http://127.0.0.1:5002, for this machine only
+	$(ACTIVATE) && python -m pipeline.serve $(ARGS)
 
 seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures
 	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS)

@@ -1,6 +1,9 @@
 """After `make repro` in ./convtrack: the figures are those of the published network, and its model serves others."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +55,16 @@ def test_the_champion_answers_the_test_images_as_the_predictions_say() -> None:
     model = mlflow.pyfunc.load_model("models:/mnist-cnn@champion")
     predicted = np.concatenate([model.predict(batch).argmax(axis=1) for batch in np.split(images, 10)])
     assert [line.split(",")[2] for line in lines] == [str(digit) for digit in predicted]
+
+
+def test_digits_that_no_data_set_has_seen_come_out_right(tmp_path: Path) -> None:
+    """In nine fonts and with pens of all widths; by the commands of the clone, as its user types them."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    for command in (["tests.drawn", str(tmp_path)], ["pipeline.predict", str(tmp_path)]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=CLONE, env=environment, capture_output=True, text=True, check=True
+        )
+    answers = [re.search(r"-(\d)\.png  (\d)  ", line) for line in done.stdout.splitlines()]
+    right = [answer for answer in answers if answer and answer[1] == answer[2]]
+    assert len(answers) == 220
+    assert len(right) >= 0.97 * len(answers)

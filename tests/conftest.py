@@ -97,6 +97,19 @@ def finished(_all_stages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return _all_stages
 
 
+@pytest.fixture(scope="session")
+def good(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a registered model that has seen 3,600 digits twelve times. For reading only."""
+    _forget_settings()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = _enter(tmp_path_factory.mktemp("good") / "workspace", prepared, migrated_database, patch)
+        write_params(folder, QUICK | {"train.epochs": 12})
+        for stage in (train, evaluate):
+            stage.main()
+    _forget_settings()
+    return folder
+
+
 @pytest.fixture
 def finished_copy(_all_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, migrated_database: Path) -> Path:
     """The outputs of all four stages in a folder of its own, with an empty tracking store: a restored checkout."""
@@ -124,15 +137,22 @@ def _enter(folder: Path, prepared: Path, database: Path, patch: pytest.MonkeyPat
     return folder
 
 
-def run_stage(stage: str, folder: Path, **environment: str) -> tuple[int, str]:
-    """`python -m pipeline.<stage>` in ``folder`` as a process of its own: exit code and standard error."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"pipeline.{stage}"],
+def run_command(
+    name: str, *arguments: str, folder: Path, stdin: bytes = b"", **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """`python -m pipeline.<name>` in ``folder`` as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", f"pipeline.{name}", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)} | environment,
         capture_output=True,
-        text=True,
+        input=stdin,
         timeout=300,
         check=False,
     )
-    return done.returncode, done.stderr
+
+
+def run_stage(stage: str, folder: Path, **environment: str) -> tuple[int, str]:
+    """A stage as a process of its own: exit code and standard error."""
+    done = run_command(stage, folder=folder, stdin=b"", **environment)
+    return done.returncode, done.stderr.decode()

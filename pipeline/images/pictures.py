@@ -6,7 +6,7 @@ from typing import IO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import UserError
 
@@ -30,7 +30,11 @@ def read(file: Path | IO[bytes], name: str) -> Image.Image:
             if upright.has_transparency_data:
                 white = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            return upright.convert("L" if upright.mode in ("1", "L", "LA", "I;16") else "RGB")
+            if upright.mode.startswith("I"):  # 16 bits, which convert() would cut off instead of scaling
+                return Image.fromarray((np.asarray(upright, dtype=np.float32) / 257).round().astype(np.uint8))
+            return upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} is no picture that can be read, which are {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or "damaged"
         raise UserError(f"{name} is no picture that can be read: {reason}") from error

@@ -1,7 +1,7 @@
 """The model as MLflow keeps it: an exported PyTorch graph (`pt2`), logged, and read again without running its code."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -87,11 +87,9 @@ def read(folder: Path, name: str) -> Exported:
     """
     try:
         described = Model.load(str(folder))
-        flavor = described.flavors.get("pytorch", {})
-        files = sorted(path.relative_to(folder).as_posix() for path in (folder / "data").rglob("*") if path.is_file())
-        if flavor.get("code") or flavor.get("model_data") != "data" or files != [GRAPH]:
+        if not _is_graph_alone(folder, described.flavors):
             raise Fault(f"{name} is no exported graph alone, and nothing else is loaded")
-        with _no_pickle():
+        with no_pickle():
             mlflow.pytorch.load_model(str(folder))  # refuses a graph with anything pickled in it
         program = torch.export.load(folder / GRAPH)
         (inputs,) = described.signature.inputs.inputs
@@ -101,8 +99,21 @@ def read(folder: Path, name: str) -> Exported:
     return Exported(program, (height, width, channels))
 
 
+def _is_graph_alone(folder: Path, flavors: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether it is read by MLflow's own code alone, with nothing beside the graph that somebody could have added."""
+    torch_flavor, general = flavors.get("pytorch", {}), flavors.get("python_function", {})
+    files = [path.relative_to(folder).as_posix() for path in (folder / "data").rglob("*") if path.is_file()]
+    return (
+        set(flavors) == {"pytorch", "python_function"}
+        and (torch_flavor.get("model_data"), general.get("data")) == ("data", "data")
+        and general.get("loader_module") == "mlflow.pytorch"
+        and not (torch_flavor.get("code") or general.get("code"))
+        and files == [GRAPH]
+    )
+
+
 @contextmanager
-def _no_pickle() -> Iterator[None]:
+def no_pickle() -> Iterator[None]:
     """Have mlflow refuse what it would have to unpickle, whatever is set outside."""
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
     before = os.environ.get(name)

@@ -345,11 +345,11 @@ def load(version: ModelVersion) -> Loaded:
     if missing:
         raise UserError(f"{version.name} version {version.version} has no tag {missing[0]}: `evaluate` gives it one")
     with TemporaryDirectory(prefix="convtrack-") as folder:
-        model = models.read(_fetched(version, Path(folder)), _uri(version))
+        model = models.read(fetched(version, Path(folder)), _uri(version))
     return Loaded(model, tuple(json.loads(version.tags[CLASS_NAMES])), version.tags[DATA_NAME])
 
 
-def _fetched(version: ModelVersion, folder: Path) -> Path:
+def fetched(version: ModelVersion, folder: Path) -> Path:
     """The files of a version, copied into ``folder``; a Fault where they are gone."""
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=_uri(version), dst_path=str(folder)))

@@ -47,3 +47,34 @@ def test_logits_are_the_same_alone_and_in_a_batch(digits: dict[str, LabelledImag
     assert cnn.training  # left as it was found
     with torch.no_grad():
         torch.testing.assert_close(logits[-1:], cnn.eval()(as_input(images[-1:])))
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(9922, 10_000, 0.99028, 0.99375), (10, 10, 0.72247, 1.0), (0, 20, 0.0, 0.16113), (50, 100, 0.40383, 0.59617)],
+)
+def test_the_interval_of_a_share_is_wilsons(right: int, count: int, low: float, high: float) -> None:
+    assert scoring.wilson_interval(right, count) == pytest.approx((low, high), abs=2e-5)
+
+
+def test_images_are_made_harder_as_the_names_say() -> None:
+    images = torch.zeros(2, 9, 9, 1, dtype=torch.uint8)
+    images[:, 2, 3] = 200
+    assert torch.nonzero(scoring.shifted(images, 2)).tolist() == [[0, 4, 5, 0], [1, 4, 5, 0]]
+    quarter = scoring.rotated(images, 90)
+    assert int(quarter.sum()) == pytest.approx(400, abs=8)
+    assert quarter[0].argmax() != images[0].argmax()
+    torch.testing.assert_close(scoring.rotated(images, 360), images)
+    noisy = scoring.noisy(torch.full((100, 9, 9, 1), 128, dtype=torch.uint8), 0.1).double()
+    assert float(noisy.mean()) == pytest.approx(128, abs=1)
+    assert float(noisy.std()) == pytest.approx(25.5, abs=1)
+    assert torch.equal(scoring.noisy(images, 0.1), scoring.noisy(images, 0.1))
+    assert sorted(set(scoring.paler(images, 0.5).flatten().tolist())) == [64, 164]
+
+
+def test_robustness_is_the_accuracy_on_the_harder_images(digits: dict[str, LabelledImages]) -> None:
+    test, cnn = digits["test"], CNN(Architecture((28, 28, 1), tuple("0123456789"), (4,)), torch.Generator())
+    found = scoring.robustness(cnn, test.images, test.labels)
+    assert set(found) == {"shifted_2_pixels", "rotated_15_degrees", "noise_20_percent", "half_contrast"}
+    logits = scoring.predict_logits(cnn, scoring.shifted(test.images, 2))
+    assert found["shifted_2_pixels"] == scoring.accuracy(logits, test.labels)

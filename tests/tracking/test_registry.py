@@ -235,7 +235,7 @@ class Attack:
         return exec, ("open('PWNED', 'w')",)
 
 
-@pytest.mark.parametrize("way", ["model.pth", "another graph", "code", "a file beside it"])
+@pytest.mark.parametrize("way", ["model.pth", "another graph", "code", "another loader", "a file beside it"])
 def test_a_model_that_brings_code_is_refused_and_never_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
@@ -253,6 +253,11 @@ def test_a_model_that_brings_code_is_refused_and_never_run(
             (folder / "MLmodel").write_text(described.replace("    code: null", "    code: code"))
             (folder / "code").mkdir()
             (folder / "code/json.py").write_text("open('PWNED', 'w')")
+        case "another loader":
+            described = (folder / "MLmodel").read_text()
+            (folder / "MLmodel").write_text(
+                described.replace("loader_module: mlflow.pytorch", "loader_module: antigravity")
+            )
         case "a file beside it":
             (folder / "data/pickle_module_info.txt").write_text("antigravity")
     with pytest.raises(Fault, match=r"^the model (is no exported graph alone|cannot be loaded)"):

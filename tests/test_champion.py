@@ -1,0 +1,86 @@
+"""`python -m pipeline.champion`: where a model comes from, and the way back."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipeline import evaluate, train
+from pipeline.tracking import lineage, registry, runs
+from tests.conftest import QUICK, run_command, write_params
+
+
+def told(folder: Path, *arguments: str) -> str:
+    done = run_command("champion", *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+def test_a_version_tells_where_it_comes_from_and_whether_it_would_come_again(workspace: Path) -> None:
+    """Each stage as a process of its own: the code that made a model is what its process had loaded."""
+    for stage in ("train", "evaluate"):
+        assert run_command(stage, folder=workspace).returncode == 0
+    tags = _champion_tags()
+    printed = told(workspace)
+    for fact in ("mnist-5k-cnn version 1", tags["model.sha256"], tags["data.sha256"], tags["params.sha256"]):
+        assert fact in printed
+    assert "\n  model.dropout             0.5\n" in printed
+    assert printed.endswith("This checkout would make the same model again.\n")
+    assert set(json.loads(tags["code"])) >= {"pipeline/train.py", "pipeline/network/kernels.py", "pipeline/params.py"}
+    assert not {name for name in json.loads(tags["code"]) if "tracking" in name or "figures" in name}
+
+    write_params(workspace, QUICK | {"model.dropout": 0.3, "evaluate.calibration_bins": 10})
+    assert "another model:\n  params: model.dropout was 0.5, here it is 0.3\n" in told(workspace, "1")
+    write_params(workspace, QUICK)
+    described = workspace / "data/prepared/dataset.json"
+    facts = json.loads(described.read_text())
+    facts["splits"]["train"]["sha256"] = "0" * 64
+    described.write_text(json.dumps(facts))
+    assert "\n  data: SHA-256 was " in told(workspace, "champion")
+    described.unlink()
+    assert "\n  data: there are none here yet: dvc repro prepare\n" in told(workspace, "mnist-5k-cnn@champion")
+
+
+def _champion_tags() -> dict[str, str]:
+    runs.connect()
+    return dict(registry.find("champion").tags)
+
+
+TAGS = {"recipe": "{}", "data.sha256": "a" * 64, "code": json.dumps({"pipeline/train.py": "0" * 16})}
+
+
+def test_other_code_and_another_machine_are_named() -> None:
+    assert list(lineage.differences(TAGS, {}, "a" * 64)) == [("code", "pipeline/train.py is another")]
+    restored = {key: value for key, value in TAGS.items() if key != "code"}
+    assert list(lineage.differences(restored, {}, "a" * 64)) == [
+        ("code", "nobody knows: DVC brought the model back from a cache")
+    ]
+    assert lineage.other_machine({"cpu.capability": "AVX1024"})[0].startswith("cpu.capability was AVX1024, here it is ")
+    assert lineage.other_machine(lineage.surroundings()) == []
+
+
+def test_the_history_and_the_way_back(finished_copy: Path) -> None:
+    evaluate.main()
+    refused = run_command("champion", "--rollback", folder=finished_copy)
+    assert refused.returncode == 2
+    assert b"error: mnist-5k-cnn has had no other champion to go back to" in refused.stderr
+    write_params(finished_copy, QUICK | {"train.epochs": 5})
+    train.main()
+    evaluate.main()
+    assert told(finished_copy, "--rollback") == "mnist-5k-cnn version 1 is the champion\n"
+    lines = told(finished_copy, "--history").splitlines()
+    assert [line[21:30] for line in lines] == ["version 1", "version 2", "version 1"]
+    assert lines[2].endswith("version 1: by hand, in the place of version 2")
+    evaluate.main()  # the better model again: it stays deposed
+    assert str(registry.find("champion").version) == "1"
+    assert mlflow.MlflowClient().get_model_version("mnist-5k-cnn", "2").tags["gate.reason"].startswith("it was rolled")
+    assert told(finished_copy, "2", "--rollback") == "mnist-5k-cnn version 2 is the champion\n"
+
+
+@pytest.mark.parametrize("arguments", [["7"], ["--history"], ["--rollback"], []])
+def test_where_nothing_is_registered_it_says_what_to_do(workspace: Path, arguments: list[str]) -> None:
+    done = run_command("champion", *arguments, folder=workspace)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "error: no model mnist-5k-cnn is registered here; run `dvc repro` first\n"

@@ -1,0 +1,84 @@
+"""`python -m pipeline.predict` as its users meet it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.images import pictures
+from pipeline.images.splits import TEST, read_dataset, read_split
+from pipeline.tracking import registry, runs
+from tests.conftest import run_command
+from tests.drawn import all_of_them, drawn
+
+
+@pytest.fixture
+def folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(good))
+    monkeypatch.chdir(good)
+    return good
+
+
+def test_digits_from_outside_come_out_right(folder: Path) -> None:
+    """By the model that has seen 3,600 digits, most of them; CI asks that of all of MNIST, too."""
+    runs.connect()
+    model = registry.load(registry.find("champion")).model
+    answers = []
+    for name, digit, picture in all_of_them():
+        image = pictures.centred_strokes(picture, model.image_shape, name)
+        answers.append(int(model.classify(image[None].numpy()).argmax()) == digit)
+    assert sum(answers) >= 0.85 * len(answers)
+
+
+def test_a_line_for_each_picture_and_one_for_each_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    drawn(3, 20).save(tmp_path / "three.png")
+    drawn(0, 20).save(tmp_path / "zero.jpg")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    done = run_command("predict", str(tmp_path), "missing.png", folder=folder)
+    lines = done.stdout.decode().splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [[f"{tmp_path}/three.png", "3"], [f"{tmp_path}/zero.jpg", "0"]]
+    assert all(re.search(r"  \d+\.\d%(  \(or \d, \d+\.\d%\))?$", line) for line in lines)
+    assert done.stderr.decode().splitlines() == [
+        f"error: {tmp_path}/broken.png is no picture that can be read, which are BMP, JPEG, PNG, WEBP",
+        "error: missing.png is no picture that can be read: there is no such file",
+        "error: 2 of 4 pictures could not be read",
+    ]
+    assert done.returncode == 2
+
+
+def test_json_has_all_probabilities_and_a_picture_may_come_from_standard_input(folder: Path, tmp_path: Path) -> None:
+    drawn(7, 20).save(tmp_path / "seven.png")
+    content = (tmp_path / "seven.png").read_bytes()
+    done = run_command("predict", "-", "--json", "--model", "mnist-5k-cnn/1", folder=folder, stdin=content)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["file"], told["label"]) == ("-", "7")
+    assert set(told["probabilities"]) == set("0123456789")
+    assert sum(told["probabilities"].values()) == pytest.approx(1)
+    assert told["probability"] == max(told["probabilities"].values())
+
+
+def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> None:
+    """The test images as files: nearly all get the label that predictions.csv has."""
+    test = read_split(read_dataset(), TEST)
+    for index in range(100):
+        Image.fromarray(test.images[index, ..., 0].numpy()).save(tmp_path / f"{index:03}.png")
+    done = run_command("predict", str(tmp_path), folder=folder)
+    told = [line.split("  ")[1] for line in done.stdout.decode().splitlines()]
+    predicted = [line.split(",")[2] for line in Path("reports/predictions.csv").read_text().splitlines()[1:101]]
+    assert sum(a == b for a, b in zip(told, predicted, strict=True)) >= 97
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model", "9", "x.png"], "error: mnist-5k-cnn has no version 9; it has: 1, champion\n"),
+        (["models"], "error: there are no pictures in models; they end in .bmp, .jpg, .jpeg, .png, .webp\n"),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
+    done = run_command("predict", *arguments, folder=folder)
+    assert (done.returncode, done.stderr.decode()) == (2, line)

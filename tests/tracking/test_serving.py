@@ -1,0 +1,138 @@
+"""The served champion, over real HTTP: right answers, and clear ones to whatever else is sent."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import requests
+
+from pipeline import files
+from pipeline.images.splits import TEST, read_dataset, read_split
+from tests.conftest import REPOSITORY
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def server(_all_stages: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Its address, and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pipeline.serve", "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(_all_stages)}
+    with subprocess.Popen(command, cwd=_all_stages, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().decode() == (f"mnist-5k-cnn version 1 answers at http://127.0.0.1:{port}\n")
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(100):
+            try:
+                assert requests.get(f"{address}/health", timeout=5).status_code == 200
+                break
+            except requests.ConnectionError:
+                time.sleep(0.1)
+        yield address, psutil.Process(process.pid)
+        process.terminate()
+
+
+def ask(address: str, images: Any, key: str = "inputs") -> requests.Response:
+    content = images.tolist() if isinstance(images, np.ndarray) else images
+    return requests.post(f"{address}/invocations", json.dumps({key: content}), headers=JSON, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_of_mixed_sizes_get_the_labels_of_the_predictions(
+    server: tuple[str, psutil.Process], finished: Path
+) -> None:
+    address, _ = server
+    images = read_split(read_dataset(), TEST).images.numpy()
+    predicted = [row["predicted"] for row in files.read_table(files.PREDICTIONS, made_by="evaluate")]
+    generator = np.random.default_rng(0)
+
+    def one(request: int) -> bool:
+        rows = generator.integers(len(images), size=1 + request % 40)
+        answer = ask(address, images[rows], ("inputs", "instances")[request % 2])
+        labels = [str(np.argmax(each)) for each in answer.json()["predictions"]]
+        return labels == [predicted[row] for row in rows]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(1000)))
+
+
+BLACK = np.zeros((2, 28, 28, 1), dtype=int)
+REFUSED: dict[str, tuple[int, str, Any]] = {
+    "a shape that is not the network's": (400, "images of the shape (2, 20, 28, 1)", BLACK[:, :20]),
+    "one image without a batch": (400, "images of the shape (28, 28, 1)", BLACK[0]),
+    "no images": (400, "images of the shape (0,)", []),
+    "a picture that is not even": (400, "not all of the same shape", [[[[0]] * 28] * 28, [[[0]] * 3] * 28]),
+    "text": (400, "pixels are whole numbers", [[[["7"]] * 28] * 28]),
+    "NaN": (400, "pixels are whole numbers", [[[[float("nan")]] * 28] * 28]),
+    "null": (400, "images of the shape ()", None),
+    "pixels in 0 ... 1": (400, "pixels are whole numbers", BLACK + 0.5),
+    "above 255": (400, "pixels are whole numbers", BLACK + 256),
+    "below 0": (400, "pixels are whole numbers", BLACK - 1),
+    "a number without end": (400, "pixels are whole numbers", [[[[10**40]] * 28] * 28]),
+    "1,001 images": (400, "N from 1 to 1,000", np.zeros((1001, 28, 28, 1), dtype=int)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_images_that_are_none_are_refused_with_the_reason(server: tuple[str, psutil.Process], what: str) -> None:
+    status, reason, images = REFUSED[what]
+    answer = ask(server[0], images)
+    assert answer.status_code == status
+    assert reason in answer.json()["error"]
+
+
+ROW = b"[" + b",".join([b"[0]"] * 28) + b"]"
+IMAGE = b"[" + b",".join([ROW] * 28) + b"]"
+TOO_MANY = b'{"inputs":[' + b",".join([IMAGE] * 100_000) + b"]}"
+GOOD = json.dumps({"inputs": BLACK.tolist()}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "reason"),
+    [
+        (GOOD, {}, 415, "the content type must be application/json"),
+        (GOOD, {"Content-Type": "text/csv"}, 415, "the content type must be application/json"),
+        (b"cos\nsystem\n(S'touch PWNED'\ntR.", {"Content-Type": "application/octet-stream"}, 415, "application/json"),
+        (GOOD[:-5], JSON, 400, "no JSON"),
+        (b"\xff\xfe", JSON, 400, "no JSON"),
+        (b'{"inputs":' + b"[" * 100_000, JSON, 400, "no JSON"),
+        (b"[1, 2]", JSON, 400, "an object with one key"),
+        (b'{"inputs": [], "instances": []}', JSON, 400, "an object with one key"),
+        (b'{"dataframe_split": {}}', JSON, 400, "an object with one key"),
+        (b"", JSON, 400, "no JSON"),
+        (TOO_MANY, JSON, 413, "at most 1,000 images at a time"),
+    ],
+)
+def test_bodies_that_are_none_are_refused_with_the_reason(
+    server: tuple[str, psutil.Process], body: bytes, headers: dict[str, str], status: int, reason: str
+) -> None:
+    answer = requests.post(f"{server[0]}/invocations", body, headers=headers, timeout=60)
+    assert answer.status_code == status
+    assert reason in answer.json()["error"]
+    assert not list(REPOSITORY.glob("PWNED"))
+    assert requests.post(f"{server[0]}/invocations", GOOD, headers=JSON, timeout=60).status_code == 200
+
+
+@pytest.mark.slow
+def test_two_hundred_at_once_are_all_answered_and_memory_stays_where_it_was(
+    server: tuple[str, psutil.Process],
+) -> None:
+    address, process = server
+    images = np.zeros((50, 28, 28, 1), dtype=int)
+    assert ask(address, images).status_code == 200
+    before = process.memory_info().rss
+    with ThreadPoolExecutor(200) as pool:
+        assert set(pool.map(lambda _: ask(address, images).status_code, range(200))) == {200}
+    assert process.memory_info().rss - before < 300_000_000
