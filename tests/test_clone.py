@@ -177,3 +177,50 @@ def test_the_values_of_params_yaml_reach_no_shell(clone: Path) -> None:
     assert done.returncode != 0
     assert "data.dataset is '; touch PWNED'; allowed: mnist" in done.stdout + done.stderr
     assert not list(clone.rglob("PWNED"))
+
+
+@pytest.mark.slow
+def test_experiments_in_copies_of_their_own_log_into_the_same_store(clone: Path, tmp_path: Path) -> None:
+    clone = shutil.copytree(clone, tmp_path / "plain clone")  # DVC makes copies of ASCII paths only
+    (clone / "mlflow.db").unlink()
+    write_params(clone, ONE_EPOCH)
+    succeed("dvc", "repro", "--force", folder=clone)
+    before = {each.info.run_id for each in runs_of(clone)}
+    succeed("dvc", "exp", "run", "--temp", "--name", "bold", "-S", "model.filters=[8,8]", folder=clone)
+    succeed("dvc", "exp", "run", "--queue", "--name", "waiting", "-S", "model.filters=[4,8]", folder=clone)
+    succeed("dvc", "queue", "start", folder=clone)
+    deadline = time.monotonic() + 240
+    while "waiting" not in {each.info.run_name for each in runs_of(clone) if "test_accuracy" in each.data.metrics}:
+        assert time.monotonic() < deadline, succeed("dvc", "queue", "status", folder=clone)
+        time.sleep(1)
+    new = {each.info.run_name: each for each in runs_of(clone) if each.info.run_id not in before}
+    assert set(new) == {"bold", "waiting"}
+    for name, filters in (("bold", "[8, 8]"), ("waiting", "[4, 8]")):
+        assert new[name].data.tags["dvc.exp"] == name
+        assert new[name].data.params["model.filters"] == filters
+        (version,) = mlflow.MlflowClient().search_model_versions(f"run_id = '{new[name].info.run_id}'")
+        assert version.tags["dvc.exp"] == name
+        assert version.tags["git.commit"] == new[name].data.tags["git.commit"]
+
+
+@pytest.mark.slow
+def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path) -> None:
+    write_params(clone, ONE_EPOCH)
+    succeed("dvc", "repro", folder=clone)
+    model = (clone / files.MODEL).read_bytes()
+    (clone / files.MODEL).unlink()
+    for name in clone.glob("mlflow.db*"):
+        name.unlink()
+    succeed("dvc", "checkout", folder=clone)
+    assert (clone / files.MODEL).read_bytes() == model
+    succeed("dvc", "repro", "--force", "--single-item", "evaluate", "visualize", folder=clone)
+    (restored,) = runs_of(clone)
+    assert restored.data.tags["restored"] == "true"
+    assert restored.data.params["train.epochs"] == "1"
+    assert len(mlflow.MlflowClient().list_artifacts(restored.info.run_id, "figures")) == 5
+    version = mlflow.MlflowClient().get_model_version_by_alias("mnist-5k-cnn", "champion")
+    assert version.run_id == restored.info.run_id
+    assert version.tags["restored"] == "true"
+    assert "DVC brought it back from a cache" in str(version.description)
+    printed = succeed(sys.executable, "-m", "pipeline.champion", folder=clone)
+    assert "\n  code: nobody knows: DVC brought the model back from a cache\n" in printed

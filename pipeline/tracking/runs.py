@@ -102,7 +102,7 @@ def open_run(
         run_id=run_id, run_name=name or _run_name(dataset.name), tags=dataset.tags | tags, log_system_metrics=False
     ).info.run_id
     try:
-        MlflowClient().log_inputs(
+        _log_inputs(
             run_id, [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")]
         )
         yield run_id
@@ -113,6 +113,15 @@ def open_run(
         _end(RunStatus.FAILED, f"{type(error).__name__}: {error}")
         raise
     mlflow.end_run()
+
+
+def _log_inputs(run_id: str, inputs: list[DatasetInput]) -> None:
+    try:
+        MlflowClient().log_inputs(run_id, inputs)
+    except STORE_ERRORS as error:
+        if "UNIQUE" not in str(error).upper():
+            raise
+        MlflowClient().log_inputs(run_id, inputs)  # another run has told the store of the same data a moment before
 
 
 def _end(status: int, failure: str = "") -> None:
@@ -189,7 +198,7 @@ def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) 
     """The scores on the test images, and that data set, into a run that has ended; its status stays."""
     numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
     mlflow.log_metrics({_metric_name(f"test_{key}"): value for key, value in numbers.items()}, run_id=run_id)
-    MlflowClient().log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
+    _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 
 def _metric_name(key: str) -> str:

@@ -1,0 +1,80 @@
+"""`evaluate` in processes that race each other or kill themselves; what tests/tracking/test_evaluating.py starts.
+
+python -m tests.tracking.evaluating race FOLDER SIDE ROUNDS    a new model a round, at the same time as the other side
+python -m tests.tracking.evaluating kill STEP WHEN             SIGKILL before or after the registry is written to for
+                                                               the STEPth time
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+
+from pipeline import evaluate, files
+from pipeline.network import checkpoint
+
+STEPS = (
+    "create_registered_model",
+    "create_model_version",
+    "set_model_version_tag",
+    "update_model_version",
+    "set_logged_model_tags",
+    "set_registered_model_tag",
+    "set_registered_model_alias",
+    "delete_registered_model_alias",
+)
+
+
+def race(meeting_point: Path, side: int, rounds: int) -> None:
+    """Both sides say that they are ready, and then evaluate."""
+    first = checkpoint.from_bytes(files.MODEL.read_bytes())
+    for number in range(rounds):
+        change_model(first, seed=2 * number + side)
+        (meeting_point / f"{number} {side}").touch()
+        while not (meeting_point / f"{number} {1 - side}").exists():
+            time.sleep(0.001)
+        evaluate.main()
+
+
+def change_model(saved: checkpoint.Saved, seed: int) -> None:
+    """Another model with about as many errors, in the place of the trained one."""
+    other = checkpoint.from_bytes(checkpoint.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
+    with torch.no_grad():
+        other.dense.bias.add_(torch.randn(other.dense.bias.shape, generator=torch.Generator().manual_seed(seed)) / 2)
+    files.write(files.MODEL, checkpoint.to_bytes(other, saved.data, saved.recipe))
+
+
+def kill(step: int, when: str) -> None:
+    """Evaluate, up to there."""
+    steps = iter(range(1, 1000))
+    for name in STEPS:
+        setattr(MlflowClient, name, _deadly(getattr(MlflowClient, name), steps, step, when))
+    evaluate.main()
+
+
+def _deadly(method: Callable[..., Any], steps: Any, step: int, when: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        last = next(steps) == step
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            return method(*arguments, **named)
+        finally:
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return call
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "race":
+        race(Path(rest[0]), int(rest[1]), int(rest[2]))
+    else:
+        kill(int(rest[0]), rest[1])

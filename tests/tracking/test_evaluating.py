@@ -1,0 +1,114 @@
+"""The champion gate while others are at it, and when it is killed: real processes on a real registry."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from pipeline import evaluate, files
+from pipeline.network import checkpoint
+from pipeline.tracking import registry, runs
+from tests.conftest import REPOSITORY
+from tests.tracking.evaluating import change_model
+
+NAME = "mnist-5k-cnn"
+NEEDED = {
+    "model.sha256",
+    "data.sha256",
+    "params.sha256",
+    "test.sha256",
+    "predictions.sha256",
+    "gate.decision",
+    "recipe",
+}
+ROUNDS = 50
+
+
+def start(*arguments: str, folder: Path, root: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.tracking.evaluating", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def versions() -> dict[str, ModelVersion]:
+    """By number, each with all its tags and its card."""
+    runs.connect()
+    found = {str(each.version): each for each in MlflowClient().search_model_versions(f"name = '{NAME}'")}
+    for each in found.values():
+        assert set(each.tags) >= NEEDED
+        assert "## How good it is" in str(each.description)
+    return found
+
+
+def champion() -> str:
+    return str(MlflowClient().get_model_version_by_alias(NAME, "champion").version)
+
+
+@pytest.mark.slow
+def test_two_that_evaluate_at_once_leave_one_champion_and_lose_none(finished_copy: Path, tmp_path: Path) -> None:
+    meeting_point = tmp_path / "meeting point"
+    meeting_point.mkdir()
+    sides = []
+    for side in range(2):
+        shutil.copytree(finished_copy, tmp_path / str(side))
+        arguments = ("race", str(meeting_point), str(side), str(ROUNDS))
+        sides.append(start(*arguments, folder=tmp_path / str(side), root=finished_copy))
+    for process in sides:
+        _, errors = process.communicate(timeout=1200)
+        assert process.returncode == 0, errors.decode()
+    found = versions()
+    assert len(found) == 2 * ROUNDS
+    errors_of = {number: int(each.tags["test.error_count"]) for number, each in found.items()}
+    assert errors_of[champion()] == min(errors_of.values())
+    reigns = [reign.version for reign in registry.history(NAME)]
+    assert reigns[-1] == champion()
+    assert len(reigns) > 1
+    for before, after in itertools.pairwise(reigns):  # each took over from the one before, and nobody else
+        assert found[after].tags["gate.against"] == f"version {before}"
+        assert errors_of[after] < errors_of[before]
+    promoted = {number for number, each in found.items() if each.tags["gate.decision"] == "champion"}
+    assert promoted == set(reigns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
+    finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    better = files.MODEL.read_bytes()
+    change_model(checkpoint.from_bytes(better), seed=3)
+    evaluate.main()
+    files.write(files.MODEL, better)
+    step = 0
+    while True:
+        step += 1
+        folder = tmp_path / str(step)
+        shutil.copytree(finished_copy, folder, ignore=shutil.ignore_patterns("mlruns"))
+        monkeypatch.setenv("DVC_ROOT", str(folder))
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # mlflow left that of the step before
+        monkeypatch.chdir(folder)
+        with start("kill", str(step), when, folder=folder, root=folder) as process:
+            process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        assert set(versions()) in ({"1"}, {"1", "2"})  # with all their tags
+        assert champion() in versions()
+        assert registry.load(registry.find("champion"))
+        evaluate.main()
+        assert set(versions()) == {"1", "2"}
+        assert champion() == "2"
+        assert versions()["2"].tags["gate.decision"] == "champion"
+        assert [reign.version for reign in registry.history(NAME)] == ["1", "2"]
+    assert step > 5
