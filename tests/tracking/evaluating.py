@@ -32,21 +32,22 @@ STEPS = (
 
 
 def race(meeting_point: Path, side: int, rounds: int) -> None:
-    """Both sides say that they are ready, and then evaluate."""
+    """Both sides say that they are ready, and then evaluate. The models get better, by and large."""
     first = checkpoint.from_bytes(files.MODEL.read_bytes())
     for number in range(rounds):
-        change_model(first, seed=2 * number + side)
+        change_model(first, seed=2 * number + side, noise=1.5 * (1 - number / rounds))
         (meeting_point / f"{number} {side}").touch()
         while not (meeting_point / f"{number} {1 - side}").exists():
             time.sleep(0.001)
         evaluate.main()
 
 
-def change_model(saved: checkpoint.Saved, seed: int) -> None:
-    """Another model with about as many errors, in the place of the trained one."""
+def change_model(saved: checkpoint.Saved, seed: int, noise: float = 0.5) -> None:
+    """Another model in the place of the trained one, with more errors the more noise there is on its biases."""
     other = checkpoint.from_bytes(checkpoint.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
     with torch.no_grad():
-        other.dense.bias.add_(torch.randn(other.dense.bias.shape, generator=torch.Generator().manual_seed(seed)) / 2)
+        generator = torch.Generator().manual_seed(seed)
+        other.dense.bias.add_(noise * torch.randn(other.dense.bias.shape, generator=generator))
     files.write(files.MODEL, checkpoint.to_bytes(other, saved.data, saved.recipe))
 
 

@@ -73,7 +73,7 @@ def test_two_that_evaluate_at_once_leave_one_champion_and_lose_none(finished_cop
     assert errors_of[champion()] == min(errors_of.values())
     reigns = [reign.version for reign in registry.history(NAME)]
     assert reigns[-1] == champion()
-    assert len(reigns) > 1
+    assert len(reigns) > 5  # the models get better, from round to round
     for before, after in itertools.pairwise(reigns):  # each took over from the one before, and nobody else
         assert found[after].tags["gate.against"] == f"version {before}"
         assert errors_of[after] < errors_of[before]
