@@ -7,9 +7,9 @@ from torch import Tensor
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import checkpoint, scoring
-from pipeline.network.checkpoint import Saved
+from pipeline.network import model_file, scoring
 from pipeline.network.cnn import parameter_count
+from pipeline.network.model_file import Saved
 from pipeline.params import Evaluate, read_params
 from pipeline.tracking import models, registry, runs
 from pipeline.tracking.card import model_card
@@ -20,7 +20,7 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    saved = checkpoint.from_bytes(model)
+    saved = model_file.from_bytes(model)
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 

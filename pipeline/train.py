@@ -7,7 +7,7 @@ from tqdm import tqdm
 from pipeline import files, recipe
 from pipeline.errors import Fault, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
-from pipeline.network import checkpoint, training
+from pipeline.network import model_file, training
 from pipeline.network.cnn import CNN, summary
 from pipeline.params import Params, read_params
 from pipeline.tracking import runs
@@ -25,7 +25,7 @@ def main() -> None:
     runs.connect()
     with runs.training_run(params, dataset):
         history = _fit(cnn, train, validation, params)
-        model = checkpoint.to_bytes(cnn, dataset.tags, params.recipe)
+        model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
         model_sha256 = files.sha256(model)
         files.write(files.MODEL, model)
         files.write_table(files.HISTORY, [_row(epoch) for epoch in history])

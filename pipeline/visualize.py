@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from pipeline import figures, files
 from pipeline.errors import UserError, run_command
 from pipeline.images.splits import TEST, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import checkpoint, explaining, scoring
+from pipeline.network import explaining, model_file, scoring
 from pipeline.network.cnn import CNN
 from pipeline.params import Visualize, read_params
 from pipeline.tracking import runs
@@ -17,7 +17,7 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    saved = checkpoint.from_bytes(model)
+    saved = model_file.from_bytes(model)
     test = read_split(dataset, TEST)
     history = files.read_table(files.HISTORY, made_by="train")
 

@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline import evaluate, files, prepare, results, train, visualize
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.images import sources, splits
-from pipeline.network import checkpoint
+from pipeline.network import model_file
 from tests.conftest import QUICK, REPOSITORY, run_stage, write_params
 
 
@@ -76,7 +76,7 @@ def test_metrics_and_predictions_agree(finished: Path) -> None:
 
 
 def test_the_model_file_rebuilds_the_network(finished: Path) -> None:
-    architecture = checkpoint.from_bytes(files.MODEL.read_bytes()).cnn.architecture
+    architecture = model_file.from_bytes(files.MODEL.read_bytes()).cnn.architecture
     assert architecture.filters == (32, 64)
     assert architecture.class_names == tuple("0123456789")
     assert architecture.image_shape == (28, 28, 1)

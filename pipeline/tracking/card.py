@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.images.splits import SPLITS, TEST, Dataset
-from pipeline.network.checkpoint import Saved
 from pipeline.network.cnn import summary
+from pipeline.network.model_file import Saved
 from pipeline.network.scoring import wilson_interval
 
 

@@ -20,8 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline import files
 from pipeline.errors import Fault, without_password
 from pipeline.images.splits import Dataset
-from pipeline.network.checkpoint import Saved
 from pipeline.network.cnn import CNN, parameter_count
+from pipeline.network.model_file import Saved
 from pipeline.network.training import Epoch
 from pipeline.params import MACHINE, Params, digest, flat
 from pipeline.tracking import lineage

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.images.splits import LabelledImages
-from pipeline.network import checkpoint, fused, scoring, training
+from pipeline.network import fused, model_file, scoring, training
 from pipeline.network.cnn import CNN, Architecture, as_input
 from tests.conftest import needs_a_gpu, needs_bfloat16
 
@@ -65,7 +65,7 @@ def test_it_learns_and_tells_of_every_epoch(digits: dict[str, LabelledImages]) -
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict[str, LabelledImages]) -> None:
-    first, again, other = (checkpoint.to_bytes(fit(digits, seed, epochs=1)[0]) for seed in (0, 0, 1))
+    first, again, other = (model_file.to_bytes(fit(digits, seed, epochs=1)[0]) for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
@@ -93,7 +93,7 @@ def test_one_thread_and_two_give_the_same_bytes(digits: dict[str, LabelledImages
     models = set()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        models.add(checkpoint.to_bytes(fit(digits, epochs=1, batch_size=128, max_shift=max_shift)[0]))
+        models.add(model_file.to_bytes(fit(digits, epochs=1, batch_size=128, max_shift=max_shift)[0]))
         assert torch.get_num_threads() == threads
     assert len(models) == 1
 
@@ -233,5 +233,5 @@ def test_a_gpu_gives_the_same_bytes_twice(digits: dict[str, LabelledImages]) -> 
         generator = torch.Generator(device).manual_seed(0)
         splits = (train.images, train.labels), (validation.images, validation.labels)
         list(training.fit(cnn, *splits, generator=generator, **RECIPE))
-        models.append(checkpoint.to_bytes(cnn))
+        models.append(model_file.to_bytes(cnn))
     assert models[0] == models[1]

@@ -18,7 +18,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import evaluate, files
-from pipeline.network import checkpoint
+from pipeline.network import model_file
 from pipeline.tracking import registry
 
 STEPS = (
@@ -35,7 +35,7 @@ STEPS = (
 
 def race(meeting_point: Path, side: int, rounds: int) -> None:
     """Evaluate model after model. They get better, by and large."""
-    first = checkpoint.from_bytes(files.MODEL.read_bytes())
+    first = model_file.from_bytes(files.MODEL.read_bytes())
     for number in range(rounds):
         change_model(first, seed=2 * number + side, noise=1.5 * (1 - number / rounds))
         with pytest.MonkeyPatch.context() as patch:
@@ -55,13 +55,13 @@ def _met(register: Callable[..., Any], meeting_point: Path, number: int, side: i
     return call
 
 
-def change_model(saved: checkpoint.Saved, seed: int, noise: float = 0.5) -> None:
+def change_model(saved: model_file.Saved, seed: int, noise: float = 0.5) -> None:
     """Another model in the place of the trained one, with more errors the more noise there is on its biases."""
-    other = checkpoint.from_bytes(checkpoint.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
+    other = model_file.from_bytes(model_file.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         other.dense.bias.add_(noise * torch.randn(other.dense.bias.shape, generator=generator))
-    files.write(files.MODEL, checkpoint.to_bytes(other, saved.data, saved.recipe))
+    files.write(files.MODEL, model_file.to_bytes(other, saved.data, saved.recipe))
 
 
 def kill(step: int, when: str) -> None:

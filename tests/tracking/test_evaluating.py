@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline import evaluate, files
-from pipeline.network import checkpoint
+from pipeline.network import model_file
 from pipeline.tracking import registry, runs
 from tests.conftest import REPOSITORY
 from tests.tracking.evaluating import change_model
@@ -87,7 +87,7 @@ def test_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
     finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     better = files.MODEL.read_bytes()
-    change_model(checkpoint.from_bytes(better), seed=3)
+    change_model(model_file.from_bytes(better), seed=3)
     evaluate.main()
     files.write(files.MODEL, better)
     step = 0

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline import evaluate, files
 from pipeline.errors import Fault, UserError
 from pipeline.images.splits import TEST, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import checkpoint
+from pipeline.network import model_file
 from pipeline.params import Promotion
 from pipeline.tracking import models, registry
 from pipeline.tracking.registry import Entry, Registration
@@ -83,7 +83,7 @@ def test_the_evaluated_model_is_registered_with_all_that_can_be_said_of_it(finis
     assert champion.tags["test.sha256"] == dataset.splits[TEST].sha256
     assert champion.tags["predictions.sha256"] == files.sha256(files.PREDICTIONS.read_bytes())
     assert json.loads(champion.tags["class.names"]) == list("0123456789")
-    assert json.loads(champion.tags["recipe"]) == checkpoint.from_bytes(files.MODEL.read_bytes()).recipe
+    assert json.loads(champion.tags["recipe"]) == model_file.from_bytes(files.MODEL.read_bytes()).recipe
     assert champion.tags["gate.decision"] == "champion"
     for key, value in run.data.tags.items():
         assert key.startswith("mlflow.") or champion.tags[key] == value

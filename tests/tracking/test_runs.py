@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModelOutput, Run
 from pipeline import evaluate, files, train, visualize
 from pipeline.errors import Fault
 from pipeline.images.splits import read_dataset
-from pipeline.network import checkpoint
+from pipeline.network import model_file
 from pipeline.network.cnn import Classifier
 from pipeline.params import read_params
 from pipeline.tracking import lineage, models, runs
@@ -108,7 +108,7 @@ def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monke
     loaded = mlflow.pyfunc.load_model(f"models:/{outputs.model_outputs[0].model_id}")
     images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = Classifier(checkpoint.from_bytes(files.MODEL.read_bytes()).cnn)(images).numpy()
+        expected = Classifier(model_file.from_bytes(files.MODEL.read_bytes()).cnn)(images).numpy()
     assert loaded.input_example.shape == (2, 28, 28, 1)
     for count in (5, 1, 3):
         np.testing.assert_allclose(loaded.predict(images[:count].numpy()), expected[:count], atol=1e-6)
@@ -126,7 +126,7 @@ def test_a_model_is_logged_once_and_one_that_was_cut_off_again(finished_copy: Pa
     started = mlflow.initialize_logged_model(name="model", source_run_id=only_run().info.run_id)  # and then the kill
     MlflowClient().log_outputs(only_run().info.run_id, [LoggedModelOutput(started.model_id, step=0)])
     dataset, model = read_dataset(), files.MODEL.read_bytes()
-    arguments = checkpoint.from_bytes(model).cnn, dataset, files.sha256(model)
+    arguments = model_file.from_bytes(model).cnn, dataset, files.sha256(model)
     assert models.log_model(only_run().info.run_id, *arguments) == whole.model_outputs[0].model_id
     MlflowClient().delete_logged_model(whole.model_outputs[0].model_id)
     again = models.log_model(only_run().info.run_id, *arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import Fault
-from pipeline.network import checkpoint
+from pipeline.network import model_file
 from pipeline.network.cnn import CNN, Architecture
 
 ARCHITECTURE = Architecture(
@@ -18,7 +18,7 @@ def network(seed: int) -> CNN:
 
 def test_the_file_holds_all_that_the_network_is() -> None:
     cnn = network(0)
-    saved = checkpoint.from_bytes(checkpoint.to_bytes(cnn, {"data.name": "pets"}, {"model.filters": [4, 6]}))
+    saved = model_file.from_bytes(model_file.to_bytes(cnn, {"data.name": "pets"}, {"model.filters": [4, 6]}))
     read = saved.cnn
     assert read.architecture == ARCHITECTURE
     assert (saved.data, saved.recipe) == ({"data.name": "pets"}, {"model.filters": [4, 6]})
@@ -27,10 +27,10 @@ def test_the_file_holds_all_that_the_network_is() -> None:
 
 
 def test_the_same_weights_give_the_same_bytes() -> None:
-    assert checkpoint.to_bytes(network(0)) == checkpoint.to_bytes(network(0)) != checkpoint.to_bytes(network(1))
+    assert model_file.to_bytes(network(0)) == model_file.to_bytes(network(0)) != model_file.to_bytes(network(1))
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 200, checkpoint.to_bytes(network(0))[:-5]])
+@pytest.mark.parametrize("content", [b"", b"x" * 200, model_file.to_bytes(network(0))[:-5]])
 def test_a_damaged_file_is_refused_with_the_remedy(content: bytes) -> None:
     with pytest.raises(Fault, match=r"the model file is damaged .* run `dvc repro -f train`"):
-        checkpoint.from_bytes(content)
+        model_file.from_bytes(content)
