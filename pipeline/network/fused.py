@@ -21,7 +21,6 @@ SIGNS = {"max": 1, "min": -1}
 MOST_UNROLLED = 36  # multiply-adds for one filter and one pooling window; beyond, the compiler keeps loops, and is slow
 FEWEST_FILTERS = 16  # a vector's length
 FEWEST_FACTORS = 32  # channels and filters; with fewer the sums cost more than the multiplications that they save
-WINOGRAD_IMAGES = 8  # at a time; what is in work then stays in the core's own cache
 SUMS_OF_THREE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
 SUMS_OF_NINE = torch.kron(SUMS_OF_THREE, SUMS_OF_THREE)  # of a filter's weights, for ``kernels.winograd``
 
@@ -146,19 +145,13 @@ def _suits_winograd(block: Block) -> bool:
 
 def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """Of inputs (N, C, H, W) what ``_pooled`` gives of their convolution."""
-    loops = kernels.winograd(sign)
     filters, channels, *_ = weight.shape
-    by_pixel = _by_pixel(inputs)
     factors = (SUMS_OF_NINE @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
+    factors = F.pad(factors, (0, 0, 0, -channels % kernels.DEPTH))
     left = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
     winners = torch.empty(left.shape, dtype=torch.uint8)
-    for start in range(0, len(inputs), WINOGRAD_IMAGES):
-        some = slice(start, start + WINOGRAD_IMAGES)
-        maps, places = left[some].view(-1, filters), winners[some].view(-1, filters)
-        sums, products = torch.empty(16, len(maps), channels), torch.empty(16, len(maps), filters)
-        loops.part(by_pixel[some].numpy(), sums.numpy())
-        torch.bmm(sums, factors, out=products)
-        loops.choose(products.numpy(), bias.numpy(), maps.numpy(), places.numpy())
+    loop = kernels.winograd(channels, filters, sign)
+    loop(_by_pixel(inputs).numpy(), factors.numpy(), bias.numpy(), left.numpy(), winners.numpy())
     return left, winners
 
 

@@ -1,6 +1,7 @@
 """All cores for one batch: its images are dealt out to threads, piece by piece."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class Workers:
     """
 
     def __init__(self, count: int, others: ThreadPoolExecutor | None) -> None:
-        self._count, self._others = count, others
+        self.count, self._others = count, others
 
     def piece(self, batch_size: int) -> int:
         """How many images of such a batch make a piece; all of them where a batch cannot be parted.
@@ -37,7 +38,7 @@ class Workers:
         """
         if self._others is None:
             return batch_size
-        return min(LARGEST_PIECE, max(SMALLEST_PIECE, math.ceil(batch_size / self._count)))
+        return min(LARGEST_PIECE, max(SMALLEST_PIECE, math.ceil(batch_size / self.count)))
 
     def map(self, function: Callable[..., Result], *pieces: Iterable[Any]) -> Iterator[Result]:
         """What the function gives for each piece, in their order. Settings such as no_grad do not reach it.
@@ -46,11 +47,25 @@ class Workers:
         as Python's own map does.
         """
         calls = list(zip(*pieces, strict=False))
-        for start in range(0, len(calls), self._count):
-            own, *others = calls[start : start + self._count]
+        for start in range(0, len(calls), self.count):
+            own, *others = calls[start : start + self.count]
             futures = [self._others.submit(function, *call) for call in others] if self._others else []
             yield function(*own)  # the calling thread takes its share instead of waiting
             yield from (future.result() for future in futures)
+
+
+_now: list[Workers] = []  # those that are hired, the last ones last
+
+
+def use_threads(count: int) -> None:
+    """From the next batch on take so many threads. torch.set_num_threads is heard by those alone who are hired later.
+
+    Up to ``most_threads`` no bit of the result changes.
+    """
+    if _now:
+        _now[-1].count = count
+    else:
+        torch.set_num_threads(count)
 
 
 @contextmanager
@@ -64,8 +79,12 @@ def hired(cnn: CNN, device: torch.device) -> Iterator[Workers]:
         yield Workers(1, None)
         return
     torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(max(threads - 1, 1)) as others:
-            yield Workers(threads, others)
-    finally:
-        torch.set_num_threads(threads)
+    # Threads begin when they are first needed, so there may be as many as there will ever be.
+    with ThreadPoolExecutor(max(threads, os.cpu_count() or 1)) as others:
+        team = Workers(threads, others)
+        _now.append(team)
+        try:
+            yield team
+        finally:
+            _now.pop()
+            torch.set_num_threads(team.count)

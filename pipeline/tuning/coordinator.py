@@ -1,7 +1,6 @@
 """The process that gives work to the team: trials of the study until there are enough, then the finalists' seeds."""
 
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -41,13 +40,16 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
     try:
         while at_work or study.counted() < total:
             _give_work(study, team, at_work, total)
+            if study.wants_another(total):
+                team.draw_in()
+            else:
+                team.spread()
             study.beat(work.trial for work in at_work.values())
             if not at_work:
-                time.sleep(WAIT)  # others, elsewhere, are at the last trials
-                on_change()
+                on_change()  # others, elsewhere, may be at the last trials
             for task, message in team.messages(WAIT):
                 assert isinstance(task, int)
-                if _has_ended(study, team, at_work[task], message, total):
+                if _has_ended(study, team, at_work[task], message):
                     del at_work[task]
                     on_change()
     except BaseException:
@@ -65,23 +67,23 @@ def _give_work(study: Study, team: Team, at_work: dict[int, _AtWork], total: int
             team.give(trial.number, params)
 
 
-def _has_ended(study: Study, team: Team, work: _AtWork, message: Message, total: int) -> bool:
+def _has_ended(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
     try:
-        return _taken_in(study, team, work, message, total)
+        return _taken_in(study, team, work, message)
     except UpdateFinishedTrialError:  # nothing was heard from here for so long that others have given it up
         if isinstance(message, Epoch):
             team.answer(work.trial.number, go_on=False)
         return not isinstance(message, Epoch)
 
 
-def _taken_in(study: Study, team: Team, work: _AtWork, message: Message, total: int) -> bool:
+def _taken_in(study: Study, team: Team, work: _AtWork, message: Message) -> bool:
     """Whether the trial has ended with this message."""
     trial = work.trial
     match message:
         case Epoch():
             work.history.append(message)
             work.pruned = not study.report(trial, message)
-            team.answer(trial.number, not work.pruned, nothing_waits=not study.wants_another(total))
+            team.answer(trial.number, go_on=not work.pruned)
             return False
         case Done():
             study.finish(trial, work.params, work.history, work.pruned)
@@ -113,13 +115,17 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
                 continue
             knobs = {**finalists[index].values, "train.epochs": tune.epochs, "seed": seed}
             team.give((index, seed), study.params.changed(knobs))
+        if waiting:
+            team.draw_in()
+        else:
+            team.spread()
         for task, message in team.messages(WAIT):
             assert isinstance(task, tuple)
             finalist, seed = finalists[task[0]], task[1]
             match message:
                 case Epoch():
                     last[task] = message
-                    team.answer(task, go_on=True, nothing_waits=not waiting)
+                    team.answer(task, go_on=True)
                 case Done():
                     study.keep_accuracy(finalist.values, seed, last[task].validation_accuracy)
                 case Lost() if lost[task] < MOST_RETRIES:

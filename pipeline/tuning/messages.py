@@ -1,11 +1,17 @@
-"""What a worker says of its task: after an epoch it waits for an answer, the others are its last word.
+"""What a worker and its coordinator say to each other.
 
-The answer is the number of threads for the next epoch, or STOP.
+The worker says that it is ready, then, of each task that it is given, its epochs and a last word. After an epoch it
+waits to be told whether to go on. On how many threads it shall be may be told at any time.
 """
 
 from dataclasses import dataclass
 
 from pipeline.network.training import Epoch
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker has all that it needs, and waits for its first task."""
 
 
 @dataclass(frozen=True)
@@ -27,5 +33,12 @@ class Lost:
     reason: str
 
 
-STOP = 0
+@dataclass(frozen=True)
+class Threads:
+    """To the worker: on so many, from the next step on."""
+
+    count: int
+
+
+GO_ON, STOP = True, False
 Message = Epoch | Done | Failed | Lost

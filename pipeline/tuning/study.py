@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.images.splits import Dataset
 from pipeline.network.cnn import multiply_adds, parameter_count
 from pipeline.network.training import Epoch
-from pipeline.params import Params
+from pipeline.params import MACHINE, Params
 from pipeline.recipe import architecture
 from pipeline.tuning.finalists import Finalist
 from pipeline.tuning.records import Status, TrialRecord
@@ -293,7 +293,7 @@ def _pruner(params: Params) -> BasePruner:
 def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
     """What must not change while a study goes on, as JSON gives it back."""
     tune = params.tune
-    free = {*tune.space, "train.epochs", "train.device", "train.threads"}
+    free = {*tune.space, "train.epochs", *(f"train.{knob}" for knob in MACHINE)}
     fixed = {path: value for path, value in params.knobs().items() if path.split(".")[0] in ("seed", "model", "train")}
     return {
         "data.sha256": dataset.sha256,

@@ -13,9 +13,10 @@ from pipeline.errors import Fault
 from pipeline.network.training import Epoch
 from pipeline.network.workers import most_threads
 from pipeline.params import Params
-from pipeline.tuning.messages import STOP, Lost, Message
+from pipeline.tuning.messages import Lost, Message, Ready, Threads
 
 SIGNALS = 128  # exit codes from here on say that a signal ended the process
+MOST_NEVER_READY = 5  # workers that were killed before they could begin
 Line: TypeAlias = "Connection[Any, Any]"
 
 
@@ -31,14 +32,15 @@ class _Task:
 class Team:
     """So many workers; one that dies is replaced. Tasks are named by the caller.
 
-    Together they never have more threads than there are cores. Each has its share of them; the shares of those that
-    will have nothing to do go to the others, but no more than leave every bit of a result as it is.
+    Together they never have more threads than there are cores. Each has its share of them; `spread` gives the shares
+    of those that have nothing to do to the others, but no more than leave every bit of a result as it is.
     """
 
     def __init__(self, workers: int, cores: int) -> None:
         self._cores, self._share = cores, cores // workers
         self._processes: dict[Line, subprocess.Popen[bytes]] = {}
-        self._silent = set[Line]()  # those that have not said anything yet
+        self._silent = set[Line]()  # those that are not ready yet
+        self._never_ready = 0
         self._at: dict[Hashable, _Task] = {}
         for _ in range(workers):
             self._hire()
@@ -56,8 +58,12 @@ class Team:
 
     @property
     def has_idle(self) -> bool:
-        """Whether a worker has nothing to do, and its share of the cores is free."""
-        return len(self._at) < len(self._processes) and self._free >= self._share
+        """Whether a worker is ready and has nothing to do, and its share of the cores is free."""
+        return bool(self._idle - self._silent) and self._free >= self._share
+
+    @property
+    def _idle(self) -> set[Line]:
+        return set(self._processes) - {task.line for task in self._at.values()}
 
     @property
     def _free(self) -> int:
@@ -74,8 +80,7 @@ class Team:
 
     def give(self, task: Hashable, params: Params) -> None:
         """Have an idle worker train the network of ``params``."""
-        busy = [each.line for each in self._at.values()]
-        line = next(line for line in self._processes if line not in busy)
+        line = next(iter(self._idle - self._silent or self._idle))
         most = max(self._share, most_threads(params.train.batch_size, params.model.batch_norm))
         self._at[task] = _Task(line, self._share, most)
         with suppress(OSError):  # it has died, which `messages` tells
@@ -86,33 +91,51 @@ class Team:
 
         Raises Fault where a worker ends before it says anything: the next would too.
         """
-        ready = wait([task.line for task in self._at.values()], seconds)
-        return [(name, self._message(name)) for name, task in list(self._at.items()) if task.line in ready]
+        heard = []
+        at = {task.line: name for name, task in self._at.items()}
+        for line in wait([*at, *self._silent - set(at)], seconds):
+            assert isinstance(line, Connection)
+            message = self._message(line)
+            if line in at and not isinstance(message, Ready):
+                heard.append((at[line], message))
+                if not isinstance(message, Epoch):
+                    del self._at[at[line]]
+        return heard
 
-    def _message(self, task: Hashable) -> Message:
-        line = self._at[task].line
+    def _message(self, line: Line) -> Message | Ready:
         try:
-            message: Message = line.recv()
+            message: Message | Ready = line.recv()
         except (EOFError, OSError):
-            del self._at[task]
             silent, code = line in self._silent, self._buried(line)
-            if 0 <= code < SIGNALS and silent:
-                raise Fault(f"a worker could not begin: it ended with exit code {code}") from None
-            self._hire()
+            self._never_ready += silent
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            if silent and (0 <= code < SIGNALS or self._never_ready > MOST_NEVER_READY):
+                raise Fault(f"a worker could not begin: it {how}") from None
+            self._hire()
             return Lost(f"its worker {how}")
         self._silent.discard(line)
-        if not isinstance(message, Epoch):
-            del self._at[task]
         return message
 
-    def answer(self, task: Hashable, go_on: bool, nothing_waits: bool = False) -> None:
-        """Whether the worker shall go on after an epoch; on more cores where the idle ones will not need theirs."""
-        at = self._at[task]
-        fair = self._cores // len(self._at)
-        at.threads = min(fair, at.threads + self._free, at.most) if nothing_waits else self._share
+    def answer(self, task: Hashable, go_on: bool) -> None:
+        """Whether the worker shall go on after an epoch."""
         with suppress(OSError):  # it has died, which `messages` tells
-            at.line.send(at.threads if go_on else STOP)
+            self._at[task].line.send(go_on)
+
+    def spread(self) -> None:
+        """Give the cores that nobody will need to those at work, from their next step on."""
+        while self._free and (narrow := [task for task in self._at.values() if task.threads < task.most]):
+            self._tell(min(narrow, key=lambda task: task.threads), more=1)
+
+    def draw_in(self) -> None:
+        """Take back what was spread: there is something to do again."""
+        for task in self._at.values():
+            if task.threads > self._share:
+                self._tell(task, more=self._share - task.threads)
+
+    def _tell(self, task: _Task, more: int) -> None:
+        task.threads += more
+        with suppress(OSError):
+            task.line.send(Threads(task.threads))
 
     def _buried(self, line: Line) -> int:
         """The exit code of a worker that ends, or minus the number of the signal that killed it."""

@@ -10,13 +10,13 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from pipeline import recipe
 from pipeline.errors import UserError, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network.training import DivergedError
-from pipeline.tuning.messages import STOP, Done, Failed, Lost
+from pipeline.network.training import DivergedError, Step
+from pipeline.network.workers import use_threads
+from pipeline.params import Params
+from pipeline.tuning.messages import STOP, Done, Failed, Lost, Ready, Threads
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
     with Connection(int(sys.argv[1])) as coordinator:
         try:
+            coordinator.send(Ready())
             while True:
                 _train(coordinator, dataset, train, validation)
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -34,22 +35,35 @@ def main() -> None:
 def _train(
     coordinator: "Connection[Any, Any]", dataset: Dataset, train: LabelledImages, validation: LabelledImages
 ) -> None:
-    params = coordinator.recv()
+    params = _told(coordinator)
+    assert isinstance(params, Params)
+
+    def on_step(step: Step) -> None:
+        while coordinator.poll():  # nothing but this is said while a pass goes on
+            use_threads(coordinator.recv().count)
+
     try:
         device = recipe.device_for(params)
         cnn = recipe.build(params, dataset)
-        for epoch in recipe.fit(cnn, train.to(device), validation.to(device), params):
+        for epoch in recipe.fit(cnn, train.to(device), validation.to(device), params, on_step):
             coordinator.send(epoch)
-            threads = coordinator.recv()
-            if threads == STOP:
+            if _told(coordinator) == STOP:
                 break
-            torch.set_num_threads(threads)
     except (UserError, DivergedError) as error:
         coordinator.send(Failed(f"{type(error).__name__}: {error}"))
     except (RuntimeError, MemoryError) as error:  # PyTorch says so too where there is no memory, or no thread
         coordinator.send(Lost(f"{type(error).__name__}: {error}"))
     else:
         coordinator.send(Done())
+
+
+def _told(coordinator: "Connection[Any, Any]") -> Params | bool:
+    """What comes next, but for the number of threads, which is heard at once."""
+    told: Params | Threads | bool = coordinator.recv()
+    while isinstance(told, Threads):
+        use_threads(told.count)
+        told = coordinator.recv()
+    return told
 
 
 if __name__ == "__main__":

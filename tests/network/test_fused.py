@@ -35,6 +35,7 @@ ARCHITECTURES = [
     replace(PUBLISHED, filters=(16, 8), kernel_size=1, pool_size=4),
     replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3)),
     replace(PUBLISHED, filters=(32, 40), image_shape=(20, 31, 3)),
+    replace(PUBLISHED, filters=(33, 37)),
     replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3), padding=1, pool="min"),
 ]
 
@@ -51,11 +52,11 @@ def trained_a_little(architecture: Architecture) -> CNN:
 
 def images_for(architecture: Architecture, digits: dict[str, LabelledImages]) -> LabelledImages:
     """Digits where they fit, with their black, white and flat places, else noise."""
-    some = digits["train"][:100]
+    some = digits["train"][:99]
     if architecture.image_shape == (28, 28, 1):
         return some
     generator = torch.Generator().manual_seed(2)
-    noise = torch.randint(256, (100, *architecture.image_shape), dtype=torch.uint8, generator=generator)
+    noise = torch.randint(256, (99, *architecture.image_shape), dtype=torch.uint8, generator=generator)
     return LabelledImages(noise, some.labels)
 
 
@@ -152,7 +153,7 @@ def test_a_network_with_batch_normalisation_is_that_of_pytorch(
     # Not held to float64: over channels_last maps PyTorch adds up in float32, and its own plain network is 1e-4 off.
     architecture = replace(PUBLISHED, batch_norm=True, **changed)
     fast, plain = trained_a_little(architecture), trained_a_little(architecture)
-    some = digits["train"][:100]
+    some = digits["train"][:99]
     for train in (True, False):
         found = fused.logits(fast.train(train), some.images, torch.Generator().manual_seed(3))
         expected = plain.train(train)(as_input(some.images), torch.Generator().manual_seed(3))
@@ -193,7 +194,7 @@ def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> 
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         kept.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")})
-    assert len([path for path in kept[0] if path.suffix == ".nbc"]) == 11
+    assert len([path for path in kept[0] if path.suffix == ".nbc"]) == 10
     assert kept[0] == kept[1]
 
 

@@ -58,3 +58,18 @@ def test_a_batch_that_is_normalised_stays_whole_while_training() -> None:
         with workers.hired(cnn.train(training), CPU) as team:
             assert team.piece(128) == piece
             assert list(team.map(abs, [-1, 2])) == [1, 2]
+
+
+def test_the_number_of_threads_may_change_between_two_batches() -> None:
+    torch.set_num_threads(1)
+    together = threading.Barrier(2, timeout=60)
+    with workers.hired(CNN(ARCHITECTURE, torch.Generator()), CPU) as team:
+        assert list(team.map(abs, [-1, 2])) == [1, 2]
+        workers.use_threads(2)
+        assert len(list(team.map(lambda _: together.wait(), range(4)))) == 4
+        workers.use_threads(1)
+        assert len(set(team.map(lambda _: threading.get_ident(), range(4)))) == 1
+        workers.use_threads(2)
+    assert torch.get_num_threads() == 2
+    workers.use_threads(1)
+    assert torch.get_num_threads() == 1

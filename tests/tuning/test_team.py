@@ -19,7 +19,7 @@ from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.network.training import Epoch
 from pipeline.params import read_params
 from pipeline.tuning import worker
-from pipeline.tuning.messages import Done, Failed, Lost, Message
+from pipeline.tuning.messages import GO_ON, Done, Failed, Lost, Message, Threads
 from pipeline.tuning.team import Team, team
 from tests.conftest import PARAMS, REPOSITORY
 
@@ -93,7 +93,11 @@ def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
             for task, message in hired.messages(1):
                 if isinstance(message, Epoch):
                     accuracies.append(message.validation_accuracy)
-                    hired.answer(task, go_on=True, nothing_waits=len(found) % 2 == 1)
+                    hired.answer(task, go_on=True)
+                    if len(found) % 2 == 1:
+                        hired.spread()
+                    else:
+                        hired.draw_in()
                     found.append(hired.threads(task))
                     idle.append(hired.has_idle)
     assert found == threads
@@ -108,7 +112,8 @@ def test_two_at_work_on_two_cores_keep_one_each(workspace: Path) -> None:
         while len(hired.tasks) == 2:
             for task, message in hired.messages(1):
                 if isinstance(message, Epoch):
-                    hired.answer(task, go_on=True, nothing_waits=True)
+                    hired.answer(task, go_on=True)
+                    hired.spread()
                     assert sum(map(hired.threads, hired.tasks)) <= 2
                     assert hired.threads(task) == 1 or len(hired.tasks) == 1
 
@@ -118,11 +123,17 @@ def test_a_worker_trains_on_as_many_threads_as_it_is_told(workspace: Path, prepa
         """The worker's end of the connection, with what is said at the other end written down before."""
 
         def __init__(self) -> None:
-            self.to_come: list[object] = [read_params().changed({"train.epochs": 3, "train.threads": 1}), 2, 1, 2]
-            self.threads: list[int] = []
+            params = read_params().changed({"train.epochs": 3, "train.threads": 1})
+            self.to_come: list[object] = [params, Threads(2), GO_ON, Threads(1), GO_ON, GO_ON]
+            self.steps, self.threads = 0, list[int]()
 
         def recv(self) -> object:
             return self.to_come.pop(0)
+
+        def poll(self) -> bool:
+            """After some steps of each epoch, something is said."""
+            self.steps += 1
+            return self.steps % 20 == 0 and isinstance(self.to_come[0], Threads)
 
         def send(self, message: Message) -> None:
             self.threads.append(torch.get_num_threads())
@@ -130,7 +141,8 @@ def test_a_worker_trains_on_as_many_threads_as_it_is_told(workspace: Path, prepa
     dataset, before, line = read_dataset(), torch.get_num_threads(), Line()
     worker._train(cast(Any, line), dataset, read_split(dataset, TRAIN), read_split(dataset, VALIDATION))
     torch.set_num_threads(before)
-    assert line.threads == [1, 2, 1, 2]  # three epochs, and that it is done
+    assert line.threads == [2, 1, 1, 1]  # three epochs, each told of in its midst, and that it is done
+    assert line.to_come == []
 
 
 def test_a_worker_that_is_killed_is_told_of_and_replaced(workspace: Path) -> None:
