@@ -7,7 +7,7 @@ Runs in a workspace with params.yaml and the prepared images, as `python -m pipe
 
 import sys
 from contextlib import nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from bench.contenders import reporting
 from pipeline.errors import run_command
@@ -17,9 +17,9 @@ def main() -> None:
     """Run the stage; untracked with a tracking module that does nothing, so that mlflow is not even imported."""
     if sys.argv[1] == "untracked":
         silent = ModuleType("pipeline.tracking.runs")
-        for name in ("connect", "log_epoch", "describe_model"):
-            setattr(silent, name, lambda *_: None)
-        silent.__dict__["training_run"] = lambda *_: nullcontext()
+        run = SimpleNamespace(run_id="", log_epoch=lambda *_: None, describe_model=lambda *_: None)
+        silent.__dict__.update({"connect": lambda: None, "settle": lambda: None, "TrainingRun": object})
+        silent.__dict__["training_run"] = lambda *_, **__: nullcontext(run)
         sys.modules["pipeline.tracking.runs"] = silent
     from pipeline import train
 

@@ -11,12 +11,22 @@ import argparse
 import json
 from collections.abc import Mapping
 
-from pipeline import files
+from pipeline import files, recipe
 from pipeline.errors import run_command
 from pipeline.images.splits import read_dataset
 from pipeline.params import read_params
 from pipeline.tracking import lineage, registry, runs
 from pipeline.tracking.gate import CHAMPION
+
+NEEDED = (
+    lineage.RECIPE,
+    "model.sha256",
+    "data.sha256",
+    "data.name",
+    "params.sha256",
+    "test.accuracy",
+    "test.error_count",
+)
 
 
 def main() -> None:
@@ -31,6 +41,7 @@ def main() -> None:
             print(f"{reign.since}  version {reign.version}: {reign.reason}")
     else:
         version = registry.find(arguments.model or CHAMPION)
+        registry.require(version, *NEEDED)
         print(f"{version.name} version {version.version}\n")
         print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags).items()))
         print()
@@ -53,7 +64,6 @@ def _facts(tags: Mapping[str, str]) -> dict[str, str]:
     known = {key: tags.get(key, "unknown") for key in (*lineage.MACHINE, "git.commit", "gate.decision", "gate.reason")}
     dirty = " and changes that were not committed" if tags.get("git.dirty") == "true" else ""
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
-    recipe = json.loads(tags[lineage.RECIPE])
     return {
         "model": f"SHA-256 {tags['model.sha256']}",
         "test": f"{float(tags['test.accuracy']):.2%} accuracy, {tags['test.error_count']} errors",
@@ -61,16 +71,19 @@ def _facts(tags: Mapping[str, str]) -> dict[str, str]:
         "commit": f"{known['git.commit']}{dirty}{experiment}",
         "data": f"{tags['data.name']}, SHA-256 {tags['data.sha256']}",
         "parameters": f"SHA-256 {tags['params.sha256']}",
-        **{f"  {knob}": str(value) for knob, value in recipe.items()},
+        **{f"  {knob}": str(value) for knob, value in json.loads(tags[lineage.RECIPE]).items()},
         "machine": ", ".join(f"{key} {known[key]}" for key in lineage.MACHINE),
     }
 
 
 def _verdict(tags: Mapping[str, str]) -> list[str]:
-    differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, read_params().recipe, _data_here())]
+    params = read_params()
+    differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, params.recipe, _data_here())]
     if differences:
         return ["This checkout would make another model:", *differences]
-    others = [f"  {what}" for what in lineage.other_machine(tags)]
+    if lineage.CODE not in tags:
+        return ["Nobody knows whether this checkout would make the same model: DVC brought it back from a cache."]
+    others = [f"  {what}" for what in lineage.other_machine(tags, recipe.device_for(params))]
     if others:
         return ["This checkout would make the same model but for the last bits, since the machine is another:", *others]
     return ["This checkout would make the same model again."]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+LONGEST_SHOWN = 300  # characters of a name
+
 
 class UserError(Exception):
     """Something the user can mend: what was wrong, where, what is allowed, what to do. Exit code 2."""
@@ -39,6 +41,12 @@ def run_command(command: Callable[[], None]) -> NoReturn:
 def without_password(text: str) -> str:
     """``text`` with what stands before the @ of each URL hidden."""
     return re.sub(r"(?<=://)[^@/\s]+(?=@)", "***", text)
+
+
+def shown(text: str) -> str:
+    """A name from outside in a message: on one line, whatever is in it, and not endless."""
+    printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return printable if len(printable) <= LONGEST_SHOWN else f"{printable[:LONGEST_SHOWN]}..."
 
 
 def _stop(code: int, line: str) -> NoReturn:

@@ -20,7 +20,7 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    saved = model_file.from_bytes(model)
+    saved = model_file.from_bytes(model, str(files.MODEL))
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
@@ -36,10 +36,13 @@ def main() -> None:
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
     runs.connect()
+    runs.settle()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], runs.EVALUATION)
     lineage = runs.lineage_of(run_id)
+    card = model_card(dataset, saved, metrics, lineage)
+    files.write(files.CARD, card.encode())
     entry = registry.Entry(
         run_id=run_id,
         model_id=models.log_model(run_id, saved.cnn, dataset, files.sha256(model)),
@@ -50,11 +53,11 @@ def main() -> None:
         parameters=parameter_count(saved.cnn.architecture),
         scores=scores,
         right=(logits.argmax(dim=1) == test.labels).numpy(),
-        card=model_card(dataset, saved, metrics, lineage),
+        card=card,
     )
     registered = registry.register(entry, dataset, test, params.evaluate.promotion)
     files.write_json(files.PROMOTION, registered.as_report())
-    runs.log_files(run_id, [files.PROMOTION], runs.EVALUATION)
+    runs.log_files(run_id, [files.PROMOTION, files.CARD], runs.EVALUATION)
     print(
         f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {scores['error_count']} errors in "
         f"{len(test):,} images\n"

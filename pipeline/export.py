@@ -4,21 +4,17 @@ python -m pipeline.export --format onnx|pt2 [--model MODEL] [--out FILE]
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-
-from torch.export import ExportedProgram
 
 from pipeline import files
 from pipeline.errors import UserError, run_command
 from pipeline.network import formats
+from pipeline.network.cnn import CNN
 from pipeline.tracking import registry, runs
 from pipeline.tracking.gate import CHAMPION
 
-WRITERS: dict[str, Callable[[ExportedProgram, Sequence[str]], bytes]] = {
-    "onnx": formats.as_onnx,
-    "pt2": formats.as_pt2,
-}
+WRITERS: dict[str, Callable[[CNN], bytes]] = {"onnx": formats.as_onnx, "pt2": formats.as_pt2}
 
 
 def main() -> None:
@@ -28,10 +24,14 @@ def main() -> None:
     version = registry.find(arguments.model)
     loaded = registry.load(version)
     path = arguments.out or Path(f"{version.name}-{version.version}.{arguments.format}")
+    if path.is_dir():
+        raise UserError(f"--out is {path}, which is a folder; name a file")
     try:
-        content = WRITERS[arguments.format](loaded.model.program, loaded.class_names)
+        content = WRITERS[arguments.format](loaded.cnn)
     except ImportError as error:
-        raise UserError(f"{error}: the format {arguments.format} needs `pip install onnx onnxscript`") from error
+        raise UserError(
+            f"{error}: the format {arguments.format} needs `pip install onnx onnxruntime onnxscript`"
+        ) from error
     files.write(path, content)
     print(f"{version.name} version {version.version} -> {path}, {len(content):,} bytes")
 

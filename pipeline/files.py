@@ -1,12 +1,17 @@
 """The files that the stages hand to each other: their names, how they are written, how they are hashed."""
 
 import csv
+import errno
+import glob
 import hashlib
 import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from pipeline.errors import Fault, UserError
 
@@ -16,7 +21,9 @@ HISTORY = Path("reports/history.csv")
 METRICS = Path("reports/metrics.json")
 PREDICTIONS = Path("reports/predictions.csv")
 PROMOTION = Path("reports/promotion.json")
+CARD = Path("reports/model_card.md")
 FIGURES = Path("reports/figures")
+UNFINISHED = ".tmp"
 
 
 def root() -> Path:
@@ -37,15 +44,66 @@ def read(path: Path, made_by: str) -> bytes:
         raise UserError(f"{path} does not exist: run `dvc repro {made_by}` first") from None
 
 
+def runs_in_dvc() -> bool:
+    """Whether DVC has started this process as a stage."""
+    return "DVC_STAGE" in os.environ
+
+
 def write(path: Path, content: bytes) -> None:
-    """Write ``path`` whole or not at all, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write ``path`` whole or not at all, so that no reader ever sees half a file, nor a power failure leaves one.
+
+    Raises Fault where it cannot be written; then what was there before still is.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
-        unfinished.write_bytes(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_killed(path)
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise Fault(f"{path} cannot be written ({error.strerror}): {_remedy(error)}, then run again") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be what cannot be written
+            unfinished.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises Fault where nothing can be written into ``folder``: better said before an hour of training than after."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    probe = there / ".writable"
+    write(probe, b"")
+    probe.unlink()
+
+
+def _clear_killed(path: Path) -> None:
+    """Remove what processes that were killed while they wrote this file have left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+        number = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk know the new name too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            return "make room on that disk"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "make the folder writable"
+        case _:
+            return "see to that disk"
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -72,6 +72,7 @@ class Train(Section):
     precision: Literal["float32", "bfloat16"]
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | None
+    checkpoint_seconds: Annotated[float, Field(gt=0)] | None
 
 
 class Promotion(Section):
@@ -131,7 +132,7 @@ class Tune(Section):
     space: dict[str, Range] = Field(min_length=1)
 
 
-MACHINE = ("device", "threads")  # knobs of train that say where, not what
+MACHINE = ("device", "threads", "checkpoint_seconds")  # knobs of train that say where and how, not what
 DECIDES = set(Train.model_fields) - set(MACHINE)
 
 
@@ -204,7 +205,13 @@ def _keys(path: str) -> list[str | int]:
     return [int(key) if key.isdigit() else key for key in path.split(".")]
 
 
-NOT_TUNED = ("train.device", "train.epochs", "train.precision", "train.threads")  # no choice of a trial
+NOT_TUNED = (
+    "train.checkpoint_seconds",
+    "train.device",
+    "train.epochs",
+    "train.precision",
+    "train.threads",
+)  # no choice of a trial
 
 
 def _refuse_untunable(params: Params, path: str, space: Range) -> None:

@@ -8,7 +8,9 @@ picture on standard input. One that cannot be read is a line on standard error, 
 
 import argparse
 import io
+import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError, run_command, shown
 from pipeline.images import pictures, sources
 from pipeline.tracking import registry, runs
 from pipeline.tracking.gate import CHAMPION
@@ -30,25 +32,26 @@ AT_A_TIME = 250  # pictures
 def main() -> None:
     """Load the model, then read, classify and print, some pictures at a time."""
     arguments = _arguments()
-    paths = list(_paths(arguments.files))
     runs.connect()
     loaded = registry.load(registry.find(arguments.model))
     show = _as_json if arguments.json else _as_line
-    unread = 0
-    for start in range(0, len(paths), AT_A_TIME):
-        images = {}
-        for path in paths[start : start + AT_A_TIME]:
+    pictures_named = unread = 0
+    paths = _paths(arguments.files)
+    while some := list(itertools.islice(paths, AT_A_TIME)):
+        images = []
+        for path in some:
+            pictures_named += 1
             try:
-                images[path] = _image(path, loaded)
+                images.append((path, _image(path, loaded)))
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 unread += 1
-        if not images:
-            continue
-        for path, probabilities in zip(images, loaded.model.classify(np.stack(list(images.values()))), strict=True):
-            print(show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
+        if images:
+            answers = loaded.classify(np.stack([image for _, image in images]))
+            for (path, _), probabilities in zip(images, answers, strict=True):
+                print(show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
     if unread:
-        raise UserError(f"{unread} of {len(paths)} pictures could not be read")
+        raise UserError(f"{unread} of {pictures_named} pictures could not be read")
 
 
 def _arguments() -> argparse.Namespace:
@@ -64,33 +67,33 @@ def _arguments() -> argparse.Namespace:
 def _paths(given: Iterable[str]) -> Iterator[str]:
     """The files that are named, and the pictures in the folders that are."""
     for name in given:
-        if Path(name).is_dir():
+        # os.path does not mind names that no file can have; what is wrong with one is said when it is read.
+        if os.path.isdir(name):  # noqa: PTH112
             found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
-            if not found:
-                raise UserError(f"there are no pictures in {name}; they end in {', '.join(pictures.SUFFIXES)}")
-            yield from map(str, found)
+            yield from map(str, found) if found else [name]
         else:
             yield name
 
 
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
-    picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), path)
+    name = shown(path)
+    picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), name)
     if loaded.data_name in sources.CENTRED_STROKES:
-        return pictures.centred_strokes(picture, loaded.model.image_shape, path).numpy()
-    return pictures.fitted(picture, loaded.model.image_shape).numpy()
+        return pictures.centred_strokes(picture, loaded.image_shape, name).numpy()
+    return pictures.fitted(picture, loaded.image_shape).numpy()
 
 
 def _as_line(path: str, probabilities: Mapping[str, float]) -> str:
-    (label, first), (other, second), *_ = sorted(probabilities.items(), key=lambda each: -each[1])
-    doubt = f"  (or {other}, {second:.1%})" if second >= CLOSE else ""
-    return f"{path}  {label}  {first:.1%}{doubt}"
+    (label, first), *others = sorted(probabilities.items(), key=lambda each: -each[1])
+    doubt = "".join(f"  (or {shown(other)}, {second:.1%})" for other, second in others[:1] if second >= CLOSE)
+    return f"{shown(path)}  {shown(label)}  {first:.1%}{doubt}"
 
 
 def _as_json(path: str, probabilities: Mapping[str, float]) -> str:
     label = max(probabilities, key=lambda name: probabilities[name])
     content = {"file": path, "label": label, "probability": probabilities[label], "probabilities": probabilities}
-    return json.dumps(content, ensure_ascii=False)
+    return json.dumps(content)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.images.splits import Dataset, LabelledImages
 from pipeline.network import training
+from pipeline.network.checkpoint import Checkpoint
 from pipeline.network.cnn import CNN, Architecture, layers
 from pipeline.params import Params
 
@@ -38,10 +39,13 @@ def fit(
     validation: LabelledImages,
     params: Params,
     on_step: Callable[[training.Step], object] = lambda step: None,
+    start: Checkpoint | None = None,
+    keep: Callable[[Checkpoint], object] = lambda checkpoint: None,
 ) -> Iterator[training.Epoch]:
     """Train ``cnn`` in place as ``train`` says, on the device of the images; an Epoch after each pass.
 
-    A UserError where a batch would be too small for batch normalisation.
+    The functions and ``start`` are those of training.fit. A UserError where a batch would be too small for batch
+    normalisation.
     """
     size = params.train.batch_size
     of_one_pixel = any(layer.output_shape[:-1] == (1, 1) for layer in layers(cnn.architecture))
@@ -56,5 +60,7 @@ def fit(
         (validation.images, validation.labels),
         generator=torch.Generator(train.images.device).manual_seed(params.seed),
         on_step=on_step,
+        start=start,
+        keep=keep,
         **params.train.model_dump(exclude={"device", "threads"}),
     )

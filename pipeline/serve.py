@@ -20,7 +20,7 @@ def main() -> None:
     arguments = _arguments()
     runs.connect()
     version = registry.find(arguments.model)
-    application = serving.application(version)
+    application = serving.application(version, arguments.host)
     print(f"{version.name} version {version.version} answers at http://{arguments.host}:{arguments.port}", flush=True)
     uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning")
 
@@ -29,8 +29,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.serve", description="Serve a registered model over HTTP.")
     parser.add_argument("--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=5002, help="the port to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=5002, help="the port to listen at (default: %(default)s)")
     return parser.parse_args()
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port; allowed: 1 to 65535")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from pipeline import files, recipe
+from pipeline import files, recipe, resuming
 from pipeline.errors import Fault, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 from pipeline.network import model_file, training
+from pipeline.network.checkpoint import Checkpoint
 from pipeline.network.cnn import CNN, summary
 from pipeline.params import Params, read_params
+from pipeline.resuming import Interrupted
 from pipeline.tracking import runs
+from pipeline.tracking.runs import TrainingRun
 
 
 def main() -> None:
@@ -22,38 +25,78 @@ def main() -> None:
     cnn = recipe.build(params, dataset)
     print(summary(cnn.architecture), flush=True)
 
+    for folder in (files.MODEL.parent, files.HISTORY.parent, resuming.folder()):
+        files.check_writable(folder)
     runs.connect()
-    with runs.training_run(params, dataset):
-        history = _fit(cnn, train, validation, params)
-        model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
-        model_sha256 = files.sha256(model)
-        files.write(files.MODEL, model)
-        files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
-        runs.describe_model(cnn, dataset, model_sha256)
-    print(f"{files.MODEL}: SHA-256 {model_sha256[:12]}..., trained on {dataset.label}")
+    runs.settle()
+    known_by = resuming.fingerprint(params, dataset, device)
+    if run_id := _already_trained(known_by):
+        print(f"{files.MODEL} was trained by the MLflow run {run_id}, which ended before DVC knew of it")
+    else:
+        before = resuming.find(known_by)
+        continues = before.run_id if before else None
+        with runs.training_run(params, dataset, device, known_by, continues) as run:
+            history = _fit(cnn, train, validation, params, run, known_by, before)
+            model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
+            files.write(files.MODEL, model)
+            files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
+            run.describe_model(cnn, dataset, files.sha256(model))
+    resuming.forget(known_by)
+    print(f"{files.MODEL}: SHA-256 {files.sha256(files.MODEL.read_bytes())[:12]}..., trained on {dataset.label}")
 
 
-def _fit(cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Params) -> list[training.Epoch]:
-    """Train to the end, with a bar on a terminal and a line an epoch anywhere."""
-    history = []
+def _already_trained(known_by: str) -> str | None:
+    """The run of a training that came to its end, but was killed before DVC had noted what it wrote."""
+    if not files.runs_in_dvc() or not files.MODEL.exists() or not files.HISTORY.exists():
+        return None
+    model = files.MODEL.read_bytes()
+    return None if resuming.is_recorded_by_dvc(model) else runs.has_given(known_by, files.sha256(model))
+
+
+def _fit(
+    cnn: CNN,
+    train: LabelledImages,
+    validation: LabelledImages,
+    params: Params,
+    run: TrainingRun,
+    known_by: str,
+    before: Interrupted | None,
+) -> list[training.Epoch]:
+    """Train to the end, with a bar on a terminal and a line an epoch anywhere; where ``before`` ended, if at all."""
+    history = list(before.history) if before else []
+    for epoch in history:
+        run.log_epoch(epoch)
+    if before:
+        print(f"an interrupted training goes on after epoch {len(history)} of {params.train.epochs}", flush=True)
+    seen = sum(_images_seen(before.checkpoint, params, len(train))) if before else 0
     device = train.images.device
-    with tqdm(total=params.train.epochs * len(train), unit=" images", unit_scale=True, disable=None) as bar:
+    images = params.train.epochs * len(train)
+    with tqdm(total=images, initial=seen, unit=" images", unit_scale=True, disable=None) as bar:
 
         def on_step(step: training.Step) -> None:
             # True a few times a second, on a terminal only. A GPU would have to be waited for to tell the loss.
             if bar.update(step.images) and device.type == "cpu":
                 bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
 
+        def keep(reached: Checkpoint) -> None:
+            resuming.keep(known_by, reached, history, run.run_id)
+
+        start = before.checkpoint if before else None
         try:
-            for epoch in recipe.fit(cnn, train, validation, params, on_step):
+            for epoch in recipe.fit(cnn, train, validation, params, on_step, start, keep):
                 history.append(epoch)
-                runs.log_epoch(epoch)
+                run.log_epoch(epoch)
                 bar.write(_line(epoch, params.train.epochs))
         except training.DivergedError as error:
             raise Fault(
                 f"{error}: try a lower train.learning_rate than {params.train.learning_rate:g} in params.yaml"
             ) from error
     return history
+
+
+def _images_seen(reached: Checkpoint, params: Params, count: int) -> tuple[int, int]:
+    """In whole passes, and in the one that was begun."""
+    return reached.epoch * count, reached.step * params.train.batch_size
 
 
 def _line(epoch: training.Epoch, epochs: int) -> str:

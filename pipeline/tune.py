@@ -48,6 +48,7 @@ def main() -> None:
             if study.present is None:
                 print(f"the present values of {PARAMS} are outside tune.space: they are no trial, but a finalist")
             runs.connect()
+            runs.settle()
             with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
                 _run_trials(study, hired, total, run)
                 outcomes = _check_finalists(study, hired)

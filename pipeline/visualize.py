@@ -17,7 +17,7 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    saved = model_file.from_bytes(model)
+    saved = model_file.from_bytes(model, str(files.MODEL))
     test = read_split(dataset, TEST)
     history = files.read_table(files.HISTORY, made_by="train")
 
@@ -29,6 +29,7 @@ def main() -> None:
         stale.unlink()
 
     runs.connect()
+    runs.settle()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, history)
     runs.log_files(run_id, paths, "figures")
     print(f"{len(paths)} figures of a model trained on {dataset.label} -> {files.FIGURES}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 
 from pipeline import evaluate, train
 from pipeline.tracking import lineage, registry, runs
@@ -53,12 +54,30 @@ TAGS = {"recipe": "{}", "data.sha256": "a" * 64, "code": json.dumps({"pipeline/t
 
 def test_other_code_and_another_machine_are_named() -> None:
     assert list(lineage.differences(TAGS, {}, "a" * 64)) == [("code", "pipeline/train.py is another")]
-    restored = {key: value for key, value in TAGS.items() if key != "code"}
-    assert list(lineage.differences(restored, {}, "a" * 64)) == [
-        ("code", "nobody knows: DVC brought the model back from a cache")
+    cpu = torch.device("cpu")
+    assert lineage.other_machine({"device": "NVIDIA H100", "cpu.capability": "AVX1024"}, cpu) == [
+        "device was NVIDIA H100, here it is cpu",
+        f"cpu.capability was AVX1024, here it is {torch.backends.cpu.get_cpu_capability()}",
     ]
-    assert lineage.other_machine({"cpu.capability": "AVX1024"})[0].startswith("cpu.capability was AVX1024, here it is ")
-    assert lineage.other_machine(lineage.surroundings()) == []
+    assert lineage.other_machine(lineage.surroundings(cpu), cpu) == []
+
+
+def test_the_threads_of_params_yaml_are_those_that_count(workspace: Path) -> None:
+    write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 1})
+    for stage in ("train", "evaluate"):
+        assert run_command(stage, folder=workspace).returncode == 0
+    assert told(workspace).endswith("This checkout would make the same model again.\n")
+    write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 2})
+    assert "since the machine is another:\n  cpu.threads was 1, here it is 2\n" in told(workspace)
+
+
+def test_a_version_that_somebody_registered_by_hand_is_one_line(finished_copy: Path) -> None:
+    client = mlflow.MlflowClient()
+    client.create_registered_model("mnist-5k-cnn")
+    client.create_model_version("mnist-5k-cnn", str(finished_copy))
+    done = run_command("champion", "1", folder=finished_copy)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "error: mnist-5k-cnn version 1 has no tag recipe: `evaluate` gives it one\n"
 
 
 def test_the_history_and_the_way_back(finished_copy: Path) -> None:

@@ -1,27 +1,75 @@
 """Files are written whole or not at all."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline import files
 from pipeline.errors import UserError
+from tests.conftest import REPOSITORY
 
 
-def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "folder" / "file"
-    files.write(target, b"older")
+@pytest.mark.parametrize("way", ["a full disk", "a file-size limit", "a folder that only others may write"])
+def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, way: str) -> None:
+    """In a process of its own, that has the limit or is another user."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_bytes(b"older")
+    before, remedy = {
+        "a full disk": ("disk()", "make room on that disk"),
+        "a file-size limit": (
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))",
+            "make room on that disk",
+        ),
+        "a folder that only others may write": (
+            "os.chmod('folder', 0o755); os.setuid(65534)",
+            "make the folder writable",
+        ),
+    }[way]
+    code = f"""
+import os, resource, signal, subprocess
+from pathlib import Path
+from pipeline import files
+from pipeline.errors import run_command
 
-    def disk_full(path: Path, content: bytes) -> int:
-        with path.open("wb") as unfinished:
-            unfinished.write(content[:2])
-        raise OSError(28, "No space left on device")
+def disk():
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", "folder"], check=True)
+    Path("folder/file").write_bytes(b"older")
 
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        files.write(target, b"newer")
-    assert target.read_bytes() == b"older"
-    assert list(target.parent.iterdir()) == [target]
+def main():
+    {before}
+    files.write(Path("folder/file"), bytes(100_000))
+
+try:
+    run_command(main)
+finally:
+    print(Path("folder/file").read_bytes(), os.listdir("folder"))
+"""
+    # In namespaces of its own, so that the small disk is gone with the process.
+    command = (
+        ["unshare", "--mount", sys.executable, "-c", code] if way == "a full disk" else [sys.executable, "-c", code]
+    )
+    if os.geteuid() != 0 and way != "a file-size limit":
+        pytest.skip("a small disk and another user take the rights of root")
+    tmp_path.chmod(0o755)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True)
+    line = done.stderr.decode()
+    assert (done.returncode, line.count("\n")) == (1, 1), line
+    assert line.startswith("error: folder/file cannot be written (")
+    assert line.endswith(f"): {remedy}, then run again\n")
+    assert done.stdout.decode() == "b'older' ['file']\n"
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_write(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, alive = tmp_path / f".file.{int(done.stdout)}.tmp", tmp_path / f".file.{os.getppid()}.tmp"
+    for path in (dead, alive, tmp_path / ".file.tmp", tmp_path / ".file.mine.tmp"):
+        path.touch()
+    files.write(tmp_path / "file", b"whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"file", alive.name, ".file.tmp", ".file.mine.tmp"}
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:

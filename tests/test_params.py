@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.params import read_params, with_values
+from pipeline.params import MACHINE, NOT_TUNED, read_params, with_values
 from tests.conftest import PARAMS, REPOSITORY
 
 PUBLISHED = PARAMS.read_text()
-CHOSEN = "knobs of model and train, except train.device, train.epochs, train.precision, train.threads"
+CHOSEN = f"knobs of model and train, except {', '.join(NOT_TUNED)}"
 
 
 def refused(folder: Path, text: str | bytes) -> str:
@@ -37,7 +37,7 @@ def test_the_published_recipe() -> None:
         "dropout": 0.5,
         "batch_norm": False,
     }
-    assert params.train.model_dump(exclude={"device", "threads"}) == {
+    assert params.train.model_dump(exclude=set(MACHINE)) == {
         "epochs": 15,
         "batch_size": 128,
         "optimizer": "adam",

@@ -1,12 +1,14 @@
 """`python -m pipeline.predict` as its users meet it."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pipeline import predict
 from pipeline.images import pictures
 from pipeline.images.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry, runs
@@ -24,7 +26,7 @@ def folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_digits_from_outside_come_out_right(folder: Path) -> None:
     """By the model that has seen 3,600 digits, most of them; CI asks that of all of MNIST, too."""
     runs.connect()
-    model = registry.load(registry.find("champion")).model
+    model = registry.load(registry.find("champion"))
     answers = []
     for name, digit, picture in all_of_them():
         image = pictures.centred_strokes(picture, model.image_shape, name)
@@ -76,9 +78,53 @@ def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> Non
     ("arguments", "line"),
     [
         (["--model", "9", "x.png"], "error: mnist-5k-cnn has no version 9; it has: 1, champion\n"),
-        (["models"], "error: there are no pictures in models; they end in .bmp, .jpg, .jpeg, .png, .webp\n"),
     ],
 )
 def test_what_cannot_be_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
     done = run_command("predict", *arguments, folder=folder)
     assert (done.returncode, done.stderr.decode()) == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("models", "models is no picture that can be read: it is a folder without any; they end in "),
+        ("a\nb.png", "a\\nb.png is no picture that can be read: there is no such file"),
+        ("\x1b[31mred.png", "\\x1b[31mred.png is no picture that can be read: there is no such file"),
+        (os.fsdecode(b"caf\xe9.png"), "caf\\udce9.png is no picture that can be read: there is no such file"),
+        ("x" * 10_000, f"{'x' * 300}... is no picture that can be read: File name too long"),
+    ],
+)
+def test_a_name_from_outside_is_one_line_and_stops_no_other(folder: Path, tmp_path: Path, name: str, told: str) -> None:
+    drawn(3, 20).save(tmp_path / "three.png")
+    done = run_command("predict", name, str(tmp_path / "three.png"), folder=folder)
+    first, last = done.stderr.decode().splitlines()
+    assert first.startswith(f"error: {told}")
+    assert last == "error: 1 of 2 pictures could not be read"
+    assert done.stdout.decode().startswith(f"{tmp_path}/three.png  3  ")
+
+
+def test_names_are_escaped_where_there_is_a_picture_too(folder: Path, tmp_path: Path) -> None:
+    for name in (b"two\nlines.png", b"caf\xe9.png"):
+        drawn(3, 20).save(tmp_path / os.fsdecode(name))
+    done = run_command("predict", str(tmp_path), folder=folder)
+    assert [line.split("  ")[:2] for line in done.stdout.decode().splitlines()] == [
+        [f"{tmp_path}/caf\\udce9.png", "3"],
+        [f"{tmp_path}/two\\nlines.png", "3"],
+    ]
+    done = run_command("predict", "--json", str(tmp_path), folder=folder)
+    files_told = [json.loads(line)["file"] for line in done.stdout.decode().splitlines()]
+    assert files_told == [f"{tmp_path}/{os.fsdecode(b'caf' + bytes([0xE9]))}.png", f"{tmp_path}/two\nlines.png"]
+
+
+def test_the_same_picture_twice_is_told_twice(folder: Path, tmp_path: Path) -> None:
+    drawn(3, 20).save(tmp_path / "three.png")
+    done = run_command("predict", *[str(tmp_path / "three.png")] * 2, folder=folder)
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_the_second_guess_is_told_where_it_is_close() -> None:
+    close = predict._as_line("x.png", {"3": 0.8, "5": 0.15, "8": 0.05})
+    assert close == "x.png  3  80.0%  (or 5, 15.0%)"
+    assert predict._as_line("x.png", {"3": 0.95, "5": 0.05}) == "x.png  3  95.0%"
+    assert predict._as_line("x.png", {"the only class": 1.0}) == "x.png  the only class  100.0%"

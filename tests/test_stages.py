@@ -49,6 +49,7 @@ def test_the_stages_write_the_promised_files_and_no_others(finished: Path) -> No
         "reports/figures/learning_curves.png",
         "reports/history.csv",
         "reports/metrics.json",
+        "reports/model_card.md",
         "reports/predictions.csv",
         "reports/promotion.json",
     ]
@@ -259,7 +260,7 @@ def test_the_image_to_draw_must_exist(finished_copy: Path) -> None:
 
 def test_a_damaged_model_is_refused(finished_copy: Path) -> None:
     files.MODEL.write_bytes(b"no model")
-    with pytest.raises(Fault, match="the model file is damaged"):
+    with pytest.raises(Fault, match=r"models/model\.safetensors is damaged .* run `dvc repro -f train`"):
         evaluate.main()
 
 

@@ -1,5 +1,7 @@
 """Pictures from anywhere -> images as the network was trained on them. Knows no data set by name."""
 
+import struct
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +14,11 @@ from pipeline.errors import UserError
 
 FORMATS = {"BMP": (".bmp",), "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# What Pillow's readers raise for files that are cut off or changed.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, RuntimeError, OverflowError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 MOST_PIXELS = 50_000_000
 BOX = 20 / 28  # of the image's side, in which a digit of MNIST lies
 INK = 0.3  # of the darkest stroke: what is fainter is paper
@@ -35,9 +42,21 @@ def read(file: Path | IO[bytes], name: str) -> Image.Image:
             return upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is no picture that can be read, which are {', '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or "damaged"
+    except DAMAGED as error:
+        reason = _reason(error)
         raise UserError(f"{name} is no picture that can be read: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "there is no such file"
+        case IsADirectoryError():
+            return f"it is a folder without any; they end in {', '.join(SUFFIXES)}"
+        case OSError() if error.strerror:
+            return error.strerror
+        case _:
+            return str(error) or "damaged"
 
 
 def fitted(picture: Image.Image, image_shape: tuple[int, int, int]) -> torch.Tensor:

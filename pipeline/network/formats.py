@@ -1,28 +1,37 @@
-"""An exported graph as a file that needs neither this project nor MLflow."""
+"""The CNN as a file that needs neither this project nor MLflow."""
 
 import io
 import json
-from collections.abc import Sequence
 
 import torch
+from torch.export import Dim, ExportedProgram
+
+from pipeline.network.cnn import CNN, MOST_IMAGES, Classifier
 
 CLASS_NAMES = "class_names"  # under which both formats hold them, as a JSON list
 
 
-def as_pt2(program: torch.export.ExportedProgram, class_names: Sequence[str]) -> bytes:
+def _program(cnn: CNN) -> ExportedProgram:
+    example = torch.zeros((2, *cnn.architecture.image_shape), dtype=torch.uint8)
+    images = {0: Dim("N", min=1, max=MOST_IMAGES)}
+    return torch.export.export(Classifier(cnn), (example,), dynamic_shapes={"images": images})
+
+
+def as_pt2(cnn: CNN) -> bytes:
     """For torch.export.load, which gives the class names back in ``extra_files``."""
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={f"{CLASS_NAMES}.json": json.dumps(class_names)})
+    names = json.dumps(cnn.architecture.class_names)
+    torch.export.save(_program(cnn), content, extra_files={f"{CLASS_NAMES}.json": names})
     return content.getvalue()
 
 
-def as_onnx(program: torch.export.ExportedProgram, class_names: Sequence[str]) -> bytes:
+def as_onnx(cnn: CNN) -> bytes:
     """ONNX: input ``images`` (N, H, W, C) uint8, output ``probabilities`` (N, classes), the names in its metadata.
 
     Raises ImportError where the extra ``onnx`` is not installed.
     """
     exported = torch.onnx.export(
-        program,
+        _program(cnn),
         dynamo=True,
         input_names=["images"],
         output_names=["probabilities"],
@@ -33,5 +42,5 @@ def as_onnx(program: torch.export.ExportedProgram, class_names: Sequence[str]) -
     assert exported is not None
     model = exported.model_proto
     entry = model.metadata_props.add()
-    entry.key, entry.value = CLASS_NAMES, json.dumps(class_names)
+    entry.key, entry.value = CLASS_NAMES, json.dumps(cnn.architecture.class_names)
     return bytes(model.SerializeToString())

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from pipeline.network import fused, scoring, workers
+from pipeline.network.checkpoint import Checkpoint
 from pipeline.network.cnn import CNN
 from pipeline.network.fused import Precision
 
@@ -117,12 +118,17 @@ def fit(
     precision: Precision,
     generator: torch.Generator,
     on_step: Callable[[Step], object] = lambda step: None,
+    start: Checkpoint | None = None,
+    keep: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    checkpoint_seconds: float | None = None,
 ) -> Iterator[Epoch]:
     """Train ``cnn`` in place and yield an Epoch after each pass.
 
     ``train`` and ``validation`` are images (N, H, W, C) uint8 and labels (N,) int64 on the device of ``generator``,
     from which the order of the images, the shifts and the dropout masks are drawn. ``on_step`` is called after each
-    step. From the first step of an epoch to its last nothing is copied from the device. Raises DivergedError.
+    step. ``keep`` is given a checkpoint after each pass, once the Epoch has been taken, and within a pass whenever
+    ``checkpoint_seconds`` have gone by; ``start`` is one of the same fit, to go on from. From the first step of an
+    epoch to its last nothing else is copied from the device. Raises DivergedError.
     """
     images, labels = train
     cnn.to(images.device)
@@ -145,18 +151,30 @@ def fit(
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
         return loss.detach(), logits.detach(), torch.autograd.grad(loss / batch, parameters)
 
+    def checkpoint_now(passes: int, seconds: float, drawn_from: Tensor) -> Checkpoint:
+        states = cnn.state_dict(), stepper.state_dict(), rate.state_dict()
+        return Checkpoint(passes, done, seconds, *states, drawn_from, losses, logits)
+
     # Kept for the whole epoch, so made once: small results that stay between large ones that go would fragment memory.
     losses = torch.empty(steps, device=images.device)
     logits = torch.empty(len(labels), len(cnn.architecture.class_names), device=images.device)
-    for epoch in range(1, epochs + 1):
-        started = time.perf_counter()
+    passes, done, before = 0, 0, 0.0
+    if start:
+        passes, done, before = start.epoch, start.step, start.seconds
+        _go_on(start, cnn, stepper, rate, generator)
+        if done:
+            losses.copy_(start.losses)
+            logits.copy_(start.logits)
+    for epoch in range(passes + 1, epochs + 1):
+        started = kept = time.perf_counter()
+        drawn_from = generator.get_state()
         cnn.train()
         order = torch.randperm(len(labels), generator=generator, device=images.device)
         targets = labels[order]
         seeds = torch.randint(2**62, (steps,), generator=generator, device=images.device).tolist()
         batches = zip(*(torch.split(each, batch_size) for each in (order, targets, logits)), losses, seeds, strict=True)
         with workers.hired(cnn, images.device) as team:
-            for rows, of_batch, its_logits, its_losses, seed in batches:
+            for rows, of_batch, its_logits, its_losses, seed in itertools.islice(batches, done, None):
                 pieces = (torch.split(each, team.piece(batch_size)) for each in (rows, of_batch))
                 results = team.map(learn, *pieces, itertools.repeat(len(rows)), itertools.count(seed))
                 for total in (its_losses, *gradients):
@@ -171,6 +189,10 @@ def fit(
                 stepper.step()
                 rate.step()
                 on_step(Step(its_losses, its_logits, of_batch))
+                done += 1
+                if checkpoint_seconds and done < steps and time.perf_counter() - kept > checkpoint_seconds:
+                    kept = time.perf_counter()
+                    keep(checkpoint_now(epoch - 1, before + kept - started, drawn_from))
         predicted = scoring.predict_logits(cnn, validation[0])
         seen = Epoch(
             epoch=epoch,
@@ -179,12 +201,23 @@ def fit(
             validation_loss=scoring.cross_entropy(predicted, validation[1]),
             validation_accuracy=scoring.accuracy(predicted, validation[1]),
             learning_rate=float(rate.get_last_lr()[0]),
-            seconds=time.perf_counter() - started,
+            seconds=before + time.perf_counter() - started,
         )
         for split, mean_loss in (("training", seen.train_loss), ("validation", seen.validation_loss)):
             if not mean_loss < LARGEST_LOSS:  # true for NaN too
                 raise DivergedError(f"the {split} loss is {mean_loss:.3g} in epoch {epoch}")
         yield seen
+        done, before = 0, 0.0
+        keep(checkpoint_now(epoch, before, generator.get_state()))
+
+
+def _go_on(
+    start: Checkpoint, cnn: CNN, optimizer: Optimizer, schedule: LRScheduler, generator: torch.Generator
+) -> None:
+    cnn.load_state_dict(start.model)
+    optimizer.load_state_dict(dict(start.optimizer))
+    schedule.load_state_dict(dict(start.schedule))
+    generator.set_state(start.generator)
 
 
 def _optimizer(name: OptimizerName, cnn: CNN, learning_rate: float, weight_decay: float) -> Optimizer:

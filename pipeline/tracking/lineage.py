@@ -15,11 +15,14 @@ from pipeline import files
 
 CODE, RECIPE = "code", "recipe"
 PARAMS_SHA256, DATA_SHA256 = "params.sha256", "data.sha256"
-MACHINE = ("torch.version", "numba.version", "cpu.capability", "cpu.threads")  # these change the last bits
+MACHINE = ("torch.version", "numba.version", "device", "cpu.capability", "cpu.threads")  # these change the last bits
 
 
-def surroundings() -> dict[str, str]:
-    """The commit, the experiment and the machine. Names that git or DVC did not give are left out."""
+def surroundings(device: torch.device | None = None) -> dict[str, str]:
+    """The commit, the experiment and the machine. Names that git or DVC did not give are left out.
+
+    ``device`` is the one that a network is trained on, after training.set_up.
+    """
     # The stages write these themselves, so that they say nothing of the code.
     changes = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
     tags = {
@@ -30,10 +33,17 @@ def surroundings() -> dict[str, str]:
         "python.version": platform.python_version(),
         "torch.version": torch.__version__,
         "numba.version": version("numba"),
+        "device": _name(device),
         "cpu.capability": torch.backends.cpu.get_cpu_capability(),
         "cpu.threads": str(torch.get_num_threads()),
     }
     return {key: value for key, value in tags.items() if value}
+
+
+def _name(device: torch.device | None) -> str | None:
+    if device is None:
+        return None
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _git(*arguments: str) -> str | None:
@@ -74,17 +84,15 @@ def differences(
         yield "data", "there are none here yet: dvc repro prepare"
     elif data_sha256 != tags[DATA_SHA256]:
         yield "data", f"SHA-256 was {tags[DATA_SHA256][:12]}..., here it is {data_sha256[:12]}..."
-    if CODE not in tags:
-        yield "code", "nobody knows: DVC brought the model back from a cache"
     package = Path(__file__).parents[1]
     for name, digest in json.loads(tags.get(CODE, "{}")).items():
         if _short(package.parent / name) != digest:
             yield "code", f"{name} is another"
 
 
-def other_machine(tags: Mapping[str, str]) -> list[str]:
-    """What may change the last bits of a model that is trained again here."""
-    here = surroundings()
+def other_machine(tags: Mapping[str, str], device: torch.device) -> list[str]:
+    """What may change the last bits of a model that is trained again here, on ``device``."""
+    here = surroundings(device)
     return [
         f"{key} was {tags[key]}, here it is {here.get(key)}"
         for key in MACHINE

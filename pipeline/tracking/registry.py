@@ -4,31 +4,38 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
+from typing import cast
 
 import mlflow
 import numpy as np
+import torch
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.errors import Fault, UserError
+from pipeline.errors import Fault, UserError, shown
 from pipeline.images.splits import TEST, Dataset, LabelledImages, read_dataset
+from pipeline.network import scoring
+from pipeline.network.cnn import CNN
 from pipeline.params import Promotion
-from pipeline.tracking import gate, models
+from pipeline.tracking import gate, models, runs
+from pipeline.tracking.faults import store_faults
 from pipeline.tracking.gate import CHALLENGER, CHAMPION, Decision, Scored
 from pipeline.tracking.lineage import RECIPE
-from pipeline.tracking.runs import EVALUATION, MODEL_SHA256, store_faults
+from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
 
 TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
+LONGEST_DESCRIPTION = 5000  # characters, in the databases of MLflow
 WAS_CHAMPION = "it was the champion already"
 BARRED = "gate.barred"  # since when a version that was rolled back is kept from coming back by itself
 REIGN = "champion."  # tags of the registered model: when, and who became champion
@@ -53,18 +60,19 @@ class Entry:
     right: NDArray[np.bool_]
     card: str
 
-    def tags(self, dataset: Dataset) -> dict[str, str]:
-        """For its version."""
+    def origin(self) -> dict[str, str]:
+        """Tags that its version gets once: they are of the run that it came from."""
+        facts = {MODEL_SHA256: self.model_sha256, PARAMETERS: str(self.parameters), RECIPE: json.dumps(self.recipe)}
+        return {**self.lineage, **facts}
+
+    def findings(self, dataset: Dataset) -> dict[str, str]:
+        """Tags that every evaluation writes anew."""
         numbers = {f"test.{key}": str(value) for key, value in self.scores.items() if isinstance(value, int | float)}
         return {
-            **self.lineage,
             **numbers,
-            MODEL_SHA256: self.model_sha256,
             PREDICTIONS_SHA256: self.predictions_sha256,
             TEST_SHA256: dataset.splits[TEST].sha256,
             CLASS_NAMES: json.dumps(dataset.class_names),
-            PARAMETERS: str(self.parameters),
-            RECIPE: json.dumps(self.recipe),
         }
 
 
@@ -90,17 +98,22 @@ def model_name(dataset: Dataset) -> str:
 def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promotion) -> Registration:
     """Register a logged model and decide between champion and challenger.
 
-    A model whose hash is registered already gets no second version. Whatever is killed between two steps, the old
-    champion stands, no version is without its tags, and doing it again completes it.
+    A model whose hash is registered already gets no second version, unless the files of the first are gone. Whatever is
+    killed between two steps, the old champion stands, no version is without its tags, and doing it again completes it.
     """
     name = model_name(dataset)
     with _gate_closed():
-        present, champion = _registered(name, entry.model_sha256), _champion(name)
-        decision = _decide(entry, present, champion, dataset, test, rules)
-        tags = entry.tags(dataset)
+        _complete_history(name)
+        while True:
+            champion = _champion(name)
+            present = _registered(name, entry.model_sha256)
+            decision = _decide(entry, present, champion, dataset, test, rules)
+            if _champion_number(name) == (champion and str(champion.version)):
+                break  # else another machine has crowned one in the meantime, and that is whom to compare with
+        tags = entry.findings(dataset)
         if decision.reason != WAS_CHAMPION:  # else those of the day when it became champion stay
             tags |= _gate_tags(decision, champion)
-        version = _update(present, tags, entry.card) if present else _create(name, entry, tags)
+        version = _update(present, tags, entry.card) if present else _create(name, entry, entry.origin() | tags)
         _link(entry.model_id, version)
         if decision.alias == CHAMPION:
             _crown(version, decision.reason)
@@ -112,16 +125,34 @@ def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promot
 @contextmanager
 def _gate_closed() -> Iterator[None]:
     """One gate at a time on this machine: MLflow cannot compare an alias and set it in one step."""
-    path = files.root() / "mlruns" / ".gate.lock"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as lock:
+    with _lock_of_the_store().open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel, however this process ends
         yield
 
 
+def _lock_of_the_store() -> Path:
+    """The same file for all who use the same store: beside that of this repository, else named by its address."""
+    address = mlflow.get_tracking_uri()
+    if address == runs.own_store():
+        path = files.root() / "mlruns" / ".gate.lock"
+    else:
+        path = Path(gettempdir()) / f"convtrack-{os.getuid()}" / f"{files.sha256(address.encode())[:16]}.lock"
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
 def _registered(name: str, model_sha256: str) -> ModelVersion | None:
+    """The newest version of this model, if there is one whose files are still there."""
     found = MlflowClient().search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
-    return found[0] if found else None
+    newest_first = sorted(found, key=lambda version: -int(version.version))
+    return next((version for version in newest_first if _has_files(version)), None)
+
+
+def _has_files(version: ModelVersion) -> bool:
+    try:
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"{_uri(version)}/{models.EXTRA_FILES}"))
+    except (MlflowException, OSError):
+        return False
 
 
 def _aliases(name: str) -> dict[str, str]:
@@ -135,8 +166,12 @@ def _aliases(name: str) -> dict[str, str]:
     return {alias: str(version) for alias, version in aliases.items()}  # a number from a database, text from a server
 
 
+def _champion_number(name: str) -> str | None:
+    return _aliases(name).get(CHAMPION)
+
+
 def _champion(name: str) -> ModelVersion | None:
-    number = _aliases(name).get(CHAMPION)
+    number = _champion_number(name)
     return MlflowClient().get_model_version(name, number) if number else None
 
 
@@ -154,6 +189,8 @@ def _decide(
     number = str(champion.version)
     if present is not None and number == str(present.version):
         return Decision(CHAMPION, WAS_CHAMPION)
+    if present is None and champion.tags.get(MODEL_SHA256) == entry.model_sha256:
+        return Decision(CHAMPION, f"it is the model of version {number}, whose files are gone")
     if present is not None and BARRED in present.tags:
         return Decision(CHALLENGER, f"it was rolled back on {present.tags[BARRED]}")
     try:
@@ -177,9 +214,12 @@ def _right(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> NDA
     if json.loads(version.tags[CLASS_NAMES]) != list(dataset.class_names):
         raise _CannotCompareError("tells other classes apart")
     try:
-        probabilities = load(version).model.classify(test.images.numpy())
+        loaded = load(version)
     except (Fault, UserError) as error:
         raise _CannotCompareError(str(error)) from error
+    if loaded.image_shape != dataset.image_shape:
+        raise _CannotCompareError(f"takes images of {' x '.join(map(str, loaded.image_shape))}")
+    probabilities = loaded.classify(test.images.numpy())
     right: NDArray[np.bool_] = probabilities.argmax(axis=1) == test.labels.numpy()
     return right
 
@@ -215,7 +255,12 @@ def _create(name: str, entry: Entry, tags: Mapping[str, str]) -> ModelVersion:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     return client.create_model_version(
-        name, f"models:/{entry.model_id}", entry.run_id, dict(tags), description=entry.card, model_id=entry.model_id
+        name,
+        f"models:/{entry.model_id}",
+        entry.run_id,
+        dict(tags),
+        description=_described(entry.card),
+        model_id=entry.model_id,
     )
 
 
@@ -224,9 +269,17 @@ def _update(version: ModelVersion, tags: Mapping[str, str], card: str) -> ModelV
     for key, value in tags.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(version.name, version.version, key, value)
-    if version.description != card:
-        client.update_model_version(version.name, version.version, card)
+    if version.description != _described(card):
+        client.update_model_version(version.name, version.version, _described(card))
     return version
+
+
+def _described(card: str) -> str:
+    """As much of a card as a store takes for a description; the whole of it is among the run's artifacts."""
+    if len(card) <= LONGEST_DESCRIPTION:
+        return card
+    rest = f"\n\nThe rest is in `{EVALUATION}/{files.CARD.name}` of the run."
+    return card[: LONGEST_DESCRIPTION - len(rest)].rpartition("\n")[0] + rest
 
 
 def _link(model_id: str, version: ModelVersion) -> None:
@@ -236,12 +289,12 @@ def _link(model_id: str, version: ModelVersion) -> None:
 
 
 def _crown(version: ModelVersion, reason: str) -> None:
-    """Make a version the champion. The history comes first: one entry too few would never be noticed."""
+    """Make a version the champion. An entry of the history that is not written is seen to be missing."""
     client = MlflowClient()
     aliases = _aliases(version.name)
     if aliases.get(CHAMPION) != str(version.version):
-        client.set_registered_model_tag(version.name, REIGN + _now(), f"version {version.version}: {reason}")
         client.set_registered_model_alias(version.name, CHAMPION, version.version)
+        client.set_registered_model_tag(version.name, REIGN + _now(), f"version {version.version}: {reason}")
     if aliases.get(CHALLENGER) == str(version.version):
         client.delete_registered_model_alias(version.name, CHALLENGER)
 
@@ -258,40 +311,74 @@ class Reign:
 @store_faults()
 def history(name: str) -> list[Reign]:
     """The champions from the first to the present one."""
+    written = _written_history(name)
+    champion = _champion(name)
+    if champion is None or (written and written[-1].version == str(champion.version)):
+        return written
+    return [*written, Reign(_now()[:19], str(champion.version), _unwritten_reason(champion))]
+
+
+def _written_history(name: str) -> list[Reign]:
+    reigns = []
     tags = MlflowClient().get_registered_model(name).tags
-    reigns: list[Reign] = []
     for key in sorted(key for key in tags if key.startswith(REIGN)):
         version, _, reason = tags[key].removeprefix("version ").partition(": ")
-        if not reigns or reigns[-1].version != version:  # an entry whose alias was never set is written once more
-            reigns.append(Reign(key.removeprefix(REIGN)[:19], version, reason))
+        reigns.append(Reign(key.removeprefix(REIGN)[:19], version, reason))
     return reigns
+
+
+def _unwritten_reason(champion: ModelVersion) -> str:
+    """Why a version has the alias though no entry says so: its gate was killed, or somebody set the alias elsewhere."""
+    decided = champion.tags.get("gate.decision") == CHAMPION
+    return champion.tags["gate.reason"] if decided else "the alias was set by hand"
+
+
+def _complete_history(name: str) -> None:
+    """Write the entry that is missing, if one is."""
+    champion = _champion(name)
+    if champion is None:
+        return
+    written = _written_history(name)
+    if not written or written[-1].version != str(champion.version):
+        reason = _unwritten_reason(champion)
+        MlflowClient().set_registered_model_tag(name, REIGN + _now(), f"version {champion.version}: {reason}")
 
 
 @store_faults()
 def roll_back(reference: str | None) -> ModelVersion:
     """Make a version the champion, by default the champion before the present one.
 
-    The present one is kept from coming back when it is evaluated again; a new model is not.
+    The present one is kept from coming back when it is evaluated again; a new model is not. A version that cannot be
+    loaded becomes no champion.
     """
     client = MlflowClient()
     with _gate_closed():
-        version = find(reference) if reference else _champion_before(find(CHAMPION))
-        present = _aliases(version.name).get(CHAMPION)
-        if present == str(version.version):
-            raise UserError(f"{version.name} version {present} is the champion already")
-        if present is not None:
-            client.set_model_version_tag(version.name, present, BARRED, _now())
-        _crown(version, f"by hand, in the place of version {present}")
+        present = find(reference or CHAMPION)
+        _complete_history(present.name)
+        version = present if reference else _champion_before(present)
+        number = _champion_number(version.name)
+        if number == str(version.version):
+            raise UserError(f"{version.name} version {number} is the champion already")
+        load(version)
+        if number is not None:
+            client.set_model_version_tag(version.name, number, BARRED, _now())
+        _crown(version, f"by hand, in the place of version {number}")
         if BARRED in version.tags:
             client.delete_model_version_tag(version.name, version.version, BARRED)
     return version
 
 
 def _champion_before(present: ModelVersion) -> ModelVersion:
-    others = [reign.version for reign in history(present.name) if reign.version != str(present.version)]
-    if not others:
+    """The last of the earlier champions that is still there and was not itself rolled back."""
+    there = {
+        str(version.version): version
+        for version in MlflowClient().search_model_versions(f"name = '{present.name}'")
+        if BARRED not in version.tags and version.version != present.version
+    }
+    earlier = [reign.version for reign in history(present.name) if reign.version in there]
+    if not earlier:
         raise UserError(f"{present.name} has had no other champion to go back to; name a version before --rollback")
-    return find(f"{present.name}/{others[-1]}")
+    return there[earlier[-1]]
 
 
 def _now() -> str:
@@ -307,23 +394,31 @@ def find(reference: str) -> ModelVersion:
     """
     client = MlflowClient()
     before, _, rest = reference.replace("/", "@").rpartition("@")
-    registered = sorted(model.name for model in client.search_registered_models())
-    name = before or _default_name(registered)
-    if name not in registered:
-        there = f"registered: {', '.join(registered)}" if registered else "run `dvc repro` first"
-        raise UserError(f"no model {name} is registered here; {there}")
-    aliases = _aliases(name)
+    name = before or _default_name()
+    try:
+        aliases = {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        registered = ", ".join(_names())
+        there = f"registered: {registered}" if registered else "run `dvc repro` first"
+        raise UserError(f"no model {shown(name)} is registered here; {there}") from error
     numbers = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
     number = aliases.get(rest, rest)
     if number not in numbers:
         there = ", ".join([*sorted(numbers, key=int), *sorted(aliases)])
-        raise UserError(f"{name} has no version {rest}; it has: {there}")
+        raise UserError(f"{name} has no version {shown(rest)}; it has: {there}")
     return client.get_model_version(name, number)
 
 
-def _default_name(registered: Sequence[str]) -> str:
+def _names() -> list[str]:
+    return sorted(model.name for model in MlflowClient().search_registered_models())
+
+
+def _default_name() -> str:
     if (files.PREPARED / "dataset.json").exists():
         return model_name(read_dataset())
+    registered = _names()
     if len(registered) != 1:
         raise UserError(f"name the model, as in NAME@champion; registered: {', '.join(registered) or 'none'}")
     return registered[0]
@@ -331,30 +426,39 @@ def _default_name(registered: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A registered model in memory, and what its version says of it."""
+    """A registered model in memory, and the name of the data set that it is of."""
 
-    model: models.Exported
-    class_names: tuple[str, ...]
+    cnn: CNN
     data_name: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the probabilities."""
+        return self.cnn.architecture.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images that it takes."""
+        return self.cnn.architecture.image_shape
+
+    def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities (N, classes) of images (N, H, W, C), as `evaluate` has them."""
+        probabilities = scoring.predict_logits(self.cnn, torch.from_numpy(images)).softmax(dim=1).numpy()
+        return cast(NDArray[np.float32], probabilities)
+
+
+def require(version: ModelVersion, *tags: str) -> None:
+    """Raises UserError for a version without one of these tags: somebody has registered it in another way."""
+    for tag in tags:
+        if tag not in version.tags:
+            raise UserError(f"{version.name} version {version.version} has no tag {tag}: `evaluate` gives it one")
 
 
 @store_faults()
 def load(version: ModelVersion) -> Loaded:
     """The model of a version, from the store into memory; see models.read."""
-    missing = [tag for tag in (CLASS_NAMES, DATA_NAME) if tag not in version.tags]
-    if missing:
-        raise UserError(f"{version.name} version {version.version} has no tag {missing[0]}: `evaluate` gives it one")
-    with TemporaryDirectory(prefix="convtrack-") as folder:
-        model = models.read(fetched(version, Path(folder)), _uri(version))
-    return Loaded(model, tuple(json.loads(version.tags[CLASS_NAMES])), version.tags[DATA_NAME])
-
-
-def fetched(version: ModelVersion, folder: Path) -> Path:
-    """The files of a version, copied into ``folder``; a Fault where they are gone."""
-    try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=_uri(version), dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        raise Fault(f"the files of {_uri(version)} cannot be had: {str(error).splitlines()[0]}") from error
+    require(version, MODEL_SHA256, DATA_NAME)
+    return Loaded(models.read(_uri(version), version.tags[MODEL_SHA256]).cnn, version.tags[DATA_NAME])
 
 
 def _uri(version: ModelVersion) -> str:

@@ -3,44 +3,41 @@
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
+import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import DatasetInput, InputTag, RunStatus
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from mlflow.tracking.context.registry import resolve_tags
 
 from pipeline import files
-from pipeline.errors import Fault, without_password
+from pipeline.errors import without_password
 from pipeline.images.splits import Dataset
 from pipeline.network.cnn import CNN, parameter_count
 from pipeline.network.model_file import Saved
 from pipeline.network.training import Epoch
 from pipeline.params import MACHINE, Params, digest, flat
-from pipeline.tracking import lineage
+from pipeline.tracking import delivery, lineage
+from pipeline.tracking.faults import STORE_ERRORS, store_faults
 from pipeline.tracking.lineage import PARAMS_SHA256
 
 EXPERIMENT = "convtrack"
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
-STORE_ERRORS = (MlflowException, SQLAlchemyError)
-
-
-@contextmanager
-def store_faults() -> Iterator[None]:
-    """Errors of the tracking store leave as a Fault of one line. Also a decorator."""
-    try:
-        yield
-    except STORE_ERRORS as error:
-        reason = f"the tracking store {mlflow.get_tracking_uri()} failed: {str(error).splitlines()[0]}"
-        raise Fault(without_password(reason)) from error
+FINGERPRINT = "fingerprint"
+HOST, PROCESS = "process.host", "process"  # which process writes a run, so that one that died is known
 
 
 @store_faults()
@@ -50,27 +47,19 @@ def connect() -> None:
     These two are also where `mlflow ui` looks when it is started there without a flag. Raises Fault.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(given or f"sqlite:///{files.root() / 'mlflow.db'}")
+    mlflow.set_tracking_uri(given or own_store())
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of a few kilobytes
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database tells of each of its migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
-    with _impatience():
+    with delivery.quick_answers():
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())
         mlflow.set_experiment(EXPERIMENT)
 
 
-@contextmanager
-def _impatience() -> Iterator[None]:
-    """mlflow tries for four minutes to reach a server; here a wrong address is said in seconds."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-    lent = {name: value for name, value in short.items() if name not in os.environ}
-    os.environ.update(lent)
-    try:
-        yield
-    finally:
-        for name in lent:
-            del os.environ[name]
+def own_store() -> str:
+    """The address of the store in this repository, which is used where no other is given."""
+    return f"sqlite:///{files.root() / 'mlflow.db'}"
 
 
 def _create_experiment(artifact_location: str | None) -> None:
@@ -81,16 +70,97 @@ def _create_experiment(artifact_location: str | None) -> None:
             raise  # otherwise another process was faster, which is as good
 
 
-@contextmanager
-def training_run(params: Params, dataset: Dataset) -> Iterator[str]:
-    """Open a run with its parameters, tags and data sets; yields its id.
+@store_faults()
+def settle() -> None:
+    """Before a command writes into the store: send what earlier ones could not, and close the runs they left open."""
+    delivery.deliver_all()
+    client, here = MlflowClient(), socket.gethostname()
+    left_open = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{here}'"
+    for run in client.search_runs([_experiment_id()], left_open):
+        if not _is_alive(run.data.tags[PROCESS]):
+            client.set_tag(run.info.run_id, "failure", "its process was killed, or its machine went down")
+            client.set_terminated(run.info.run_id, "FAILED")
 
-    It ends FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``.
+
+def _process() -> str:
+    """This process, and no other that may get its number later."""
+    return f"{os.getpid()} since {psutil.Process().create_time():.0f}"
+
+
+def _is_alive(process: str) -> bool:
+    number, _, since = process.partition(" since ")
+    try:
+        return bool(abs(psutil.Process(int(number)).create_time() - int(since)) <= 1)
+    except psutil.NoSuchProcess:
+        return False
+
+
+class TrainingRun:
+    """An open run, told of a training while it goes on."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id, self._courier = run_id, delivery.Courier(run_id)
+
+    def log_epoch(self, epoch: Epoch) -> None:
+        """One row of metrics."""
+        row = asdict(epoch)
+        self._courier.send(row.pop("epoch"), row)
+
+    def describe_model(self, cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
+        """What the model that it gave is known by. Told when the run ends."""
+        params, tags = _model_facts(cnn, dataset, model_sha256)
+        self._courier.letter.params |= params
+        self._courier.letter.tags |= tags
+
+    def end(self, status: str, failure: str = "") -> None:
+        """See delivery.Courier."""
+        if failure:
+            self._courier.letter.tags["failure"] = failure
+        self._courier.end(status)
+
+
+@contextmanager
+def training_run(
+    params: Params, dataset: Dataset, device: torch.device, fingerprint: str, continues: str | None = None
+) -> Iterator[TrainingRun]:
+    """Open a run with its parameters, tags and data sets. ``continues`` is the run of which it does the rest.
+
+    It ends FINISHED; KILLED when interrupted; FAILED with the reason in the tag ``failure``. From here on a store that
+    fails costs a warning.
     """
-    tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code()} | lineage.surroundings()
-    with store_faults(), open_run(dataset, tags) as run_id:
-        mlflow.log_params(params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE})
-        yield run_id
+    tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code(), FINGERPRINT: fingerprint}
+    with store_faults():
+        run_id = _begin(dataset, tags | lineage.surroundings(device))
+        facts = params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE}
+        mlflow.log_params(facts, run_id=run_id)
+        if continues:
+            _link(run_id, continues)
+    with delivery.quick_answers():
+        run = TrainingRun(run_id)
+        with _ending(run.end):
+            yield run
+
+
+def _link(run_id: str, before: str) -> None:
+    """Two runs that are one training in two parts; the first of them may be of another store."""
+    client = MlflowClient()
+    with suppress(MlflowException):
+        client.set_tag(before, "continued.by", run_id)
+        client.set_tag(run_id, "continues", before)
+
+
+@contextmanager
+def _ending(end: Callable[[str, str], object]) -> Iterator[None]:
+    """Have a run end as what happens inside does: with its status, and the reason where it fails."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        end("KILLED", "")
+        raise
+    except BaseException as error:
+        end("FAILED", without_password(f"{type(error).__name__}: {error}")[:5000])
+        raise
+    end("FINISHED", "")
 
 
 @contextmanager
@@ -98,21 +168,40 @@ def open_run(
     dataset: Dataset, tags: dict[str, str], name: str | None = None, run_id: str | None = None
 ) -> Iterator[str]:
     """A new run with its tags and data sets, or an earlier one gone on with; yields its id."""
-    run_id = mlflow.start_run(
-        run_id=run_id, run_name=name or _run_name(dataset.name), tags=dataset.tags | tags, log_system_metrics=False
-    ).info.run_id
-    try:
-        _log_inputs(
-            run_id, [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")]
-        )
+    run_id = _begin(dataset, tags, name, run_id)
+    with _ending(partial(_end, run_id)):
         yield run_id
-    except (KeyboardInterrupt, SystemExit):
-        _end(RunStatus.KILLED)
-        raise
-    except BaseException as error:
-        _end(RunStatus.FAILED, f"{type(error).__name__}: {error}")
-        raise
-    mlflow.end_run()
+
+
+def _begin(dataset: Dataset, tags: dict[str, str], name: str | None = None, run_id: str | None = None) -> str:
+    client = MlflowClient()
+    tags = dataset.tags | tags | {HOST: socket.gethostname(), PROCESS: _process()}
+    if run_id is None:
+        known = resolve_tags(tags)  # mlflow adds who runs what
+        run = client.create_run(_experiment_id(), round(time.time() * 1000), known, name or _run_name(dataset.name))
+        run_id = str(run.info.run_id)
+    else:
+        client.update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
+        for tag in tags.items():
+            client.set_tag(run_id, *tag)
+    _log_inputs(
+        run_id, [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")]
+    )
+    return run_id
+
+
+def _end(run_id: str, status: str, failure: str) -> None:
+    # A store that is gone must not hide why the run ended.
+    with store_faults() if status == "FINISHED" else suppress(*STORE_ERRORS):
+        if failure:
+            MlflowClient().set_tag(run_id, "failure", failure)
+        MlflowClient().set_terminated(run_id, status)
+
+
+def _experiment_id() -> str:
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None  # see connect
+    return str(experiment.experiment_id)
 
 
 def _log_inputs(run_id: str, inputs: list[DatasetInput]) -> None:
@@ -122,13 +211,6 @@ def _log_inputs(run_id: str, inputs: list[DatasetInput]) -> None:
         if "UNIQUE" not in str(error).upper():
             raise
         MlflowClient().log_inputs(run_id, inputs)  # another run has told the store of the same data a moment before
-
-
-def _end(status: int, failure: str = "") -> None:
-    with suppress(*STORE_ERRORS):  # a store that is gone must not hide why the run ended
-        if failure:
-            mlflow.set_tag("failure", without_password(failure)[:5000])
-        mlflow.end_run(RunStatus.to_string(status))
 
 
 def _run_name(otherwise: str) -> str:
@@ -150,16 +232,27 @@ def _dataset_input(dataset: Dataset, split: str, context: str) -> DatasetInput:
     return DatasetInput(described._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
 
 
-def log_epoch(epoch: Epoch) -> None:
-    """One row of metrics into the open run."""
-    row = asdict(epoch)
-    mlflow.log_metrics(row, step=row.pop("epoch"))
+def _model_facts(cnn: CNN, dataset: Dataset, model_sha256: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Parameters and tags by which the model that a run gave is known."""
+    name = _run_name(f"{dataset.name}-{model_sha256[:8]}")
+    return {"parameters": str(parameter_count(cnn.architecture))}, {MODEL_SHA256: model_sha256, "mlflow.runName": name}
 
 
-def describe_model(cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
-    """Into the open run, what the model that it gave is known by."""
-    mlflow.set_tags({MODEL_SHA256: model_sha256, "mlflow.runName": _run_name(f"{dataset.name}-{model_sha256[:8]}")})
-    mlflow.log_param("parameters", parameter_count(cnn.architecture))
+@store_faults()
+def has_given(fingerprint: str, model_sha256: str) -> str | None:
+    """The id of a finished run of the training with this fingerprint that gave this model."""
+    return _finished(f"tags.{FINGERPRINT} = '{fingerprint}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
+
+
+def _finished(known_by: str) -> str | None:
+    """The id of the newest finished run of which this filter holds."""
+    found = mlflow.search_runs(
+        filter_string=f"{known_by} and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    return str(found[0].info.run_id) if found else None
 
 
 @store_faults()
@@ -169,20 +262,17 @@ def find_or_restore(model_sha256: str, saved: Saved, dataset: Dataset, history: 
     Where there is none, because DVC took the model from its cache, a run is opened from what the files tell and
     tagged ``restored``: the recipe, the data and the rows of history.csv, not on what machine and by what code.
     """
-    found = mlflow.search_runs(
-        filter_string=f"tags.`{MODEL_SHA256}` = '{model_sha256}' and attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-        output_format="list",
-    )
-    if found:
-        return str(found[0].info.run_id)
+    if found := _finished(f"tags.`{MODEL_SHA256}` = '{model_sha256}'"):
+        return found
     tags = {**saved.data, PARAMS_SHA256: digest(saved.recipe), "restored": "true"}
     with open_run(dataset, tags) as run_id:
-        mlflow.log_params(dict(saved.recipe))
+        params, facts = _model_facts(saved.cnn, dataset, model_sha256)
+        mlflow.log_params(dict(saved.recipe) | params, run_id=run_id)
         for row in history:
-            mlflow.log_metrics({key: float(row[key]) for key in row if key != "epoch"}, step=int(row["epoch"]))
-        describe_model(saved.cnn, dataset, model_sha256)
+            numbers = {key: float(row[key]) for key in row if key != "epoch"}
+            mlflow.log_metrics(numbers, step=int(row["epoch"]), run_id=run_id)
+        for tag in facts.items():
+            MlflowClient().set_tag(run_id, *tag)
     return run_id
 
 

@@ -8,20 +8,19 @@ worse than none.
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import mlflow
 import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.pyfunc import scoring_server
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 
 from pipeline.network.cnn import MOST_IMAGES
 from pipeline.tracking import models, registry
-from pipeline.tracking.runs import store_faults
+from pipeline.tracking.faults import store_faults
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,8 +28,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 INVOCATIONS = "/invocations"
+ANYWHERE = ("0.0.0.0", "::")  # to listen at every address of the machine, whatever its names are
 KEYS = ("inputs", "instances")
 BYTES_A_PIXEL = 8  # "[255], " and one more
+AT_A_TIME = 4  # requests that are read and answered; others wait, with what they send still on their side
+PATIENCE = 30.0  # seconds in which a body must have come
 
 
 class RefusedError(Exception):
@@ -42,22 +44,28 @@ class RefusedError(Exception):
 
 
 @store_faults()
-def application(version: ModelVersion) -> App:
-    """The ASGI application that answers for a registered model. Raises Fault for one that models.read refuses."""
-    with TemporaryDirectory(prefix="convtrack-") as folder:
-        files = registry.fetched(version, Path(folder))
-        image_shape = models.read(files, f"{version.name} version {version.version}").image_shape
-        with models.no_pickle():
-            served = scoring_server.init(mlflow.pyfunc.load_model(str(files)))
-    return Guard(served, image_shape)
+def application(version: ModelVersion, host: str) -> App:
+    """The ASGI application that answers for a registered model, where it is asked for under the name of ``host``.
+
+    Raises Fault for a version that models.read refuses.
+    """
+    loaded = registry.load(version)
+    guard = Guard(scoring_server.init(models.as_served(loaded.cnn)), loaded.image_shape)
+    # Else any page in a browser on this machine could ask, under a name of its own that leads here.
+    names = ["localhost", "127.0.0.1", "[::1]", host]
+    return TrustedHostMiddleware(guard, ["*"] if host in ANYWHERE else names, www_redirect=False)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Lets through to ``app`` only what it can answer: 1 to MOST_IMAGES images of whole numbers from 0 to 255."""
+    """Lets through to ``app`` only what it can answer: 1 to MOST_IMAGES images of whole numbers from 0 to 255.
+
+    However many ask at once, the memory is that of AT_A_TIME requests.
+    """
 
     app: App
     image_shape: tuple[int, int, int]
+    turns: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, AT_A_TIME))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -65,24 +73,29 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            _check_content_type(dict(scope["headers"]).get(b"content-type", b""))
-            body = await _body(receive, BYTES_A_PIXEL * MOST_IMAGES * int(np.prod(self.image_shape)))
-            await asyncio.to_thread(check, body, self.image_shape)
+            _check_content_type([value for name, value in scope["headers"] if name == b"content-type"])
+            async with self.turns:
+                body = await _body(receive, BYTES_A_PIXEL * MOST_IMAGES * int(np.prod(self.image_shape)))
+                await asyncio.to_thread(check, body, self.image_shape)
+                await self.app(scope, _again(body, receive), send)
         except RefusedError as refused:
             await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
-            return
-        await self.app(scope, _again(body, receive), send)
 
 
-def _check_content_type(given: bytes) -> None:
-    if given.split(b";")[0].strip().lower() != b"application/json":
+def _check_content_type(given: list[bytes]) -> None:
+    if [value.split(b";")[0].strip().lower() for value in given] != [b"application/json"]:
         raise RefusedError(415, "the content type must be application/json")
 
 
 async def _body(receive: Receive, most: int) -> bytes:
     parts, length, more = [], 0, True
+    until = asyncio.get_running_loop().time() + PATIENCE
     while more:
-        message = await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            raise RefusedError(408, f"the request did not come within {PATIENCE:.0f} s") from None
         if message["type"] == "http.disconnect":
             raise RefusedError(400, "the request broke off")
         parts.append(message.get("body", b""))
@@ -111,13 +124,15 @@ def check(body: bytes, image_shape: tuple[int, int, int]) -> None:
     if not isinstance(content, dict) or len(content) != 1 or next(iter(content)) not in KEYS:
         raise RefusedError(400, 'the body must be an object with one key: {"inputs": [images]}')
     try:
-        images = np.asarray(next(iter(content.values())))
-    except (ValueError, OverflowError) as error:
+        # As they are: converted, text of a million letters would take a million letters' room for each pixel.
+        images = np.asarray(next(iter(content.values())), dtype=object)
+    except ValueError as error:
         raise RefusedError(400, f"the images are not all of the same shape: {error}") from error
     if images.shape[1:] != image_shape or not 1 <= len(images) <= MOST_IMAGES:
         wanted = ", ".join(map(str, image_shape))
         raise RefusedError(
             400, f"images of the shape {images.shape}; wanted: (N, {wanted}), N from 1 to {MOST_IMAGES:,}"
         )
-    if images.dtype.kind not in "iu" or images.min() < 0 or images.max() > 255:
+    pixels = images.ravel().tolist()
+    if set(map(type, pixels)) != {int} or min(pixels) < 0 or max(pixels) > 255:
         raise RefusedError(400, "pixels are whole numbers from 0 (black) to 255 (white)")

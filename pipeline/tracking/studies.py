@@ -17,6 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pipeline.images.splits import Dataset
 from pipeline.params import Params
 from pipeline.tracking import lineage, runs
+from pipeline.tracking.faults import store_faults
 from pipeline.tuning.records import TrialRecord
 
 STUDY, TRIAL = "study.id", "trial.number"
@@ -31,7 +32,7 @@ class StudyRun:
         self.run_id, self._experiment_id, self.written = run_id, experiment_id, set[int]()
         self._begun: dict[int, str] = {}  # children that are not written to their end
 
-    @runs.store_faults()
+    @store_faults()
     def log_missing(self, trials: Iterable[TrialRecord]) -> None:
         """Child runs for those that nobody has written: others may write to the same store."""
         self._look()
@@ -42,7 +43,7 @@ class StudyRun:
         for trial in trials:
             self._log_trial(trial)
 
-    @runs.store_faults()
+    @store_faults()
     def _log_trial(self, trial: TrialRecord) -> None:
         """Write a child run, or the rest of one that was begun. What is there already, MLflow leaves as it is."""
         client = MlflowClient()
@@ -85,7 +86,7 @@ class StudyRun:
                     self.written.add(number)
             token = page.token or ""
 
-    @runs.store_faults()
+    @store_faults()
     def log_best(self, trials: int, values: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         """The best values after so many trials.
 
@@ -102,7 +103,7 @@ class StudyRun:
         figures = [Metric(key, value, now, trials) for key, value in metrics.items()]
         client.log_batch(self.run_id, metrics=figures, params=[Param(*each) for each in named.items()])
 
-    @runs.store_faults()
+    @store_faults()
     def log_applied(self, study: str, trial: int | None, values: Mapping[str, object]) -> None:
         """What was written into params.yaml, and where it comes from."""
         facts = {"study": study, "trial": trial, **values}
@@ -118,7 +119,7 @@ class StudyRun:
 def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Iterator[StudyRun]:
     """The parent run of a study, found again by the study's id or made. Its status ends true, as that of a training."""
     with ExitStack() as stack:
-        with runs.store_faults():  # not around what the study does: its own storage has errors of the same types
+        with store_faults():  # not around what the study does: its own storage has errors of the same types
             experiment = MlflowClient().get_experiment_by_name(runs.EXPERIMENT)
             assert experiment is not None
             experiment_id = experiment.experiment_id

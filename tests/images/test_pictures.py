@@ -121,3 +121,22 @@ def test_depth_and_palette_do_not_matter(tmp_path: Path) -> None:
         other.save(tmp_path / f"{name}.png")
         made = as_mnist(pictures.read(tmp_path / f"{name}.png", name)).double()
         assert float((made - expected).abs().mean()) < 3, name
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_a_picture_that_was_cut_off_or_changed_is_read_or_refused(form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    drawn(5, 20).save(content, form, **({} if form == "BMP" else {"exif": exif}))
+    whole, generator = content.getvalue(), np.random.default_rng(0)
+    for number in range(300):
+        damaged = bytearray(whole)
+        for place in generator.integers(len(whole), size=1 + number % 4):
+            damaged[place] = generator.integers(256)
+        if number % 3 == 0:
+            del damaged[generator.integers(len(damaged)) :]
+        try:
+            assert min(pictures.read(io.BytesIO(damaged), "it").size) > 0
+        except UserError as error:
+            assert str(error).startswith("it ")

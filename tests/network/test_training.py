@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.images.splits import LabelledImages
-from pipeline.network import fused, model_file, scoring, training
+from pipeline.network import fused, model_file, scoring, training, workers
 from pipeline.network.cnn import CNN, Architecture, as_input
 from tests.conftest import needs_a_gpu, needs_bfloat16
 
@@ -96,6 +96,18 @@ def test_one_thread_and_two_give_the_same_bytes(digits: dict[str, LabelledImages
         models.add(model_file.to_bytes(fit(digits, epochs=1, batch_size=128, max_shift=max_shift)[0]))
         assert torch.get_num_threads() == threads
     assert len(models) == 1
+
+
+def test_threads_that_come_and_go_within_an_epoch_change_no_bit(digits: dict[str, LabelledImages]) -> None:
+    taken: list[int] = []
+
+    def on_step(step: training.Step) -> None:
+        taken.append(step.images)
+        workers.use_threads(1 + len(taken) // 5 % 2)
+
+    torch.set_num_threads(1)
+    steady = model_file.to_bytes(fit(digits, epochs=2, batch_size=128)[0])
+    assert model_file.to_bytes(fit(digits, epochs=2, batch_size=128, on_step=on_step)[0]) == steady
 
 
 @pytest.mark.parametrize(

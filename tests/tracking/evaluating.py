@@ -1,8 +1,9 @@
 """`evaluate` in processes that race each other or kill themselves; what tests/tracking/test_evaluating.py starts.
 
 python -m tests.tracking.evaluating race FOLDER SIDE ROUNDS    a new model a round, at the same time as the other side
-python -m tests.tracking.evaluating kill STEP WHEN             SIGKILL before or after the registry is written to for
-                                                               the STEPth time
+python -m tests.tracking.evaluating kill WHAT STEP WHEN        evaluate, or go back to the champion before; SIGKILL
+                                                               before or after the registry is written to for the
+                                                               STEPth time
 """
 
 import os
@@ -19,7 +20,7 @@ from mlflow import MlflowClient
 
 from pipeline import evaluate, files
 from pipeline.network import model_file
-from pipeline.tracking import registry
+from pipeline.tracking import registry, runs
 
 STEPS = (
     "create_registered_model",
@@ -30,6 +31,7 @@ STEPS = (
     "set_registered_model_tag",
     "set_registered_model_alias",
     "delete_registered_model_alias",
+    "delete_model_version_tag",
 )
 
 
@@ -64,12 +66,16 @@ def change_model(saved: model_file.Saved, seed: int, noise: float = 0.5) -> None
     files.write(files.MODEL, model_file.to_bytes(other, saved.data, saved.recipe))
 
 
-def kill(step: int, when: str) -> None:
-    """Evaluate, up to there."""
+def kill(what: str, step: int, when: str) -> None:
+    """Evaluate or go back, up to there."""
     steps = iter(range(1, 1000))
     for name in STEPS:
         setattr(MlflowClient, name, _deadly(getattr(MlflowClient, name), steps, step, when))
-    evaluate.main()
+    if what == "evaluate":
+        evaluate.main()
+    else:
+        runs.connect()
+        registry.roll_back(None)
 
 
 def _deadly(method: Callable[..., Any], steps: Any, step: int, when: str) -> Callable[..., Any]:
@@ -91,4 +97,4 @@ if __name__ == "__main__":
     if what == "race":
         race(Path(rest[0]), int(rest[1]), int(rest[2]))
     else:
-        kill(int(rest[0]), rest[1])
+        kill(rest[0], int(rest[1]), rest[2])

@@ -2,24 +2,34 @@
 
 import json
 import pickle
+import re
 import shutil
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from PIL import Image
 
 from pipeline import evaluate, files
 from pipeline.errors import Fault, UserError
 from pipeline.images.splits import TEST, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.network import model_file
+from pipeline.network.scoring import wilson_interval
 from pipeline.params import Promotion
-from pipeline.tracking import models, registry
+from pipeline.tracking import gate, registry, runs, serving
+from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import Entry, Registration
-from tests.conftest import QUICK, write_params
+from tests.conftest import QUICK, run_command, write_params
+from tests.tracking.evaluating import change_model
 
 NAME = "mnist-5k-cnn"
 NO_RULES = Promotion(min_accuracy=None, max_ece=None, max_parameters=None, alpha=None)
@@ -38,25 +48,27 @@ class Entrance:
 
     def __init__(self) -> None:
         evaluate.main()
-        (run,) = mlflow.search_runs(output_format="list")
-        assert run.outputs is not None
-        self.run_id, self.model_id = str(run.info.run_id), str(run.outputs.model_outputs[0].model_id)
+        self.saved = model_file.from_bytes(files.MODEL.read_bytes())
         self.dataset = read_dataset()
         self.test = read_split(self.dataset, TEST)
         MlflowClient().delete_registered_model(NAME)
 
     def enter(self, model: str, errors: int, dataset: Dataset | None = None, parameters: int = 1000) -> Registration:
-        """A model with the hash ``model`` that gets the first ``errors`` test images wrong."""
+        """A model with the recipe ``model`` that gets the first ``errors`` test images wrong."""
         right = np.arange(len(self.test)) >= errors
         rows = [{"actual": "a", "predicted": "a" if each else "b"} for each in right]
         run_id = mlflow.start_run().info.run_id  # each with predictions of its own
         mlflow.end_run()
         files.write_table(Path("kept/predictions.csv"), rows)
         MlflowClient().log_artifact(run_id, "kept/predictions.csv", "evaluation")
+        self.model(model)
+        logged = mlflow.initialize_logged_model(name="model", source_run_id=run_id).model_id
+        MlflowClient().log_model_artifact(logged, "kept/model.safetensors", "extra_files")
+        MlflowClient().finalize_logged_model(logged, "READY")
         entry = Entry(
             run_id=run_id,
-            model_id=self.model_id,
-            model_sha256=model * 64,
+            model_id=logged,
+            model_sha256=self.model(model),
             predictions_sha256=files.sha256(Path("kept/predictions.csv").read_bytes()),
             lineage={"data.name": self.dataset.name},
             recipe={},
@@ -66,6 +78,12 @@ class Entrance:
             card="a card",
         )
         return registry.register(entry, dataset or self.dataset, self.test, NO_RULES)
+
+    def model(self, model: str) -> str:
+        """The SHA-256 of such a model's file, which it writes: the network is the same in all."""
+        content = model_file.to_bytes(self.saved.cnn, self.saved.data, {"model": model})
+        files.write(Path("kept/model.safetensors"), content)
+        return files.sha256(content)
 
 
 @pytest.fixture
@@ -104,6 +122,26 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
     assert f"SHA-256 `{dataset.sha256}`" in card
     assert "conv2d_1          (11, 11, 64)            18,496" in card
     assert "| model.dropout | 0.5 |" in card
+    low, high = wilson_interval(1000 - metrics["test"]["error_count"], 1000)
+    assert f"| {low:.2%} ... {high:.2%} |" in card
+    for split, facts in dataset.splits.items():
+        assert f"| {split} | {facts.count:,} |" in card
+        assert facts.sha256[:16] in card
+    assert "It knows nothing but these classes" in card
+    commit = version(1).tags.get("git.commit")
+    assert f"`git checkout {commit}`" in card if commit else "there was no git" in card
+    assert Path("reports/model_card.md").read_text() == card
+    assert len(card) < 5000  # what the databases of MLflow take
+
+
+def test_the_card_of_a_stand_in_says_so_and_names_are_shown_as_they_are(finished_copy: Path) -> None:
+    path = files.PREPARED / "dataset.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"requested": "mnist", "source": "<script>alert(1)</script> | *bold*"}))
+    evaluate.main()
+    card = str(version(1).description)
+    assert "**mnist-5k stood in for mnist**, which could not be had." in card
+    assert "&lt;script&gt;alert\\(1\\)&lt;/script&gt; \\| \\*bold\\*" in card
 
 
 def test_the_same_model_twice_makes_no_second_version(finished_copy: Path) -> None:
@@ -175,7 +213,7 @@ def test_a_champion_that_cannot_be_compared_stays(entrance: Entrance) -> None:
     shutil.rmtree("mlruns")
     decision = entrance.enter("3", 0).decision
     assert decision.alias == "challenger"
-    assert decision.reason.startswith(f"version 1, the champion, models:/{NAME}/1 cannot be loaded: ")
+    assert decision.reason.startswith(f"version 1, the champion, the files of models:/{NAME}/1 cannot be had: ")
     assert aliases()["champion"] == "1"
 
 
@@ -184,8 +222,8 @@ def test_a_model_of_the_fall_back_never_replaces_one_of_the_whole_set(entrance: 
     entrance.enter("1", 50, whole)
     entrance.enter("2", 0, replace(entrance.dataset, requested="mnist"))
     champions = {name: MlflowClient().get_model_version_by_alias(name, "champion") for name in ("mnist-cnn", NAME)}
-    assert champions["mnist-cnn"].tags["model.sha256"] == "1" * 64
-    assert champions[NAME].tags["model.sha256"] == "2" * 64
+    assert champions["mnist-cnn"].tags["model.sha256"] == entrance.model("1")
+    assert champions[NAME].tags["model.sha256"] == entrance.model("2")
 
 
 def test_a_champion_that_was_rolled_back_does_not_come_back_by_itself(entrance: Entrance) -> None:
@@ -221,12 +259,12 @@ def test_a_version_is_found_by_alias_and_number(entrance: Entrance) -> None:
 def test_a_model_comes_back_and_answers_as_before(finished: Path) -> None:
     loaded = registry.load(version(1))
     test: LabelledImages = read_split(read_dataset(), TEST)
-    probabilities = loaded.model.classify(test.images.numpy())
+    probabilities = loaded.classify(test.images.numpy())
     assert loaded.class_names == tuple("0123456789")
-    assert loaded.model.image_shape == (28, 28, 1)
+    assert loaded.image_shape == (28, 28, 1)
     rows = files.read_table(files.PREDICTIONS, made_by="evaluate")
     assert [str(label) for label in probabilities.argmax(axis=1)] == [row["predicted"] for row in rows]
-    alone = np.concatenate([loaded.model.classify(test.images[[index]].numpy()) for index in range(20)])
+    alone = np.concatenate([loaded.classify(test.images[[index]].numpy()) for index in range(20)])
     np.testing.assert_allclose(alone, probabilities[:20], atol=1e-5)
 
 
@@ -235,34 +273,172 @@ class Attack:
         return exec, ("open('PWNED', 'w')",)
 
 
-@pytest.mark.parametrize("way", ["model.pth", "another graph", "code", "another loader", "a file beside it"])
-def test_a_model_that_brings_code_is_refused_and_never_run(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+def _artifacts(number: int) -> Path:
+    """Where the store keeps the files of a version."""
+    model_id = str(version(number).source).removeprefix("models:/")
+    return Path(str(MlflowClient().get_logged_model(model_id).artifact_location).removeprefix("file://"))
+
+
+def _pickled_graph(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Attack()))
+
+
+def _graph_whose_shapes_are_code(path: Path) -> None:
+    """torch.export.load evaluates the expressions of shapes: what is in this one would be run."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    (described,) = (name for name in records if name.endswith("models/model.json"))
+    attack = b"__import__('pathlib').Path('PWNED').touch()"
+    records[described], count = re.subn(rb'("expr_str": ?)"[^"]+"', rb'\1"' + attack + b'"', records[described])
+    assert count > 0
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("change", [_pickled_graph, _graph_whose_shapes_are_code])
+def test_a_graph_that_brings_code_is_never_even_read(
+    finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", dst_path=str(tmp_path / "model")))
-    monkeypatch.chdir(tmp_path)
+    evaluate.main()
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")  # whatever somebody has set
-    assert models.read(folder, "the model").image_shape == (28, 28, 1)
+    change(_artifacts(1) / "data/model.pt2")
+    test = read_split(read_dataset(), TEST)[:5]
+    for command, *arguments in (["export", "--format", "pt2"], ["predict", "--json", "picture.png"]):
+        Image.fromarray(test.images[0, ..., 0].numpy()).save("picture.png")
+        done = run_command(command, *arguments, folder=finished_copy)
+        assert done.returncode == 0, done.stderr
+    serving.application(version(1), "127.0.0.1")
+    assert not list(finished_copy.rglob("PWNED"))
+
+
+@pytest.mark.parametrize("way", ["pickle", "another model", "a changed weight", "none"])
+def test_a_model_file_that_is_not_the_registered_one_is_refused(finished_copy: Path, way: str) -> None:
+    evaluate.main()
+    path = _artifacts(1) / "extra_files/model.safetensors"
+    content = path.read_bytes()
     match way:
-        case "model.pth":
-            (folder / "data/model.pth").write_bytes(pickle.dumps(Attack()))
-        case "another graph":
-            (folder / "data/model.pt2").write_bytes(pickle.dumps(Attack()))
-        case "code":
-            described = (folder / "MLmodel").read_text()
-            (folder / "MLmodel").write_text(described.replace("    code: null", "    code: code"))
-            (folder / "code").mkdir()
-            (folder / "code/json.py").write_text("open('PWNED', 'w')")
-        case "another loader":
-            described = (folder / "MLmodel").read_text()
-            (folder / "MLmodel").write_text(
-                described.replace("loader_module: mlflow.pytorch", "loader_module: antigravity")
-            )
-        case "a file beside it":
-            (folder / "data/pickle_module_info.txt").write_text("antigravity")
-    with pytest.raises(Fault, match=r"^the model (is no exported graph alone|cannot be loaded)"):
-        models.read(folder, "the model")
-    assert not Path("PWNED").exists()
+        case "pickle":
+            path.write_bytes(pickle.dumps(Attack()))
+        case "another model":
+            path.write_bytes(model_file.to_bytes(model_file.from_bytes(content).cnn))
+        case "a changed weight":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "none":
+            path.unlink()
+    reason = "cannot be had" if way == "none" else r"is not the one that was registered \(another SHA-256\)"
+    for use in (registry.load, partial(serving.application, host="127.0.0.1")):
+        with pytest.raises(Fault, match=reason):
+            use(version(1))
+    for command in (["predict", "x.png"], ["export", "--format", "onnx"], ["serve"], ["champion", "1", "--rollback"]):
+        done = run_command(*command, folder=finished_copy)
+        assert done.returncode == (2 if command[0] == "champion" else 1)  # it is the champion already
+        assert done.stderr.count(b"\n") == 1
+    assert not list(finished_copy.rglob("PWNED"))
+
+
+def test_a_champion_whose_files_are_gone_is_made_whole_by_the_next_evaluation(finished_copy: Path) -> None:
+    evaluate.main()
+    shutil.rmtree(_artifacts(1))
+    evaluate.main()
+    assert aliases() == {"champion": "2"}
+    assert registry.load(version(2)).class_names == tuple("0123456789")
+    assert version(2).tags["gate.reason"] == "it is the model of version 1, whose files are gone"
+    evaluate.main()
+    assert aliases() == {"champion": "2"}
+
+
+def test_a_tracking_database_from_a_backup_is_completed(finished_copy: Path) -> None:
+    """The champion of after the backup is unknown to it: it is registered anew, with its alias and its history."""
+    evaluate.main()
+    better = files.MODEL.read_bytes()
+    change_model(model_file.from_bytes(better), seed=3)
+    MlflowClient().delete_registered_model(NAME)
+    evaluate.main()
+    shutil.copy("mlflow.db", "backup")
+    files.write(files.MODEL, better)
+    evaluate.main()
+    assert aliases()["champion"] == "2"
+    shutil.copy("backup", "mlflow.db")
+    assert aliases() == {"champion": "1"}
+    evaluate.main()
+    assert aliases() == {"champion": "2"}
+    assert version(2).tags["model.sha256"] == files.sha256(better)
+    assert [reign.version for reign in registry.history(NAME)] == ["1", "2"]
+
+
+def test_an_alias_that_was_set_elsewhere_is_part_of_the_history(entrance: Entrance) -> None:
+    entrance.enter("1", 50)
+    entrance.enter("2", 60)
+    MlflowClient().set_registered_model_alias(NAME, "champion", "2")  # as on MLflow's own page
+    assert [reign.version for reign in registry.history(NAME)] == ["1", "2"]
+    entrance.enter("3", 40)
+    assert [(reign.version, reign.reason) for reign in registry.history(NAME)][1:] == [
+        ("2", "the alias was set by hand"),
+        ("3", "40 test errors against 60 of version 2 (p = 1.9e-06)"),
+    ]
+
+
+def test_going_back_twice_goes_back_two_champions(entrance: Entrance) -> None:
+    for model, errors in (("1", 50), ("2", 40), ("3", 30)):
+        entrance.enter(model, errors)
+    assert [str(registry.roll_back(None).version) for _ in range(2)] == ["2", "1"]
+    with pytest.raises(UserError, match="has had no other champion to go back to"):
+        registry.roll_back(None)
+    MlflowClient().set_registered_model_alias(NAME, "champion", "3")
+    MlflowClient().delete_model_version(NAME, "2")
+    with pytest.raises(UserError, match="has had no other champion to go back to"):  # 1 and 2 were gone back from
+        MlflowClient().set_model_version_tag(NAME, "1", "gate.barred", "a while ago")
+        registry.roll_back(None)
+
+
+def test_a_champion_for_images_of_another_size_cannot_be_compared(entrance: Entrance) -> None:
+    entrance.enter("1", 50)
+    others = replace(entrance.dataset, image_shape=(32, 32, 1))
+    others = replace(others, splits=others.splits | {TEST: replace(others.splits[TEST], sha256="b" * 64)})
+    assert entrance.enter("2", 0, others).decision.reason == "version 1, the champion, takes images of 28 x 28 x 1"
+
+
+def test_a_champion_that_another_machine_crowns_in_the_meantime_is_who_counts(
+    entrance: Entrance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entrance.enter("1", 50)
+    decide = gate.decide
+
+    def and_meanwhile_elsewhere(*arguments: Any) -> Decision:
+        monkeypatch.setattr(gate, "decide", decide)
+        monkeypatch.setattr(registry, "_gate_closed", nullcontext)  # another machine knows nothing of this one's lock
+        entrance.enter("2", 10)
+        return decide(*arguments)
+
+    monkeypatch.setattr(gate, "decide", and_meanwhile_elsewhere)
+    decision = entrance.enter("3", 20).decision
+    assert (decision.alias, decision.reason) == ("challenger", "20 test errors against 10 of version 2 (p = 0.002)")
+    assert aliases() == {"champion": "2", "challenger": "3"}
+
+
+def test_two_clones_on_one_machine_wait_for_each_other_at_the_same_store(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.connect()
+    assert registry._lock_of_the_store().parent == workspace / "mlruns"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}?timeout=20")
+    locks = set()
+    for clone in ("one", "other"):
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path / clone))
+        runs.connect()
+        locks.add(registry._lock_of_the_store())
+    assert len(locks) == 1
+
+
+def test_a_card_that_is_too_long_for_the_store_is_whole_among_the_artifacts(
+    entrance: Entrance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert registry._described("short") == "short"
+    long = "\n".join(["a line of a card"] * 1000)
+    described = registry._described(long)
+    assert 4900 < len(described) <= 5000
+    assert described.endswith("a line of a card\n\nThe rest is in `evaluation/model_card.md` of the run.")
 
 
 def test_the_floors_of_params_yaml_are_those_of_the_gate(finished_copy: Path) -> None:

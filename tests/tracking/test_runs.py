@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -19,7 +20,8 @@ from pipeline.images.splits import read_dataset
 from pipeline.network import model_file
 from pipeline.network.cnn import Classifier
 from pipeline.params import read_params
-from pipeline.tracking import lineage, models, runs
+from pipeline.tracking import delivery, lineage, models, runs
+from pipeline.tracking.runs import TrainingRun
 from tests.conftest import QUICK, write_params
 
 
@@ -98,7 +100,8 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
     }
     drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
     assert len(drawn) == 5
-    assert logged == drawn | {f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "promotion.json")}
+    written = ("metrics.json", "model_card.md", "predictions.csv", "promotion.json")
+    assert logged == drawn | {f"evaluation/{name}" for name in written}
 
 
 def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +158,10 @@ def test_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: 
 def test_an_interrupted_training_is_a_killed_run(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
 ) -> None:
-    def interrupt(epoch: object) -> None:
+    def interrupt(run: object, epoch: object) -> None:
         raise interruption
 
-    monkeypatch.setattr(runs, "log_epoch", interrupt)
+    monkeypatch.setattr(TrainingRun, "log_epoch", interrupt)
     with pytest.raises(type(interruption)):
         train.main()
     assert only_run().info.status == "KILLED"
@@ -223,14 +226,105 @@ def test_a_server_that_does_not_answer_is_said_within_ten_seconds(
         assert time.perf_counter() - started < 10
 
 
-def test_a_store_that_fails_in_mid_training_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def locked(epoch: object) -> None:
-        raise mlflow.MlflowException("(sqlite3.OperationalError) database is locked\n[SQL: ...]")
+class Unreachable:
+    """A store that answers for some time, and then does not."""
 
-    monkeypatch.setattr(runs, "log_epoch", locked)
-    with pytest.raises(Fault, match=r"the tracking store sqlite:.* failed: .*database is locked$"):
-        train.main()
-    assert only_run().info.status == "FAILED"
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        self.patch, self.answers, self.whole = monkeypatch, after, MlflowClient.log_batch
+        monkeypatch.setattr(MlflowClient, "log_batch", self.log_batch)
+
+    def log_batch(self, *arguments: Any, **named: Any) -> None:
+        self.answers -= 1
+        if self.answers < 0:
+            raise mlflow.MlflowException("(sqlite3.OperationalError) database is locked\n[SQL: ...]")
+        self.whole(MlflowClient(), *arguments, **named)
+
+    def comes_back(self) -> None:
+        self.patch.setattr(MlflowClient, "log_batch", self.whole)
+
+
+def test_a_store_that_goes_away_in_mid_training_costs_a_warning_and_no_number(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(workspace, QUICK | {"train.epochs": 4})
+    store = Unreachable(monkeypatch, after=1 + 2)  # the parameters, and two epochs
+    train.main()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert "database is locked): the training goes on without it" in warnings[0]
+    assert ": nothing is lost, what the run is still to be told is in " in warnings[1]
+    assert files.MODEL.exists()
+    assert len(files.read_table(files.HISTORY, made_by="train")) == 4
+    assert "model.sha256" not in only_run().data.tags
+
+    store.comes_back()
+    evaluate.main()
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["model.sha256"] == files.sha256(files.MODEL.read_bytes())
+    assert run.data.params["parameters"] == "34826"
+    points = MlflowClient().get_metric_history(run.info.run_id, "validation_loss")
+    rows = files.read_table(files.HISTORY, made_by="train")
+    assert [(point.step, point.value) for point in points] == [
+        (number, float(row["validation_loss"])) for number, row in enumerate(rows, 1)
+    ]
+    assert delivery.undelivered() == []
+    assert run.info.end_time < time.time() * 1000 - 100  # when the training ended, not when it was told
+
+
+def test_what_could_not_be_sent_is_sent_once_also_when_that_is_interrupted(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(workspace, QUICK | {"train.epochs": 3})
+    store = Unreachable(monkeypatch, after=1)
+    train.main()
+    for answers in (0, 1, 2):  # the rest fails again and again, each time a little later
+        store.answers = answers
+        with pytest.raises(Fault, match="database is locked"):
+            evaluate.main()
+        assert len(delivery.undelivered()) == 1
+    store.comes_back()
+    evaluate.main()
+    points = MlflowClient().get_metric_history(only_run().info.run_id, "train_loss")
+    assert [point.step for point in points] == [1, 2, 3]
+    assert delivery.undelivered() == []
+
+
+def test_what_is_of_another_store_stays(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Unreachable(monkeypatch, after=1)
+    train.main()
+    store.comes_back()
+    (path,) = delivery.undelivered()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'other.db'}")
+    evaluate.main()
+    assert path.exists()
+    assert f"{path} is of a run that this tracking store does not have" in capsys.readouterr().err
+
+
+def test_a_run_whose_process_was_killed_is_closed_and_one_that_lives_is_not(workspace: Path) -> None:
+    runs.connect()
+    experiment = runs._experiment_id()
+    here = {"process.host": socket.gethostname()}
+    processes = {
+        "dead": here | {"process": "999999999 since 1"},
+        "its number is another's now": here | {"process": f"{os.getpid()} since 1"},
+        "alive": here | {"process": runs._process()},
+        "elsewhere": {"process.host": "another machine", "process": "1 since 1"},
+        "not ours": {},
+    }
+    for name, tags in processes.items():
+        MlflowClient().create_run(experiment, tags=tags, run_name=name)
+    runs.settle()
+    statuses = {str(run.info.run_name): run.info.status for run in every_run()}
+    assert statuses == {
+        "dead": "FAILED",
+        "its number is another's now": "FAILED",
+        "alive": "RUNNING",
+        "elsewhere": "RUNNING",
+        "not ours": "RUNNING",
+    }
 
 
 def test_the_experiment_of_dvc_names_the_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import requests
 
 from pipeline import files
 from pipeline.images.splits import TEST, read_dataset, read_split
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, run_command
 
 JSON = {"Content-Type": "application/json"}
 
@@ -30,6 +31,8 @@ def server(_all_stages: Path) -> Iterator[tuple[str, psutil.Process]]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "pipeline.serve", "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(_all_stages)}
+    for stale in _all_stages.glob("PWNED"):
+        stale.unlink()
     with subprocess.Popen(command, cwd=_all_stages, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline().decode() == (f"mnist-5k-cnn version 1 answers at http://127.0.0.1:{port}\n")
@@ -73,7 +76,7 @@ REFUSED: dict[str, tuple[int, str, Any]] = {
     "a shape that is not the network's": (400, "images of the shape (2, 20, 28, 1)", BLACK[:, :20]),
     "one image without a batch": (400, "images of the shape (28, 28, 1)", BLACK[0]),
     "no images": (400, "images of the shape (0,)", []),
-    "a picture that is not even": (400, "not all of the same shape", [[[[0]] * 28] * 28, [[[0]] * 3] * 28]),
+    "a picture that is not even": (400, "images of the shape (2, 28)", [[[[0]] * 28] * 28, [[[0]] * 3] * 28]),
     "text": (400, "pixels are whole numbers", [[[["7"]] * 28] * 28]),
     "NaN": (400, "pixels are whole numbers", [[[[float("nan")]] * 28] * 28]),
     "null": (400, "images of the shape ()", None),
@@ -81,6 +84,8 @@ REFUSED: dict[str, tuple[int, str, Any]] = {
     "above 255": (400, "pixels are whole numbers", BLACK + 256),
     "below 0": (400, "pixels are whole numbers", BLACK - 1),
     "a number without end": (400, "pixels are whole numbers", [[[[10**40]] * 28] * 28]),
+    "true": (400, "pixels are whole numbers", [[[[True]] * 28] * 28]),
+    "objects": (400, "pixels are whole numbers", [[[[{}]] * 28] * 28]),
     "1,001 images": (400, "N from 1 to 1,000", np.zeros((1001, 28, 28, 1), dtype=int)),
 }
 
@@ -121,7 +126,7 @@ def test_bodies_that_are_none_are_refused_with_the_reason(
     answer = requests.post(f"{server[0]}/invocations", body, headers=headers, timeout=60)
     assert answer.status_code == status
     assert reason in answer.json()["error"]
-    assert not list(REPOSITORY.glob("PWNED"))
+    assert not list(Path(server[1].cwd()).glob("PWNED"))
     assert requests.post(f"{server[0]}/invocations", GOOD, headers=JSON, timeout=60).status_code == 200
 
 
@@ -130,9 +135,83 @@ def test_two_hundred_at_once_are_all_answered_and_memory_stays_where_it_was(
     server: tuple[str, psutil.Process],
 ) -> None:
     address, process = server
-    images = np.zeros((50, 28, 28, 1), dtype=int)
-    assert ask(address, images).status_code == 200
-    before = process.memory_info().rss
+    largest = json.dumps({"inputs": np.full((1000, 28, 28, 1), 255).tolist()}).encode()
+
+    def answered(_: int) -> int:
+        return requests.post(f"{address}/invocations", largest, headers=JSON, timeout=500).status_code
+
+    assert answered(0) == 200
+    before, most = process.memory_info().rss, 0
     with ThreadPoolExecutor(200) as pool:
-        assert set(pool.map(lambda _: ask(address, images).status_code, range(200))) == {200}
-    assert process.memory_info().rss - before < 300_000_000
+        waiting = [pool.submit(answered, number) for number in range(200)]
+        while not all(each.done() for each in waiting):
+            most = max(most, process.memory_info().rss)
+            time.sleep(0.1)
+    assert {each.result() for each in waiting} == {200}
+    assert most - before < 1_000_000_000  # of four requests at a time; 200 would take more than ten times that
+
+
+def test_a_hundred_thousand_rows_and_endless_words_take_no_memory(server: tuple[str, psutil.Process]) -> None:
+    address, process = server
+    words = json.dumps({"inputs": ["a" * 1_000_000, *["b"] * 5000]}).encode()  # 20 GB as an array of text
+    before = process.memory_info().rss
+    for body, status in ((TOO_MANY, 413), (words, 400)):
+        answer = requests.post(f"{address}/invocations", body, headers=JSON, timeout=60)
+        assert answer.status_code == status
+        assert process.memory_info().rss - before < 100_000_000
+
+
+def test_a_page_from_elsewhere_cannot_ask_under_a_name_of_its_own(server: tuple[str, psutil.Process]) -> None:
+    for path in ("/invocations", "/health", "/version"):
+        for host, status in (("evil.example", 400), ("127.0.0.1.evil.example", 400), ("localhost", 200)):
+            headers = JSON | {"Host": host}
+            ask_for = requests.post if path == "/invocations" else requests.get
+            answer = ask_for(f"{server[0]}{path}", data=GOOD, headers=headers, timeout=60)
+            assert answer.status_code == status, (path, host)
+
+
+def test_a_request_that_never_comes_to_its_end_holds_nobody_up(server: tuple[str, psutil.Process]) -> None:
+    port = int(server[0].rpartition(":")[2])
+    fields = ("POST /invocations HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99")
+    head = "\r\n".join([*fields, "", "{"]).encode()
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    for each in slow:
+        each.sendall(head)
+    assert ask(server[0], BLACK).status_code == 200
+    for each in slow:
+        each.close()
+    assert ask(server[0], BLACK).status_code == 200
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_what_is_no_port_is_said(workspace: Path, port: str) -> None:
+    done = run_command("serve", "--port", port, folder=workspace)
+    assert done.returncode == 2
+    assert f"{port} is no port; allowed: 1 to 65535" in done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_mlflows_own_server_answers_the_same(server: tuple[str, psutil.Process], finished: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["models", "serve", "--model-uri", "models:/mnist-5k-cnn@champion", "--env-manager", "local"]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{finished / 'mlflow.db'}",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    images = read_split(read_dataset(), TEST).images[:20].numpy()
+    started = [sys.executable, "-m", "mlflow", *command, "--port", str(port)]
+    with subprocess.Popen(started, env=environment, start_new_session=True) as process:
+        try:
+            for _ in range(600):
+                try:
+                    requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except requests.ConnectionError:
+                    time.sleep(0.1)
+            theirs = ask(f"http://127.0.0.1:{port}", images)
+            assert theirs.status_code == 200
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+    np.testing.assert_allclose(theirs.json()["predictions"], ask(server[0], images).json()["predictions"], atol=1e-5)

@@ -1,0 +1,90 @@
+"""Interrupted trainings: by what one is known, where its checkpoint lies, and when that is thrown away."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import files
+from pipeline.images.splits import Dataset
+from pipeline.network import checkpoint
+from pipeline.network.checkpoint import Checkpoint
+from pipeline.network.training import Epoch
+from pipeline.params import Params
+from pipeline.tracking import lineage
+
+SUFFIX = ".checkpoint"
+FORGOTTEN_AFTER = 30 * 24 * 3600  # seconds; the checkpoint of a training that nobody has gone on with for so long
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A training that did not come to its end: how far it came, and the MLflow run that has its beginning."""
+
+    checkpoint: Checkpoint
+    history: list[Epoch]
+    run_id: str
+
+
+def folder() -> Path:
+    """Where checkpoints are: in the repository, also for an experiment that runs in a copy; no output of a stage."""
+    return files.root() / "checkpoints"
+
+
+def fingerprint(params: Params, dataset: Dataset, device: torch.device) -> str:
+    """64 hexadecimal digits: a digest of everything that decides the bits of the trained model."""
+    package = Path(__file__).parent
+    code = [package / "train.py", package / "recipe.py", *sorted((package / "network").glob("*.py"))]
+    surroundings = lineage.surroundings(device)
+    decides = {
+        "recipe": params.recipe,
+        "data": dataset.sha256,
+        "machine": {name: surroundings[name] for name in lineage.MACHINE},
+        "numpy": np.__version__,
+        "code": [files.sha256(path.read_bytes()) for path in code],
+    }
+    return files.sha256(json.dumps(decides, sort_keys=True).encode())
+
+
+def find(known_by: str) -> Interrupted | None:
+    """The training of this fingerprint that was interrupted, if one was. One that cannot be read is begun anew."""
+    path = _path(known_by)
+    try:
+        kept, facts = checkpoint.from_bytes(path.read_bytes())
+        return Interrupted(kept, [Epoch(**row) for row in facts["history"]], facts["run_id"])
+    except FileNotFoundError:
+        return None
+    except (checkpoint.DamagedError, KeyError, TypeError) as error:
+        print(f"warning: {path} is damaged ({error}): the training begins anew", file=sys.stderr)
+        path.unlink()
+        return None
+
+
+def keep(known_by: str, reached: Checkpoint, history: Sequence[Epoch], run_id: str) -> None:
+    """Write a checkpoint in the place of the one before, whole or not at all."""
+    facts = {"history": [asdict(epoch) for epoch in history], "run_id": run_id}
+    files.write(_path(known_by), checkpoint.to_bytes(reached, facts))
+
+
+def forget(known_by: str) -> None:
+    """The training has come to its end. Those that were left unfinished long ago go too."""
+    _path(known_by).unlink(missing_ok=True)
+    for path in folder().glob(f"*{SUFFIX}"):
+        if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER:
+            path.unlink(missing_ok=True)
+
+
+def is_recorded_by_dvc(model: bytes) -> bool:
+    """Whether dvc.lock has this model file; then a training that would give it again is meant as a repetition."""
+    lock = Path("dvc.lock")
+    return lock.exists() and hashlib.md5(model, usedforsecurity=False).hexdigest() in lock.read_text()
+
+
+def _path(known_by: str) -> Path:
+    return folder() / f"{known_by[:16]}{SUFFIX}"

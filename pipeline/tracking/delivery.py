@@ -1,0 +1,159 @@
+"""The numbers of a training on their way into its MLflow run.
+
+A thread sends them, so that the training waits for no store that is slow, locked or gone. What had not arrived by the
+end is put down beside the checkpoints, and sent by the next command that writes into the store: once, and in order.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from pipeline import files
+from pipeline.tracking.faults import STORE_ERRORS, one_line
+
+PATIENCE = 10.0  # seconds for which the end of a training waits for the store
+SUFFIX = ".undelivered.json"
+
+
+@dataclass
+class Letter:
+    """All that a run is still to be told: rows of metrics by their epoch, and how it ended.
+
+    ``times`` are those of the rows, in milliseconds since 1970, as is ``ended``.
+    """
+
+    run_id: str
+    rows: dict[int, dict[str, float]] = field(default_factory=dict)
+    times: dict[int, int] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    status: str = ""
+    ended: int = 0
+
+    def add(self, epoch: int, row: Mapping[str, float]) -> None:
+        """One more row."""
+        self.rows[epoch], self.times[epoch] = dict(row), _now()
+
+    def metrics(self, epoch: int) -> list[Metric]:
+        """Of a row, as MLflow takes them: all or none."""
+        return [Metric(name, value, self.times[epoch], epoch) for name, value in self.rows[epoch].items()]
+
+
+class Courier:
+    """Sends the rows of an open run while the training goes on, as long as the store answers."""
+
+    def __init__(self, run_id: str) -> None:
+        self.letter = Letter(run_id)
+        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._send_all, name="tracking", daemon=True)
+        self._thread.start()
+
+    def send(self, epoch: int, row: Mapping[str, float]) -> None:
+        """Does not wait for the store."""
+        self.letter.add(epoch, row)
+        self._waiting.put(epoch)
+
+    def _send_all(self) -> None:
+        client = MlflowClient()
+        while (epoch := self._waiting.get()) is not None:
+            if not self._failed:
+                try:
+                    client.log_batch(self.letter.run_id, metrics=self.letter.metrics(epoch))
+                except STORE_ERRORS as error:
+                    self._failed = True
+                    _warn(f"the tracking store failed ({one_line(error)}): the training goes on without it")
+
+    def end(self, status: str) -> None:
+        """Tell the run all that it does not know yet, and how it ended; put it down where that cannot be told."""
+        self.letter.status, self.letter.ended = status, _now()
+        self._waiting.put(None)
+        self._thread.join(PATIENCE)
+        try:
+            if self._thread.is_alive():
+                raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
+            deliver(self.letter)
+        except (*STORE_ERRORS, TimeoutError) as error:
+            path = _path(self.letter.run_id)
+            files.write_json(path, asdict(self.letter))
+            _warn(
+                f"the tracking store failed ({one_line(error)}): nothing is lost, what the run is still to be told is "
+                f"in {path}, and the next `dvc repro` sends it"
+            )
+
+
+def deliver(letter: Letter) -> None:
+    """Tell a run what it does not know. Done twice, it is as if it had been done once."""
+    client = MlflowClient()
+    with quick_answers():
+        known: set[int] = set()
+        if letter.rows:
+            name = next(iter(next(iter(letter.rows.values()))))
+            known = {metric.step for metric in client.get_metric_history(letter.run_id, name)}
+        for epoch in sorted(set(letter.rows) - known):
+            client.log_batch(letter.run_id, metrics=letter.metrics(epoch))
+        params = [Param(*each) for each in letter.params.items()]
+        client.log_batch(letter.run_id, params=params, tags=[RunTag(*each) for each in letter.tags.items()])
+        client.set_terminated(letter.run_id, letter.status, letter.ended)
+
+
+def deliver_all() -> None:
+    """Send what earlier trainings could not. What is of a run that this store does not know stays where it is."""
+    for path in undelivered():
+        content = json.loads(path.read_bytes())
+        for numbered in ("rows", "times"):  # JSON has text for keys
+            content[numbered] = {int(epoch): value for epoch, value in content[numbered].items()}
+        try:
+            deliver(Letter(**content))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            _warn(f"{path} is of a run that this tracking store does not have")
+            continue
+        path.unlink()
+        print(f"the tracking store has now been told the rest of run {content['run_id']}")
+
+
+def undelivered() -> list[Path]:
+    """The files of what could not be sent."""
+    return sorted(_folder().glob(f"*{SUFFIX}"))
+
+
+@contextmanager
+def quick_answers() -> Iterator[None]:
+    """mlflow tries for four minutes to reach a server; inside, one that does not answer is given up in seconds."""
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    lent = {name: value for name, value in short.items() if name not in os.environ}
+    os.environ.update(lent)
+    try:
+        yield
+    finally:
+        for name in lent:
+            os.environ.pop(name, None)
+
+
+def _folder() -> Path:
+    return files.root() / "checkpoints"
+
+
+def _path(run_id: str) -> Path:
+    return _folder() / f"{run_id}{SUFFIX}"
+
+
+def _now() -> int:
+    return round(time.time() * 1000)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
