@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow lint ui tune serve seeds bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow faults sweep verify doctor lint ui tune serve seeds bench bench-training bench-tuning lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,18 @@ test: $(INSTALLED)  ## run the test suite, without the slow tests
 
 slow: $(INSTALLED)  ## run the slow tests
 	$(ACTIVATE) && python -m pytest -m slow $(ARGS)
+
+faults: $(INSTALLED)  ## what goes wrong in real use, set off for real: signals, full disks, closed ports, damaged files
+	$(ACTIVATE) && python -m pytest -m faults $(ARGS)
+
+sweep: $(INSTALLED)  ## kill `dvc repro` at 40 random moments; half an hour. Writes the table of docs/reliability.md
+	$(ACTIVATE) && python -m bench.sweep $(ARGS)
+
+verify: $(INSTALLED)  ## build everything twice from nothing, and compare
+	$(ACTIVATE) && python -m pipeline.verify
+
+doctor: $(INSTALLED)  ## look at everything that can be wrong here, and say what mends it
+	$(ACTIVATE) && python -m pipeline.doctor
 
 lint: $(INSTALLED)  ## check style and types
 	$(ACTIVATE) && ruff check . && ruff format --check . && mypy

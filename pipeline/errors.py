@@ -8,6 +8,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+NO_MEMORY = re.compile(
+    r"(can't|cannot|could not) allocate|out of memory|not enough memory|bad_alloc|could not create a", re.I
+)
 LONGEST_SHOWN = 300  # characters of a name
 
 
@@ -31,11 +34,20 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         _stop(2, f"error: {without_password(str(error))}")
     except (Fault, OSError) as fault:
         _stop(1, f"error: {without_password(str(fault))}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _stop(1, "error: there is not enough memory: take a smaller train.batch_size or fewer filters, or make room")
     except KeyboardInterrupt:
         _stop(130, "interrupted")
     finally:
         gc.freeze()  # else the interpreter spends a second on looking for garbage before it ends
     sys.exit(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch and oneDNN say so in a RuntimeError."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def without_password(text: str) -> str:

@@ -1,5 +1,7 @@
 """Stage `prepare`: download the images, verify them, cut the splits, write them to data/prepared."""
 
+import sys
+
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images import sources, splits
@@ -17,6 +19,8 @@ def main() -> None:
         test_fraction=params.test_fraction,
         seed=params.split_seed,
     )
+    for oddity in splits.check(cut, source.name, source.class_names):
+        print(f"warning: {source.name}: {oddity}", file=sys.stderr)
     dataset = splits.write_splits(
         cut,
         files.PREPARED,

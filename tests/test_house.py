@@ -103,7 +103,7 @@ def test_one_file_is_one_stage_is_one_section() -> None:
             "optuna",
             {"tuning/coordinator.py", "tuning/plots.py", "tuning/space.py", "tuning/storage.py", "tuning/study.py"},
         ),
-        ("ruamel", {"params.py"}),
+        ("ruamel", {"lockfile.py", "params.py"}),
         ("torchvision", {"images/sources.py"}),
         ("mlxtend", {"images/sources.py"}),
         ("matplotlib", {"figures.py", "tuning/plots.py", "visualize.py"}),

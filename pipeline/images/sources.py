@@ -150,6 +150,15 @@ def _labelled(dataset: Unpacked) -> LabelledImages:
     return LabelledImages(images.reshape(*images.shape[:3], -1), torch.as_tensor(dataset.targets))
 
 
+def downloaded() -> Iterator[tuple[Path, bool]]:
+    """The files in ``data/raw`` by their published names, and whether each is the published file."""
+    for name, source in PUBLISHED.items():
+        for file, digest in source.files.items():
+            path = files.raw_folder() / name / file
+            if path.exists():
+                yield path, files.sha256(path.read_bytes()) == digest
+
+
 def _fetch(name: str, file: str, digest: str) -> Path:
     """The path of ``file``, its SHA-256 checked; downloaded whole or not at all."""
     target = files.raw_folder() / name / file

@@ -1,5 +1,7 @@
 """The prepared splits: cut, write, read, digest."""
 
+import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,6 +100,33 @@ def _cut_off(images: LabelledImages, fraction: float, split: str) -> tuple[Label
     if kept == len(images):
         raise UserError(f"params.yaml: data.{split}_fraction is {fraction}, less than one of {len(images):,} images")
     return images[:kept], images[kept:]
+
+
+def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:
+    """What is odd about the splits, a line each. Raises UserError for what no network can learn."""
+    oddities = []
+    for split, images in splits.items():
+        outside = (images.labels < 0) | (images.labels >= len(class_names))
+        if outside.any():
+            worst = int(images.labels[outside][0])
+            raise UserError(
+                f"{name}: {int(outside.sum()):,} labels of the {split} split are no class, {worst} for one; "
+                f"allowed: 0 to {len(class_names) - 1}"
+            )
+        for number, count in enumerate(torch.bincount(images.labels, minlength=len(class_names)).tolist()):
+            if count == 0 and split == TRAIN:
+                raise UserError(f"{name}: the {split} split has no image of class {class_names[number]}")
+            if count == 0:
+                oddities.append(f"the {split} split has no image of class {class_names[number]}")
+    seen = {split: _digests(images) for split, images in splits.items()}
+    for one, other in itertools.combinations(seen, 2):
+        if common := seen[one] & seen[other]:
+            oddities.append(f"{len(common):,} images of the {one} split are in the {other} split too")
+    return oddities
+
+
+def _digests(split: LabelledImages) -> set[bytes]:
+    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in split.images.numpy()}
 
 
 def write_splits(

@@ -44,13 +44,18 @@ def to_bytes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> bytes:
     if not checkpoint.step:  # of a pass that has not begun there is nothing to keep
         fields |= {"losses": torch.empty(0), "logits": torch.empty(0)}
     torch.save({"fit": fields, "facts": dict(facts)}, content)
-    return hashlib.sha256(content.getvalue()).digest() + content.getvalue()
+    return _signed(content.getvalue())
+
+
+def _signed(content: bytes) -> bytes:
+    """Led by its SHA-256, so that it need not be told from outside whether it is whole."""
+    return hashlib.sha256(content).digest() + content
 
 
 def from_bytes(content: bytes) -> tuple[Checkpoint, dict[str, Any]]:
     """What ``to_bytes`` wrote, on the CPU. Nothing that could run is unpickled. Raises DamagedError."""
-    digest, stored = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
-    if hashlib.sha256(stored).digest() != digest:
+    stored = content[DIGEST_SIZE:]
+    if _signed(stored) != content:
         raise DamagedError("its SHA-256 is not the one in it")
     try:
         read = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)

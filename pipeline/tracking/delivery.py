@@ -20,6 +20,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipeline import files
+from pipeline.errors import Fault
 from pipeline.tracking.faults import STORE_ERRORS, one_line
 
 PATIENCE = 10.0  # seconds for which the end of a training waits for the store
@@ -85,12 +86,16 @@ class Courier:
                 raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
             deliver(self.letter)
         except (*STORE_ERRORS, TimeoutError) as error:
-            path = _path(self.letter.run_id)
+            _warn(f"the tracking store failed ({one_line(error)}): {self._put_down()}")
+
+    def _put_down(self) -> str:
+        """What becomes of a letter that nobody takes."""
+        path = _path(self.letter.run_id)
+        try:
             files.write_json(path, asdict(self.letter))
-            _warn(
-                f"the tracking store failed ({one_line(error)}): nothing is lost, what the run is still to be told is "
-                f"in {path}, and the next `dvc repro` sends it"
-            )
+        except Fault as fault:  # must not hide why the run ended
+            return f"the end of the run is not told, {fault}"
+        return f"nothing is lost, what the run is still to be told is in {path}, and the next `dvc repro` sends it"
 
 
 def deliver(letter: Letter) -> None:

@@ -1,16 +1,14 @@
 """The model registry: register a model once, let it pass the champion gate, load it, go back to an earlier champion."""
 
 import csv
-import fcntl
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import mlflow
@@ -125,20 +123,8 @@ def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promot
 @contextmanager
 def _gate_closed() -> Iterator[None]:
     """One gate at a time on this machine: MLflow cannot compare an alias and set it in one step."""
-    with _lock_of_the_store().open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel, however this process ends
+    with runs.one_at_a_time("gate"):
         yield
-
-
-def _lock_of_the_store() -> Path:
-    """The same file for all who use the same store: beside that of this repository, else named by its address."""
-    address = mlflow.get_tracking_uri()
-    if address == runs.own_store():
-        path = files.root() / "mlruns" / ".gate.lock"
-    else:
-        path = Path(gettempdir()) / f"convtrack-{os.getuid()}" / f"{files.sha256(address.encode())[:16]}.lock"
-    path.parent.mkdir(exist_ok=True)
-    return path
 
 
 def _registered(name: str, model_sha256: str) -> ModelVersion | None:
@@ -400,7 +386,7 @@ def find(reference: str) -> ModelVersion:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        registered = ", ".join(_names())
+        registered = ", ".join(names())
         there = f"registered: {registered}" if registered else "run `dvc repro` first"
         raise UserError(f"no model {shown(name)} is registered here; {there}") from error
     numbers = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
@@ -411,14 +397,16 @@ def find(reference: str) -> ModelVersion:
     return client.get_model_version(name, number)
 
 
-def _names() -> list[str]:
+@store_faults()
+def names() -> list[str]:
+    """Of all registered models."""
     return sorted(model.name for model in MlflowClient().search_registered_models())
 
 
 def _default_name() -> str:
     if (files.PREPARED / "dataset.json").exists():
         return model_name(read_dataset())
-    registered = _names()
+    registered = names()
     if len(registered) != 1:
         raise UserError(f"name the model, as in NAME@champion; registered: {', '.join(registered) or 'none'}")
     return registered[0]

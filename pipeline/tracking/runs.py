@@ -1,5 +1,6 @@
 """MLflow runs: open one, find one by its hashes, and write numbers, figures, data sets and the model into it."""
 
+import fcntl
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import mlflow
@@ -51,10 +53,41 @@ def connect() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of a few kilobytes
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database tells of each of its migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
-    with delivery.quick_answers():
+    # mlflow itself lets several processes make the tables of an empty database at once, and then all but one fail.
+    with one_at_a_time("connect"), delivery.quick_answers():
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())
         mlflow.set_experiment(EXPERIMENT)
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """No two processes on this machine do this at once in the same store: others wait."""
+    with _lock(what).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel, however this process ends
+        yield
+
+
+def _lock(what: str) -> Path:
+    """The same file for all who use the same store: beside that of this repository, else named by its address."""
+    address = mlflow.get_tracking_uri()
+    if address == own_store():
+        path = files.root() / "mlruns" / f".{what}.lock"
+    else:
+        folder = Path(gettempdir()) / f"convtrack-{os.getuid()}"
+        path = folder / f"{files.sha256(address.encode())[:16]}.{what}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def is_there() -> bool:
+    """Whether there is a store to connect to; if not, that of this repository is made when it is first needed."""
+    return "MLFLOW_TRACKING_URI" in os.environ or (files.root() / "mlflow.db").exists()
+
+
+def address() -> str:
+    """That of the store, without a password."""
+    return without_password(mlflow.get_tracking_uri())
 
 
 def own_store() -> str:
@@ -74,12 +107,23 @@ def _create_experiment(artifact_location: str | None) -> None:
 def settle() -> None:
     """Before a command writes into the store: send what earlier ones could not, and close the runs they left open."""
     delivery.deliver_all()
-    client, here = MlflowClient(), socket.gethostname()
-    left_open = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{here}'"
-    for run in client.search_runs([_experiment_id()], left_open):
-        if not _is_alive(run.data.tags[PROCESS]):
-            client.set_tag(run.info.run_id, "failure", "its process was killed, or its machine went down")
-            client.set_terminated(run.info.run_id, "FAILED")
+    client = MlflowClient()
+    for run_id in left_open():
+        client.set_tag(run_id, "failure", "its process was killed, or its machine went down")
+        client.set_terminated(run_id, "FAILED")
+
+
+@store_faults()
+def left_open() -> list[str]:
+    """The ids of runs of processes on this machine that have died."""
+    running = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
+    found = MlflowClient().search_runs([_experiment_id()], running)
+    undelivered = {path.name.partition(".")[0] for path in delivery.undelivered()}  # these will be told how they ended
+    return [
+        str(run.info.run_id)
+        for run in found
+        if not _is_alive(run.data.tags[PROCESS]) and run.info.run_id not in undelivered
+    ]
 
 
 def _process() -> str:

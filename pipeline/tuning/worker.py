@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import recipe
 from pipeline.errors import UserError, run_command
 from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network.training import DivergedError, Step
+from pipeline.network.training import DivergedError, Step, set_up
 from pipeline.network.workers import use_threads
 from pipeline.params import Params
 from pipeline.tuning.messages import STOP, Done, Failed, Lost, Ready, Threads
@@ -23,6 +23,7 @@ def main() -> None:
     """Take parameters to train with, until there are no more."""
     dataset = read_dataset()
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
+    set_up("auto", None, "float32")  # imports, for most of a second, what the first training would have to wait for
     with Connection(int(sys.argv[1])) as coordinator:
         try:
             coordinator.send(Ready())

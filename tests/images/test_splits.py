@@ -129,3 +129,28 @@ def test_a_split_that_is_not_there_names_the_stage(tmp_path: Path) -> None:
     (tmp_path / "test.safetensors").unlink()
     with pytest.raises(UserError, match=r"test\.safetensors does not exist: run `dvc repro prepare` first"):
         splits.read_split(dataset, "test", tmp_path)
+
+
+@pytest.mark.faults
+def test_fault_20_labels_that_are_no_class_and_a_class_without_images_are_refused() -> None:
+    names = ("a", "b", "c")
+    made = cut(numbered(600))
+    assert splits.check(made, "it", names) == []
+    with pytest.raises(UserError, match=r"it: 144 labels of the train split are no class, 2 for one; allowed: 0 to 1"):
+        splits.check(made, "it", names[:2])
+    made["train"].labels[7] = -1
+    with pytest.raises(UserError, match=r"it: 1 labels of the train split are no class, -1 for one; allowed: 0 to 2"):
+        splits.check(made, "it", names)
+    with pytest.raises(UserError, match=r"it: the train split has no image of class d"):
+        splits.check(cut(numbered(600)), "it", (*names, "d"))
+
+
+@pytest.mark.faults
+def test_fault_20_the_same_image_in_two_splits_is_reported() -> None:
+    made = cut(numbered(600))
+    made["test"] = LabelledImages(torch.cat([made["test"].images, made["train"].images[:3]]), torch.zeros(123).long())
+    assert splits.check(made, "it", ("a", "b", "c")) == [
+        "the test split has no image of class b",
+        "the test split has no image of class c",
+        "3 images of the train split are in the test split too",
+    ]

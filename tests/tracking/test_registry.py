@@ -421,13 +421,13 @@ def test_two_clones_on_one_machine_wait_for_each_other_at_the_same_store(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs.connect()
-    assert registry._lock_of_the_store().parent == workspace / "mlruns"
+    assert runs._lock("gate") == workspace / "mlruns/.gate.lock"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}?timeout=20")
     locks = set()
     for clone in ("one", "other"):
         monkeypatch.setenv("DVC_ROOT", str(tmp_path / clone))
         runs.connect()
-        locks.add(registry._lock_of_the_store())
+        locks.add(runs._lock("gate"))
     assert len(locks) == 1
 
 
