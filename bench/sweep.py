@@ -75,7 +75,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         model = files.sha256((clone / files.MODEL).read_bytes())
         print(f"undisturbed: {seconds:.1f} s, model {model[:8]}", flush=True)
-        rows = []
+        rows = list[Killed]()
         while len(rows) < kills:
             _forget(clone)
             if (killed := _kill(clone, generator.uniform(0, seconds))) is not None:
