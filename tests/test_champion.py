@@ -62,6 +62,7 @@ def test_other_code_and_another_machine_are_named() -> None:
     assert lineage.other_machine(lineage.surroundings(cpu), cpu) == []
 
 
+@pytest.mark.slow
 def test_the_threads_of_params_yaml_are_those_that_count(workspace: Path) -> None:
     write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 1})
     for stage in ("train", "evaluate"):
@@ -80,6 +81,7 @@ def test_a_version_that_somebody_registered_by_hand_is_one_line(finished_copy: P
     assert done.stderr.decode() == "error: mnist-5k-cnn version 1 has no tag recipe: `evaluate` gives it one\n"
 
 
+@pytest.mark.slow
 def test_the_history_and_the_way_back(finished_copy: Path) -> None:
     evaluate.main()
     refused = run_command("champion", "--rollback", folder=finished_copy)

@@ -25,13 +25,18 @@ def run(*command: str, folder: Path, more: Mapping[str, str] | None = None) -> s
     return subprocess.run(
         command,
         cwd=folder,
-        env={key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC", "PYTEST"))}
-        | {"PATH": f"{TOOLS}:{os.environ['PATH']}", **(more or {})},
+        env=environment() | dict(more or {}),
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
     )
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC", "PYTEST"))} | {
+        "PATH": f"{TOOLS}:{os.environ['PATH']}"
+    }
 
 
 def succeed(*command: str, folder: Path) -> str:
@@ -117,6 +122,7 @@ def test_a_second_call_runs_nothing(clone: Path) -> None:
     assert (clone / "dvc.lock").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_forced_repetition_gives_the_same_lock_and_a_new_run_with_the_same_hashes(clone: Path) -> None:
     lock = (clone / "dvc.lock").read_bytes()
     succeed("dvc", "repro", "-f", folder=clone)
@@ -150,6 +156,7 @@ def test_what_stood_in_without_a_network_is_never_brought_back_in_silence(clone:
         assert "Running stage 'prepare'" in succeed("dvc", "repro", "prepare", folder=clone)
 
 
+@pytest.mark.slow
 def test_going_back_to_earlier_knobs_fills_the_new_run_too(clone: Path) -> None:
     """DVC's run cache would train anew and then skip the stages that give the run its scores and figures."""
     for dropout in (0.4, 0.5):
@@ -252,6 +259,7 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
     model = (clone / files.MODEL).read_bytes()  # that of six epochs still
     for name in (clone / files.MODEL, *clone.glob("mlflow.db*")):
         name.unlink()
+    clone = clone.rename(tmp_path / "fresh store")  # this process has the old one open under its name
     succeed("dvc", "checkout", folder=clone)
     assert (clone / files.MODEL).read_bytes() == model
     succeed("dvc", "repro", "--force", "--single-item", "evaluate", "visualize", folder=clone)
@@ -282,3 +290,66 @@ def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path) -> None:
     assert "DVC brought it back from a cache" in str(version.description)
     printed = succeed(sys.executable, "-m", "pipeline.champion", folder=clone)
     assert printed.endswith("would make the same model: DVC brought it back from a cache.\n")
+
+
+@pytest.mark.slow
+def test_verify_builds_twice_from_nothing_and_compares(clone: Path, tmp_path: Path) -> None:
+    clone = shutil.copytree(clone, tmp_path / "clone")
+    write_params(clone, ONE_EPOCH)
+    succeed("dvc", "repro", folder=clone)
+    told = succeed(sys.executable, "-m", "pipeline.verify", folder=clone)
+    assert told.endswith("\nTwice the same bytes.\n")
+    rows = [line.split() for line in told.splitlines() if "the same" in line]
+    assert [row[0] for row in rows if row[2:] == ["the", "same", "the", "same"]] == [
+        "data/prepared/dataset.json",
+        "data/prepared/test.safetensors",
+        "data/prepared/train.safetensors",
+        "data/prepared/validation.safetensors",
+        "reports/metrics.json",
+        "reports/predictions.csv",
+        "models/model.safetensors",
+        "reports/history.csv",
+        "reports/figures",
+    ]
+
+    recipe = clone / "pipeline/recipe.py"
+    recipe.write_text(
+        recipe.read_text().replace("manual_seed(params.seed)", "manual_seed(__import__('time').time_ns())")
+    )
+    done = run(sys.executable, "-m", "pipeline.verify", folder=clone)
+    assert done.returncode == 1
+    assert done.stderr == "error: two runs of this code on this machine do not give the same bytes\n"
+    (model,) = [line for line in done.stdout.splitlines() if line.startswith("models/model.safetensors")]
+    assert "ANOTHER" in model
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_fault_6_a_broken_lock_and_two_at_once_are_dvcs_to_say_and_harm_nothing(clone: Path, tmp_path: Path) -> None:
+    clone = shutil.copytree(clone, tmp_path / "clone")
+    write_params(clone, ONE_EPOCH)
+    succeed("dvc", "repro", folder=clone)
+    whole, model = (clone / "dvc.lock").read_text(), (clone / files.MODEL).read_bytes()
+
+    (clone / "dvc.lock").write_text(whole[:300])
+    done = run("dvc", "repro", folder=clone)
+    assert done.returncode != 0
+    assert "dvc.lock" in done.stderr
+    (clone / "dvc.lock").write_text(whole)
+
+    rwlock = clone / ".dvc/tmp/rwlock"
+    rwlock.parent.mkdir(exist_ok=True)
+    rwlock.write_text('{"read": ')
+    done = run("dvc", "repro", folder=clone)
+    assert done.returncode != 0
+    assert "RWLock-file" in done.stderr
+    rwlock.unlink()
+
+    first = subprocess.Popen(["dvc", "repro", "--force"], cwd=clone, env=environment(), stdout=subprocess.DEVNULL)
+    time.sleep(3)
+    second = run("dvc", "repro", "--force", folder=clone)
+    assert first.wait(timeout=300) == 0
+    assert second.returncode == 0 or "busy" in second.stderr or "Unable to acquire lock" in second.stderr
+    assert (clone / files.MODEL).read_bytes() == model
+    succeed("dvc", "repro", folder=clone)
+    assert (clone / "dvc.lock").read_text() == whole

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import evaluate, files, train
+from pipeline import doctor, evaluate, files, train
+from pipeline.errors import run_command
 from pipeline.network.training import Epoch
 from pipeline.tracking import runs
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY
 
 LINES = (
     "environment",
@@ -45,14 +46,18 @@ def repository(finished_copy: Path) -> Path:
     return finished_copy
 
 
-def told(folder: Path) -> tuple[int, list[str]]:
-    done = run_command("doctor", folder=folder)
-    assert done.stderr == b""
-    return done.returncode, done.stdout.decode().splitlines()
+def told(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """What it says of the current folder, and its exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_command(doctor.main)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return int(str(end.value.code)), printed.out.splitlines()
 
 
-def test_where_all_is_well_it_says_so(repository: Path) -> None:
-    code, lines = told(repository)
+def test_where_all_is_well_it_says_so(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = told(capsys)
     assert code == 0, lines
     assert [line[:22].split("  ")[0] for line in lines] == ["ok"] * len(LINES)
     assert [line[7:22].strip() for line in lines] == list(LINES)
@@ -61,10 +66,14 @@ def test_where_all_is_well_it_says_so(repository: Path) -> None:
     assert lines[9].endswith("mnist-5k-cnn version 1 is the champion")
 
 
-def test_before_anything_was_run_it_says_what_to_run(tmp_path: Path) -> None:
+def test_before_anything_was_run_it_says_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     for name in ("requirements.lock", "params.yaml", "dvc.lock"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    code, lines = told(tmp_path)
+    code, lines = told(capsys)
     assert code == 0, lines
     assert sum("`dvc repro`" in line for line in lines) >= 4
     assert not (tmp_path / "mlflow.db").exists()  # it only looks
@@ -155,17 +164,23 @@ def _flip(path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named_with_what_mends_it(
-    repository: Path, damage: Callable[[Path], None], line: str, remedy: str
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    line: str,
+    remedy: str,
 ) -> None:
     damage(repository)
-    code, lines = told(repository)
+    code, lines = told(capsys)
     assert code == 1
     wrong = [each for each in lines if each.startswith("WRONG")]
     assert any(each[7:22].strip() == line and remedy in each for each in wrong), lines
     assert all(each[7:22].strip() in LINES for each in lines)
 
 
-def test_an_interrupted_training_is_told_of(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_is_told_of(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(run: object, epoch: Epoch) -> None:
         if epoch.epoch == 2:
             raise KeyboardInterrupt
@@ -173,6 +188,6 @@ def test_an_interrupted_training_is_told_of(repository: Path, monkeypatch: pytes
     monkeypatch.setattr(runs.TrainingRun, "log_epoch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train.main()
-    code, lines = told(repository)
+    code, lines = told(capsys)
     assert code == 0
     assert lines[7].endswith("1; the last after epoch 1, 0 days ago: `dvc repro` with its knobs goes on")

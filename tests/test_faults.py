@@ -80,6 +80,7 @@ def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_fault_3_a_full_disk_leaves_the_older_model_and_the_next_training_goes_on(workspace: Path) -> None:
     write_params(workspace, QUICK)
     train.main()
@@ -127,6 +128,7 @@ def test_fault_5_out_of_memory_is_a_failed_run_and_one_line(workspace: Path) -> 
     assert [run.info.status for run in every_run()] == ["FAILED"]
 
 
+@pytest.mark.slow
 def test_fault_7_a_bit_that_flips_in_a_file_is_noticed_by_whoever_reads_it(finished_copy: Path) -> None:
     for path, remedy in (
         (files.PREPARED / "test.safetensors", "dvc repro -f prepare"),
@@ -148,6 +150,7 @@ def test_fault_7_a_bit_that_flips_in_a_file_is_noticed_by_whoever_reads_it(finis
     assert run_stage("evaluate", finished_copy)[0] == 0
 
 
+@pytest.mark.slow
 def test_fault_8_odd_paths_and_surroundings(workspace: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ein Ordner ü\u6f22"
     shutil.copytree(workspace, folder)
@@ -175,6 +178,7 @@ for number in range(5):
 """
 
 
+@pytest.mark.slow
 def test_fault_9_and_10_eight_processes_begin_at_once_in_an_empty_store_and_the_page_asks(workspace: Path) -> None:
     for path in workspace.glob("mlflow.db*"):
         path.unlink()
@@ -199,6 +203,7 @@ def test_fault_9_and_10_eight_processes_begin_at_once_in_an_empty_store_and_the_
         assert store.execute("select count(*) from metrics where key = 'value'").fetchone() == (800,)
 
 
+@pytest.mark.slow
 def test_fault_11_a_store_that_is_locked_for_half_a_minute_costs_no_training(workspace: Path) -> None:
     write_params(workspace, QUICK | {"train.epochs": EPOCHS})
     with start(workspace) as process:
@@ -221,6 +226,7 @@ def test_fault_11_a_store_that_is_locked_for_half_a_minute_costs_no_training(wor
     assert [point.step for point in points] == list(range(1, EPOCHS + 1))
 
 
+@pytest.mark.slow
 def test_fault_11_a_damaged_store_is_one_line_and_is_not_made_anew(finished_copy: Path) -> None:
     damaged = b"no database at all " * 1000
     (finished_copy / "mlflow.db").write_bytes(damaged)

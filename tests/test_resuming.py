@@ -65,7 +65,12 @@ def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("by", "status", "code"), [("SIGKILL", "FAILED", -9), ("SIGINT", "KILLED", 130), ("SIGTERM", "KILLED", 143)]
+    ("by", "status", "code"),
+    [
+        ("SIGKILL", "FAILED", -9),
+        pytest.param("SIGINT", "KILLED", 130, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "KILLED", 143, marks=pytest.mark.slow),
+    ],
 )
 def test_fault_1_and_2_an_interrupted_training_goes_on_to_the_same_bytes(
     workspace: Path, uninterrupted: tuple[bytes, bytes], by: str, status: str, code: int
@@ -226,6 +231,7 @@ def test_checkpoints_that_nobody_wants_go_after_a_month(workspace: Path) -> None
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models", "reports", "checkpoints"])
 def test_fault_4_outputs_that_cannot_be_written_are_said_before_the_training(workspace: Path, folder: str) -> None:
     """A read-only disk in the folder's place, in a mount of the process's own."""

@@ -136,7 +136,7 @@ def test_fault_20_labels_that_are_no_class_and_a_class_without_images_are_refuse
     names = ("a", "b", "c")
     made = cut(numbered(600))
     assert splits.check(made, "it", names) == []
-    with pytest.raises(UserError, match=r"it: 144 labels of the train split are no class, 2 for one; allowed: 0 to 1"):
+    with pytest.raises(UserError, match=r"it: 145 labels of the train split are no class, 2 for one; allowed: 0 to 1"):
         splits.check(made, "it", names[:2])
     made["train"].labels[7] = -1
     with pytest.raises(UserError, match=r"it: 1 labels of the train split are no class, -1 for one; allowed: 0 to 2"):
