@@ -47,7 +47,9 @@ def _built(folder: Path) -> dict[str, str]:
     if files.raw_folder().is_dir():  # what was downloaded once need not be again
         environment[MIRROR_VARIABLE] = str(files.raw_folder())
     command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
-    done = subprocess.run(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode != 0:
         raise Fault(f"dvc repro failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
     return lockfile.outputs(folder)
