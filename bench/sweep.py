@@ -93,7 +93,9 @@ def _environment() -> dict[str, str]:
 
 def _repro(clone: Path) -> int:
     command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
-    return subprocess.run(command, cwd=clone, env=_environment(), stderr=subprocess.DEVNULL, check=False).returncode
+    nobody = subprocess.DEVNULL
+    done = subprocess.run(command, cwd=clone, env=_environment(), stdout=nobody, stderr=nobody, check=False)
+    return done.returncode
 
 
 def _forget(clone: Path) -> None:
