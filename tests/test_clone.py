@@ -275,10 +275,12 @@ def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path, tmp_path:
     write_params(clone, ONE_EPOCH)
     succeed("dvc", "repro", folder=clone)
     model = (clone / files.MODEL).read_bytes()
-    (clone / files.MODEL).unlink()
-    for name in clone.glob("mlflow.db*"):
+    succeed("dvc", "remote", "add", "--default", "storage", str(tmp_path / "remote"), folder=clone)
+    succeed("dvc", "push", folder=clone)
+    shutil.rmtree(clone / ".dvc/cache")
+    for name in (clone / files.MODEL, *clone.glob("mlflow.db*")):
         name.unlink()
-    succeed("dvc", "checkout", folder=clone)
+    succeed("dvc", "pull", folder=clone)
     assert (clone / files.MODEL).read_bytes() == model
     succeed("dvc", "repro", "--force", "--single-item", "evaluate", "visualize", folder=clone)
     (restored,) = runs_of(clone)
