@@ -10,7 +10,6 @@ import argparse
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -67,12 +66,18 @@ def _arguments() -> argparse.Namespace:
 def _paths(given: Iterable[str]) -> Iterator[str]:
     """The files that are named, and the pictures in the folders that are."""
     for name in given:
-        # os.path does not mind names that no file can have; what is wrong with one is said when it is read.
-        if os.path.isdir(name):  # noqa: PTH112
+        if _is_folder(name):
             found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
             yield from map(str, found) if found else [name]
         else:
             yield name
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # a name that no file can have, or a place that is closed: said when it is read
+        return False
 
 
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:

@@ -30,6 +30,21 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 
 
+OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")  # before a command: it may mount, and nobody else sees it
+
+
+def _can_mount() -> bool:
+    small = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(small, capture_output=True, check=False).returncode == 0
+
+
+needs_own_mounts = pytest.mark.skipif(
+    not _can_mount(),
+    reason="mounts a small or read-only disk that nobody else sees; this system has no namespaces for that, or lets "
+    "nobody but root make them",
+)
+
+
 def write_params(folder: Path, changes: Mapping[str, object]) -> None:
     """The published recipe as ``folder``'s params.yaml, with other values at some dotted paths."""
     (folder / "params.yaml").write_text(with_values(PARAMS.read_text(), changes))

@@ -14,8 +14,9 @@ import pytest
 from mlflow.entities import Run
 
 from pipeline import files, resuming, train
+from pipeline.network.training import Epoch
 from pipeline.tracking import runs
-from tests.conftest import QUICK, REPOSITORY, write_params
+from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, write_params
 
 EPOCHS = 12
 LONG = QUICK | {"train.epochs": EPOCHS}
@@ -126,14 +127,14 @@ def test_fault_1_whenever_it_is_killed(workspace: Path, uninterrupted: tuple[byt
 
 def _stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Break the training off in this process."""
-    taken: list[object] = []
+    taken: list[Epoch] = []
     whole = runs.TrainingRun.log_epoch
 
-    def log_epoch(run: runs.TrainingRun, epoch: object) -> None:
+    def log_epoch(run: runs.TrainingRun, epoch: Epoch) -> None:
         taken.append(epoch)
         if len(taken) > epochs:
             raise KeyboardInterrupt
-        whole(run, epoch)  # type: ignore[arg-type]
+        whole(run, epoch)
 
     monkeypatch.setattr(runs.TrainingRun, "log_epoch", log_epoch)
     with pytest.raises(KeyboardInterrupt):
@@ -231,16 +232,15 @@ def test_checkpoints_that_nobody_wants_go_after_a_month(workspace: Path) -> None
 
 
 @pytest.mark.faults
+@needs_own_mounts
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models", "reports", "checkpoints"])
 def test_fault_4_outputs_that_cannot_be_written_are_said_before_the_training(workspace: Path, folder: str) -> None:
     """A read-only disk in the folder's place, in a mount of the process's own."""
     (workspace / folder).mkdir(exist_ok=True)
-    if os.geteuid() != 0:
-        pytest.skip("a read-only disk takes the rights of root to make")
     mount = f"mount -t tmpfs -o ro tmpfs {folder} && exec {sys.executable} -m pipeline.train"
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", mount],
+        [*OWN_MOUNTS, "sh", "-c", mount],
         cwd=workspace,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)},
         capture_output=True,

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.storages import JournalStorage
@@ -133,9 +134,15 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
         there = MlflowClient().list_artifacts(parent().info.run_id, folder)
         assert {Path(each.path).name for each in there} == names
     assert {run.data.tags["trial.number"] for run in children()} == {"0", "1", "2", "3"}
+    recipes = [child.data.tags["params.sha256"] for child in children()]
+    assert len(set(recipes)) == 4
+    present = read_params().changed({"train.epochs": read_params().tune.epochs})
+    assert present.sha256 in recipes
     for child in children():
         trial = found[int(child.data.tags["trial.number"])]
         assert child.data.tags["mlflow.parentRunId"] == parent().info.run_id
+        assert child.data.tags["data.sha256"] == read_dataset().sha256
+        assert child.data.tags["torch.version"] == torch.__version__
         assert child.info.status == {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}[trial.state.name]
         assert child.data.params["model.filters.0"] == str(trial.params["model.filters.0"])
         curve = MlflowClient().get_metric_history(child.info.run_id, "validation_accuracy")

@@ -28,8 +28,9 @@ STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 class StudyRun:
     """The parent run of a study, open to be written to; ``written`` are the numbers of the trials in it."""
 
-    def __init__(self, run_id: str, experiment_id: str) -> None:
+    def __init__(self, run_id: str, experiment_id: str, params: Params, tags: Mapping[str, str]) -> None:
         self.run_id, self._experiment_id, self.written = run_id, experiment_id, set[int]()
+        self._params, self._tags = params, tags  # these say where all the trials come from
         self._begun: dict[int, str] = {}  # children that are not written to their end
 
     @store_faults()
@@ -62,7 +63,9 @@ class StudyRun:
         self.written.add(trial.number)
 
     def _begin(self, trial: TrialRecord) -> str:
-        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
+        knobs = {**trial.values, "train.epochs": self._params.tune.epochs}
+        recipe = {lineage.PARAMS_SHA256: self._params.changed(knobs).sha256}
+        tags = {**self._tags, **recipe, MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
         if trial.failure:
             tags["failure"] = trial.failure[:5000]
         child = MlflowClient().create_run(self._experiment_id, trial.started, tags, f"trial {trial.number}")
@@ -124,8 +127,9 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
             assert experiment is not None
             experiment_id = experiment.experiment_id
             run_id = _found(study_id) or _made(study_id, experiment_id, name, params)
-            stack.enter_context(runs.open_run(dataset, lineage.surroundings(), name, run_id))
-        yield StudyRun(run_id, experiment_id)
+            tags = lineage.surroundings() | {lineage.PARAMS_SHA256: params.sha256}
+            stack.enter_context(runs.open_run(dataset, tags, name, run_id))
+        yield StudyRun(run_id, experiment_id, params, dataset.tags | tags)
 
 
 def _found(study_id: str) -> str | None:

@@ -12,19 +12,10 @@ from pipeline.images.splits import LabelledImages
 from pipeline.network import checkpoint, model_file, training
 from pipeline.network.checkpoint import Checkpoint, DamagedError
 from pipeline.network.cnn import CNN, Architecture
+from tests.network.test_training import ARCHITECTURE
+from tests.network.test_training import RECIPE as PLAIN
 
-ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
-RECIPE: dict[str, Any] = {
-    "epochs": 3,
-    "batch_size": 128,
-    "optimizer": "adam",
-    "learning_rate": 0.002,
-    "schedule": "constant",
-    "weight_decay": 0.01,
-    "label_smoothing": 0.0,
-    "max_shift": 0,
-    "precision": "float32",
-}
+RECIPE = PLAIN | {"epochs": 3, "batch_size": 128, "weight_decay": 0.01}
 Fitted = tuple[bytes, list[training.Epoch], list[bytes]]
 
 
