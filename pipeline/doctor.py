@@ -17,7 +17,7 @@ from pipeline.errors import Fault, UserError, run_command
 from pipeline.images import sources, splits
 from pipeline.network import checkpoint, model_file
 from pipeline.params import read_params
-from pipeline.tracking import delivery, registry, runs
+from pipeline.tracking import delivery, faults, registry, runs
 from pipeline.tracking.gate import CHAMPION
 
 NEEDED = ("torch", "torchvision", "mlflow", "dvc", "optuna", "numba", "safetensors", "pydantic")
@@ -127,7 +127,7 @@ def _cache() -> Found:
 
 def _checkpoints() -> Found:
     count = 0
-    for path in sorted(resuming.folder().glob(f"*{resuming.SUFFIX}")):
+    for path in sorted(files.checkpoints_folder().glob(f"*{resuming.SUFFIX}")):
         count += 1
         try:
             reached, _ = checkpoint.from_bytes(path.read_bytes())
@@ -150,7 +150,7 @@ def _tracking() -> Found:
     dead = runs.left_open()
     if dead:
         yield Wrong(f"{len(dead)} runs are open whose processes have died: `dvc repro` closes them")
-    yield runs.address()
+    yield faults.address()
 
 
 def _registry() -> Found:

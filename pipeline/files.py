@@ -36,6 +36,11 @@ def raw_folder() -> Path:
     return root() / "data" / "raw"
 
 
+def checkpoints_folder() -> Path:
+    """Where interrupted trainings are kept, and what MLflow is still to be told; no output of a stage."""
+    return root() / "checkpoints"
+
+
 def read(path: Path, made_by: str) -> bytes:
     """The bytes of ``path``; a UserError that names the stage to run where there is none."""
     try:

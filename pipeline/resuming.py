@@ -32,20 +32,14 @@ class Interrupted:
     run_id: str
 
 
-def folder() -> Path:
-    """Where checkpoints are: in the repository, also for an experiment that runs in a copy; no output of a stage."""
-    return files.root() / "checkpoints"
-
-
 def fingerprint(params: Params, dataset: Dataset, device: torch.device) -> str:
     """64 hexadecimal digits: a digest of everything that decides the bits of the trained model."""
     package = Path(__file__).parent
     code = [package / "train.py", package / "recipe.py", *sorted((package / "network").glob("*.py"))]
-    surroundings = lineage.surroundings(device)
     decides = {
         "recipe": params.recipe,
         "data": dataset.sha256,
-        "machine": {name: surroundings[name] for name in lineage.MACHINE},
+        "machine": lineage.machine(device),
         "numpy": np.__version__,
         "code": [files.sha256(path.read_bytes()) for path in code],
     }
@@ -75,7 +69,7 @@ def keep(known_by: str, reached: Checkpoint, history: Sequence[Epoch], run_id: s
 def forget(known_by: str) -> None:
     """The training has come to its end. Those that were left unfinished long ago go too."""
     _path(known_by).unlink(missing_ok=True)
-    for path in folder().glob(f"*{SUFFIX}"):
+    for path in files.checkpoints_folder().glob(f"*{SUFFIX}"):
         if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER:
             path.unlink(missing_ok=True)
 
@@ -87,4 +81,4 @@ def is_recorded_by_dvc(model: bytes) -> bool:
 
 
 def _path(known_by: str) -> Path:
-    return folder() / f"{known_by[:16]}{SUFFIX}"
+    return files.checkpoints_folder() / f"{known_by[:16]}{SUFFIX}"

@@ -25,7 +25,7 @@ def main() -> None:
     cnn = recipe.build(params, dataset)
     print(summary(cnn.architecture), flush=True)
 
-    for folder in (files.MODEL.parent, files.HISTORY.parent, resuming.folder()):
+    for folder in (files.MODEL.parent, files.HISTORY.parent, files.checkpoints_folder()):
         files.check_writable(folder)
     runs.connect()
     runs.settle()

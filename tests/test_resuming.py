@@ -13,7 +13,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from pipeline import files, resuming, train
+from pipeline import files, train
 from pipeline.network.training import Epoch
 from pipeline.tracking import runs
 from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, write_params
@@ -98,7 +98,7 @@ def test_fault_1_and_2_an_interrupted_training_goes_on_to_the_same_bytes(
         assert first.data.tags["failure"] == "its process was killed, or its machine went down"
     points = mlflow.MlflowClient().get_metric_history(second.info.run_id, "train_loss")
     assert [point.step for point in points] == list(range(1, EPOCHS + 1))
-    assert not list(resuming.folder().iterdir())
+    assert not list(files.checkpoints_folder().iterdir())
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_said_and_the_training_begins_anew(
 ) -> None:
     write_params(workspace, QUICK | {"train.epochs": 3})
     _stop_after(2, monkeypatch)
-    (path,) = resuming.folder().iterdir()
+    (path,) = files.checkpoints_folder().iterdir()
     damage(path)
     train.main()
     told = capsys.readouterr()
@@ -221,7 +221,7 @@ def _md5(content: bytes) -> str:
 
 
 def test_checkpoints_that_nobody_wants_go_after_a_month(workspace: Path) -> None:
-    folder = resuming.folder()
+    folder = files.checkpoints_folder()
     folder.mkdir()
     for name, days in (("old", 31), ("young", 29)):
         path = folder / f"{name}.checkpoint"

@@ -132,7 +132,7 @@ def deliver_all() -> None:
 
 def undelivered() -> list[Path]:
     """The files of what could not be sent."""
-    return sorted(_folder().glob(f"*{SUFFIX}"))
+    return sorted(files.checkpoints_folder().glob(f"*{SUFFIX}"))
 
 
 @contextmanager
@@ -148,12 +148,8 @@ def quick_answers() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _folder() -> Path:
-    return files.root() / "checkpoints"
-
-
 def _path(run_id: str) -> Path:
-    return _folder() / f"{run_id}{SUFFIX}"
+    return files.checkpoints_folder() / f"{run_id}{SUFFIX}"
 
 
 def _now() -> int:

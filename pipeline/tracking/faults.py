@@ -18,7 +18,7 @@ def store_faults() -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        raise Fault(f"the tracking store {_address()} failed: {one_line(error)}") from error
+        raise Fault(f"the tracking store {address()} failed: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -26,5 +26,6 @@ def one_line(error: BaseException) -> str:
     return without_password(str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
-def _address() -> str:
+def address() -> str:
+    """That of the tracking store, without a password."""
     return without_password(mlflow.get_tracking_uri())

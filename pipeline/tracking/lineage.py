@@ -31,13 +31,21 @@ def surroundings(device: torch.device | None = None) -> dict[str, str]:
         "dvc.stage": os.environ.get("DVC_STAGE"),
         "dvc.exp": os.environ.get("DVC_EXP_NAME"),
         "python.version": platform.python_version(),
-        "torch.version": torch.__version__,
-        "numba.version": version("numba"),
-        "device": _name(device),
-        "cpu.capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu.threads": str(torch.get_num_threads()),
+        **machine(device),
     }
     return {key: value for key, value in tags.items() if value}
+
+
+def machine(device: torch.device | None) -> dict[str, str | None]:
+    """What of a machine changes the last bits of a model."""
+    facts = (
+        torch.__version__,
+        version("numba"),
+        _name(device),
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+    )
+    return dict(zip(MACHINE, facts, strict=True))
 
 
 def _name(device: torch.device | None) -> str | None:

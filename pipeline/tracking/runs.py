@@ -85,11 +85,6 @@ def is_there() -> bool:
     return "MLFLOW_TRACKING_URI" in os.environ or (files.root() / "mlflow.db").exists()
 
 
-def address() -> str:
-    """That of the store, without a password."""
-    return without_password(mlflow.get_tracking_uri())
-
-
 def own_store() -> str:
     """The address of the store in this repository, which is used where no other is given."""
     return f"sqlite:///{files.root() / 'mlflow.db'}"
@@ -322,9 +317,9 @@ def find_or_restore(model_sha256: str, saved: Saved, dataset: Dataset, history: 
 
 @store_faults()
 def lineage_of(run_id: str) -> dict[str, str]:
-    """The tags of a run that say where its model comes from: all but those that MLflow set for itself."""
+    """The tags of a run that say where its model comes from: not those of MLflow's own and of its process."""
     tags = MlflowClient().get_run(run_id).data.tags
-    return {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
+    return {key: value for key, value in tags.items() if not key.startswith("mlflow.") and key not in (HOST, PROCESS)}
 
 
 @store_faults()
