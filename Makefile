@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow faults sweep verify doctor lint ui tune serve seeds bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow faults browser sweep verify doctor audit lint ui tune serve seeds pooling bench bench-training bench-tuning lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,23 +25,32 @@ repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visual
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
+# Two processes, each with the files that it is given: what a file's tests share is then made once.
+IN_TWO := -n 2 --dist loadfile
+
 test: $(INSTALLED)  ## run the test suite, without the slow tests
-	$(ACTIVATE) && python -m pytest -m 'not slow' $(ARGS)
+	$(ACTIVATE) && python -m pytest $(IN_TWO) -m 'not slow' $(ARGS)
 
 slow: $(INSTALLED)  ## run the slow tests
-	$(ACTIVATE) && python -m pytest -m slow $(ARGS)
+	$(ACTIVATE) && python -m pytest $(IN_TWO) -m slow $(ARGS)
 
 faults: $(INSTALLED)  ## what goes wrong in real use, set off for real: signals, full disks, closed ports, damaged files
-	$(ACTIVATE) && python -m pytest -m faults $(ARGS)
+	$(ACTIVATE) && python -m pytest $(IN_TWO) -m faults $(ARGS)
+
+browser: $(INSTALLED)  ## what MLflow's pages show, in a real browser: Chromium has to be there
+	$(ACTIVATE) && python -m pytest -m browser $(ARGS)
 
 sweep: $(INSTALLED)  ## kill `dvc repro` at 40 random moments; half an hour. Writes the table of docs/reliability.md
 	$(ACTIVATE) && python -m bench.sweep $(ARGS)
 
 verify: $(INSTALLED)  ## build everything twice from nothing, and compare
-	$(ACTIVATE) && python -m pipeline.verify
+	$(ACTIVATE) && exec python -m pipeline.verify
 
 doctor: $(INSTALLED)  ## look at everything that can be wrong here, and say what mends it
 	$(ACTIVATE) && python -m pipeline.doctor
+
+audit: $(INSTALLED)  ## ask OSV's database whether anything in requirements.lock is known to be vulnerable
+	$(ACTIVATE) && python .ci/audit.py $(ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	$(ACTIVATE) && ruff check . && ruff format --check . && mypy
@@ -58,6 +67,9 @@ serve: $(INSTALLED)  ## answer for the champion at http://127.0.0.1:5002, for th
 
 seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures
 	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS)
+
+pooling: $(INSTALLED)  ## accuracy on shifted images with pooling and without it, five trainings each; half an hour
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS)
 
 # Keras has an environment of its own; Lightning, a folder beside this project's environment, whose PyTorch it uses.
 bench/.keras/.installed: bench/requirements-keras.txt

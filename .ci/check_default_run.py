@@ -1,5 +1,6 @@
 """After `make repro` in ./convtrack: the figures are those of the published network, and its model serves others."""
 
+import csv
 import json
 import os
 import re
@@ -68,3 +69,14 @@ def test_digits_that_no_data_set_has_seen_come_out_right(tmp_path: Path) -> None
     right = [answer for answer in answers if answer and answer[1] == answer[2]]
     assert len(answers) == 220
     assert len(right) >= 0.97 * len(answers)
+
+
+def test_what_the_network_takes_for_a_class_looks_like_one() -> None:
+    """Images that it made are sure to it, smooth where that was wished, and like real ones of their class."""
+    with (CLONE / "reports/plots/class_images.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 5 * 10
+    assert all(float(row["probability"]) > 0.99 for row in rows)
+    rough = [sum(float(row["total_variation"]) for row in rows[start : start + 10]) for start in range(0, 50, 10)]
+    assert min(rough[:2]) > max(rough[2:])  # left to itself, or with few bright pixels; and the smooth ones
+    assert sum(row["nearest"] == row["class"] for row in rows[-10:]) >= 8

@@ -1,8 +1,13 @@
-"""The picture of the measurements."""
+"""The pictures of the measurements."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
+
+from pipeline import files
+from pipeline.figures import canvas
 
 OURS, OTHERS = "tab:blue", "tab:gray"
 
@@ -21,3 +26,19 @@ def write_speed(path: Path, seconds: dict[str, tuple[float, float, float]]) -> N
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def write_shifts(
+    path: Path, shifts: Sequence[int], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """A line a kind of network: mean accuracy, and its deviation over the seeds, against the shift in pixels."""
+    figure = canvas.of_height(4)
+    axes = figure.subplots()
+    colours = (canvas.BLUE, canvas.GREEN, canvas.ORANGE, canvas.PINK)
+    for (label, (means, deviations)), colour, marker in zip(curves.items(), colours, "os^D", strict=True):
+        axes.errorbar(shifts, means, deviations, fmt=f"{marker}-", color=colour, capsize=3, markersize=5, label=label)
+    axes.set(xlabel="shift to the right, pixels", ylabel="accuracy on the test images", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    files.write(path, canvas.as_png(figure))

@@ -9,6 +9,7 @@ Writes the table of docs/reliability.md; exits 1 where one of these does not hol
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from pipeline.errors import run_command
 from pipeline.params import with_values
 
 KILLS = 40
+EPOCHS = 30  # so that a good part of the kills meets the training
 TABLE = Path("docs/reliability.md")
 STAGES = ("prepare", "train", "evaluate", "visualize")
 OUTSIDE = ("MLFLOW", "DVC", "OPTUNA")
@@ -59,11 +61,11 @@ class Killed:
 def main() -> None:
     """Run it once undisturbed, then kill it, again and again."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else KILLS
-    generator = random.Random(0)
+    generator, version = random.Random(0), code()
     with TemporaryDirectory(prefix="convtrack-") as temporary:
         clone = Path(temporary) / "clone"
         verify.copy_into(clone)
-        recipe = with_values(recipes.PUBLISHED.read_text(), {"data.dataset": "mnist-5k"})
+        recipe = with_values(recipes.PUBLISHED.read_text(), {"data.dataset": "mnist-5k", "train.epochs": EPOCHS})
         (clone / "params.yaml").write_text(recipe)
         commit = ["-c", "user.name=sweep", "-c", "user.email=", "commit", "--quiet", "--message=sweep"]
         for words in (["add", "--all"], commit):
@@ -82,7 +84,7 @@ def main() -> None:
                 rows.append(killed)
                 print(killed.as_row(len(rows)), flush=True)
     failed = [row for row in rows if not row.holds(model)]
-    TABLE.write_text(_page(rows, seconds, model))
+    TABLE.write_text(_page(rows, seconds, model, version))
     print(f"{len(rows) - len(failed)} of {len(rows)} kills cost nothing; {TABLE}")
     sys.exit(bool(failed))
 
@@ -93,8 +95,9 @@ def _environment() -> dict[str, str]:
 
 def _repro(clone: Path) -> int:
     command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
-    nobody = subprocess.DEVNULL
-    done = subprocess.run(command, cwd=clone, env=_environment(), stdout=nobody, stderr=nobody, check=False)
+    done = subprocess.run(command, cwd=clone, env=_environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(done.stderr, file=sys.stderr, flush=True)
     return done.returncode
 
 
@@ -125,13 +128,15 @@ def _kill(clone: Path, second: float) -> Killed | None:
     if ended:
         return None
     done = _repro(clone)
-    mlflow.set_tracking_uri(f"sqlite:///{clone / 'mlflow.db'}")
+    # A name of its own: under one that it knows, mlflow goes on to read the file of the kill before.
+    store = shutil.copy(clone / "mlflow.db", clone.parent / f"{time.time_ns()}.db")
+    mlflow.set_tracking_uri(f"sqlite:///{store}")
     found = mlflow.search_runs(search_all_experiments=True, output_format="list")
     aliases = [model.aliases for model in MlflowClient().search_registered_models()]
     return Killed(
         second=second,
         stage=_reached(log.read_text()),
-        model=files.sha256((clone / files.MODEL).read_bytes()),
+        model=files.sha256((clone / files.MODEL).read_bytes()) if (clone / files.MODEL).exists() else "none",
         statuses=Counter(str(run.info.status) for run in found),
         champion=[set(each) for each in aliases] == [{"champion"}],
         code=done,
@@ -144,7 +149,7 @@ def _reached(told: str) -> str:
     return begun[-1] if begun else "DVC, before the first stage"
 
 
-def _page(rows: list[Killed], seconds: float, model: str) -> str:
+def _page(rows: list[Killed], seconds: float, model: str, version: str) -> str:
     whole = sum(row.holds(model) for row in rows)
     at = Counter(row.stage for row in rows)
     where = ", ".join(f"{count} in {stage}" for stage, count in at.items())
@@ -152,16 +157,17 @@ def _page(rows: list[Killed], seconds: float, model: str) -> str:
     facts = machine()
     return f"""# Reliability: what a kill costs
 
-`make sweep` runs `dvc repro` in a clone (mnist-5k, the published recipe, {seconds:.0f} s), kills it with all its
-processes by SIGKILL at a random moment, and runs `dvc repro` once more. {whole} of {len(rows)} kills cost nothing: the
-same model, exactly one finished run for it, no run left open, a champion in the registry. The kills came {where}.
+`make sweep` runs `dvc repro` in a clone (mnist-5k, the published recipe for {EPOCHS} epochs, {seconds:.0f} s), kills
+it with all its processes by SIGKILL at a random moment, and runs `dvc repro` once more. {whole} of {len(rows)} kills
+cost nothing: the same model, exactly one finished run for it, no run left open, a champion in the registry. The kills
+came {where}.
 
 | # | second | killed in | model | runs afterwards | champion |
 |---|---|---|---|---|---|
 {lines}
 
 {facts["processor"]} with {facts["cpu_capability"]}, {facts["threads"]} threads, PyTorch {facts["torch"]}; {today()},
-code of commit `{code()}`.
+code of commit `{version}`.
 """
 
 

@@ -14,13 +14,16 @@ from pipeline.errors import run_command
 
 
 def main() -> None:
-    """Run the stage; untracked with a tracking module that does nothing, so that mlflow is not even imported."""
+    """Run the stage; untracked with tracking modules that do nothing, so that mlflow is not even imported."""
     if sys.argv[1] == "untracked":
         silent = ModuleType("pipeline.tracking.runs")
-        run = SimpleNamespace(run_id="", log_epoch=lambda *_: None, describe_model=lambda *_: None)
+        ignored = dict.fromkeys(("log_epoch", "show", "describe_model"), lambda *_: None)
+        run = SimpleNamespace(run_id="", **ignored)
         silent.__dict__.update({"connect": lambda: None, "settle": lambda: None, "TrainingRun": object})
         silent.__dict__["training_run"] = lambda *_, **__: nullcontext(run)
-        sys.modules["pipeline.tracking.runs"] = silent
+        blind = ModuleType("pipeline.tracking.live")
+        blind.__dict__["LiveImages"] = lambda *_: SimpleNamespace(now=dict, after_epoch=dict)
+        sys.modules |= {"pipeline.tracking.runs": silent, "pipeline.tracking.live": blind}
     from pipeline import train
 
     train.main()

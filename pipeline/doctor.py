@@ -2,14 +2,18 @@
 
     python -m pipeline.doctor
 
-A line for each thing that is looked at; nothing is changed. Exits 1 where something is wrong.
+A line for each thing that is looked at, whatever is wrong with the others; nothing is changed. (An MLflow server, or
+PostgreSQL, gets the empty experiment where it has none.) Exits 1 where something is wrong.
 """
 
 import hashlib
 import json
+import os
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from pipeline import files, lockfile, resuming
@@ -25,6 +29,9 @@ CACHE = Path(".dvc/cache/files/md5")
 RWLOCK = Path(".dvc/tmp/rwlock")
 DAY = 24 * 3600
 INSTALL = "`rm .venv/.installed`, then `make setup`"
+EVALUATE = "`dvc repro -f -s evaluate`"
+WRITE = f"`dvc repro`, or {EVALUATE} where that has nothing to do"  # something into the store
+PROBLEMS = (UserError, Fault, OSError)
 
 
 class Wrong(str):
@@ -41,14 +48,20 @@ def main() -> None:
         said = list[str]()
         try:
             said.extend(look())
-        except (UserError, Fault) as error:
-            said.append(Wrong(error))
+        except PROBLEMS as error:
+            said.append(_wrong(error))
         problems = [each for each in said if isinstance(each, Wrong)]
         wrong += len(problems)
         lines = [f"WRONG  {name:<15}{problem}" for problem in problems] or [f"ok     {name:<15}{said[-1]}"]
         print("\n".join(lines), flush=True)
     if wrong:
         sys.exit(1)
+
+
+def _wrong(error: Exception) -> Wrong:
+    if isinstance(error, OSError):
+        return Wrong(f"{error.filename} cannot be read ({error.strerror}): make it a file that you may read")
+    return Wrong(error)
 
 
 def _environment() -> Found:
@@ -81,8 +94,8 @@ def _prepared() -> Found:
     for split in splits.SPLITS:
         try:
             splits.read_split(dataset, split)
-        except (UserError, Fault) as error:
-            yield Wrong(f"{error}")
+        except PROBLEMS as error:
+            yield _wrong(error)
     yield f"{dataset.label}, {sum(facts.count for facts in dataset.splits.values()):,} images"
     if dataset.name != dataset.requested:
         yield Wrong(
@@ -113,16 +126,31 @@ def _lock() -> Found:
 def _cache() -> Found:
     """DVC trusts the files of its cache without hashing them again."""
     looked_at = 0
-    for path, md5 in lockfile.outputs().items():
+    copies = list(lockfile.outputs().items())
+    for path, md5 in copies:  # grows by what is in the folders
         cached = CACHE / md5[:2] / md5[2:]
-        if md5.endswith(".dir") or not cached.exists():
+        if not cached.exists():
             continue
-        looked_at += 1
-        if hashlib.md5(cached.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+        is_folder = md5.endswith(".dir")
+        looked_at += not is_folder
+        content = _read_cached(cached, md5)
+        if content is None:
             yield Wrong(
-                f"{cached}, the copy of {path}, is damaged: `rm -f {cached} {path}`, then `dvc repro` or `dvc pull`"
+                f"{cached}, the copy of {path}, is damaged: `rm -rf {cached} {path}`, then `dvc repro` or `dvc pull`"
             )
+        elif is_folder:
+            copies += [(f"{path}/{each['relpath']}", each["md5"]) for each in json.loads(content)]
     yield f"{looked_at} files of these outputs" if looked_at else "none of these outputs"
+
+
+def _read_cached(path: Path, md5: str) -> bytes | None:
+    """A file of the cache, or the JSON listing of a folder; None where it is not the one with this hash."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    is_whole = hashlib.md5(content, usedforsecurity=False).hexdigest() == md5.removesuffix(".dir")
+    return content if is_whole else None
 
 
 def _checkpoints() -> Found:
@@ -134,6 +162,9 @@ def _checkpoints() -> Found:
         except checkpoint.DamagedError as error:
             yield Wrong(f"{path} is damaged ({error}): delete it; the training will begin anew")
             continue
+        except OSError as error:
+            yield _wrong(error)
+            continue
         days = (time.time() - path.stat().st_mtime) / DAY
         yield f"{count}; the last after epoch {reached.epoch}, {days:.0f} days ago: `dvc repro` with its knobs goes on"
     if not count:
@@ -141,32 +172,71 @@ def _checkpoints() -> Found:
 
 
 def _tracking() -> Found:
-    if not runs.is_there():
-        yield "none yet: `dvc repro` makes it"
+    yield from map(_undelivered, delivery.undelivered())
+    if not _connect():
+        yield f"none yet: {WRITE}"
         return
-    runs.connect()
-    for path in delivery.undelivered():
-        yield Wrong(f"{path} is what a run is still to be told: `dvc repro`, or delete it")
     dead = runs.left_open()
     if dead:
-        yield Wrong(f"{len(dead)} runs are open whose processes have died: `dvc repro` closes them")
+        yield Wrong(f"{len(dead)} runs are open whose processes have died; what closes them: {WRITE}")
     yield faults.address()
 
 
-def _registry() -> Found:
-    if not runs.is_there():
-        yield "nothing registered yet: `dvc repro`"
-        return
-    runs.connect()
-    if not registry.names():
-        yield "nothing registered yet: `dvc repro`"
-        return
-    version = registry.find(CHAMPION)
+def _undelivered(path: Path) -> Wrong:
     try:
+        delivery.read(path)
+    except OSError as error:
+        return _wrong(error)
+    except delivery.DamagedError:
+        return Wrong(f"{path}, which a run is still to be told, is damaged: delete it")
+    return Wrong(f"{path} is what a run is still to be told: {WRITE}; or delete it")
+
+
+def _connect() -> bool:
+    """Not to a file that is not there yet, or that no run was written into: runs.connect would begin to fill it."""
+    is_begun = _is_begun()
+    if is_begun:
+        runs.connect()
+    return is_begun
+
+
+def _is_begun() -> bool:
+    address = os.environ.get("MLFLOW_TRACKING_URI") or runs.own_store()
+    path = Path(address.removeprefix("sqlite:///").partition("?")[0])
+    if not address.startswith("sqlite:///"):
+        return True
+    if not path.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'")
+            ours = "SELECT 1 FROM experiments WHERE name = ?"
+            return bool(tables.fetchone() and database.execute(ours, [runs.EXPERIMENT]).fetchone())
+    except sqlite3.Error:
+        return True  # what is wrong with it, runs.connect says
+
+
+def _registry() -> Found:
+    if not _connect() or not registry.names():
+        yield f"nothing registered yet: {WRITE}"
+        return
+    tags: Mapping[str, str] = {}
+    try:
+        version = registry.find(CHAMPION)
+        tags = version.tags
         registry.load(version)
-    except Fault as error:
-        yield Wrong(f"{error}: `dvc repro -f evaluate`, or `python -m pipeline.champion --rollback`")
-    yield f"{version.name} version {version.version} is the champion"
+    except (UserError, Fault) as error:
+        yield Wrong(f"{error}: {_crowns(tags)}")
+    else:
+        yield f"{version.name} version {version.version} is the champion"
+
+
+def _crowns(champion: Mapping[str, str]) -> str:
+    """The command after which there is a whole champion, for one with these tags: its own file anew, else another."""
+    if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == champion.get(runs.MODEL_SHA256):
+        return EVALUATE
+    version = registry.to_go_back_to()
+    return f"`python -m pipeline.champion {version.version} --rollback`" if version else EVALUATE
 
 
 LOOKS: dict[str, Callable[[], Found]] = {

@@ -28,6 +28,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     Any other exception is a defect of this project: it keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _exit_143)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which `nohup` and `&` in a script mean to last
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
     except UserError as error:

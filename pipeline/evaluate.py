@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import model_file, scoring
+from pipeline.network import hardening, model_file, scoring
 from pipeline.network.cnn import parameter_count
 from pipeline.network.model_file import Saved
 from pipeline.params import Evaluate, read_params
@@ -73,7 +73,7 @@ def _test_scores(
         "error_count": int((logits.argmax(dim=1) != test.labels).sum()),
         "ece": scoring.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
         "per_class": _class_scores(logits, test, dataset.class_names),
-        "robustness": scoring.robustness(saved.cnn, test.images, test.labels),
+        "robustness": hardening.robustness(saved.cnn, test.images, test.labels),
     }
 
 

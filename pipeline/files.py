@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -23,6 +25,7 @@ PREDICTIONS = Path("reports/predictions.csv")
 PROMOTION = Path("reports/promotion.json")
 CARD = Path("reports/model_card.md")
 FIGURES = Path("reports/figures")
+PLOTS = Path("reports/plots")
 UNFINISHED = ".tmp"
 
 
@@ -79,9 +82,15 @@ def write(path: Path, content: bytes) -> None:
 def check_writable(folder: Path) -> None:
     """Raises Fault where nothing can be written into ``folder``: better said before an hour of training than after."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    probe = there / ".writable"
+    probe = there / f".writable.{os.getpid()}"
     write(probe, b"")
     probe.unlink()
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raises Fault where ``folder`` has no room for so many bytes: for libraries that do not survive a full disk."""
+    if shutil.disk_usage(folder).free < size:
+        raise Fault(f"{folder} has no room for {size:,} bytes: make room on that disk, then run again")
 
 
 def _clear_killed(path: Path) -> None:
@@ -127,10 +136,23 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def read_table(path: Path, made_by: str) -> list[dict[str, str]]:
     """The rows of a CSV file, at least one; errors name the stage to run."""
-    rows = list(csv.DictReader(io.StringIO(read(path, made_by).decode(), newline="")))
+    content = read(path, made_by)
+    try:
+        rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Fault(f"{path} is damaged ({error}): run `dvc repro -f {made_by}`") from error
     if not rows:
         raise Fault(f"{path} is empty: run `dvc repro -f {made_by}`")
     return rows
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """What a JSON file holds; errors name the stage to run."""
+    content = read(path, made_by)
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise Fault(f"{path} is damaged ({error}): run `dvc repro -f {made_by}`") from error
 
 
 def sha256(content: bytes) -> str:

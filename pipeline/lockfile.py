@@ -12,11 +12,14 @@ from pipeline.errors import UserError
 LOCK, REQUIREMENTS = Path("dvc.lock"), Path("requirements.lock")
 
 
-def outputs(folder: Path = Path()) -> dict[str, str]:
-    """The MD5 of each output by its path; that of a folder ends in ``.dir``. A UserError where it cannot be read."""
+def outputs(folder: Path = Path(), content: str | None = None) -> dict[str, str]:
+    """The MD5 of each output by its path; that of a folder ends in ``.dir``. A UserError where it cannot be read.
+
+    ``content`` is read in place of the folder's dvc.lock: that of another commit.
+    """
     try:
-        content = YAML(typ="safe", pure=True).load(folder / LOCK)
-        return {out["path"]: out["md5"] for stage in content["stages"].values() for out in stage["outs"]}
+        lock = YAML(typ="safe", pure=True).load(folder / LOCK if content is None else content)
+        return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
     except FileNotFoundError:
         raise UserError(f"{LOCK} does not exist: run `dvc repro`") from None
     except (YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from pipeline import files
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 PARAMS = Path("params.yaml")
 LARGEST_FILE = 20_000  # bytes; the committed file has a sixth of it
@@ -73,6 +73,7 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | None
     checkpoint_seconds: Annotated[float, Field(gt=0)] | None
+    live_images: bool
 
 
 class Promotion(Section):
@@ -91,11 +92,26 @@ class Evaluate(Section):
     promotion: Promotion
 
 
+class Maximisation(Section):
+    """How images are made that please the network."""
+
+    steps: int = Field(ge=1, le=10_000)
+    step_size: float = Field(gt=0, le=1)
+    noise: float = Field(ge=0, le=0.5)
+    l1: float = Field(ge=0)
+    total_variation: float = Field(ge=0)
+    jitter: int = Field(ge=0, le=16)
+    seed: int = Field(ge=0, le=2**32 - 1)
+
+
 class Visualize(Section):
     """What the figures show."""
 
     image: int = Field(ge=0)
     mistakes: int = Field(ge=1, le=100)
+    patches: int = Field(ge=1, le=25)
+    occlusion_side: int = Field(ge=1, le=64)
+    maximisation: Maximisation
 
 
 class Range(Section):
@@ -132,7 +148,7 @@ class Tune(Section):
     space: dict[str, Range] = Field(min_length=1)
 
 
-MACHINE = ("device", "threads", "checkpoint_seconds")  # knobs of train that say where and how, not what
+MACHINE = ("device", "threads", "checkpoint_seconds", "live_images")  # knobs of train that say where and how, not what
 DECIDES = set(Train.model_fields) - set(MACHINE)
 
 
@@ -209,6 +225,7 @@ NOT_TUNED = (
     "train.checkpoint_seconds",
     "train.device",
     "train.epochs",
+    "train.live_images",
     "train.precision",
     "train.threads",
 )  # no choice of a trial
@@ -267,6 +284,8 @@ def read_params(path: Path = PARAMS) -> Params:
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run this in the repository's root") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: `git restore {path}` brings the file back") from None
     if len(content) > LARGEST_FILE:
         raise UserError(f"{path} has {len(content):,} bytes; allowed: {LARGEST_FILE:,}")
     return _validated(_parsed(content, path), path)
@@ -293,9 +312,9 @@ def _parsed(content: bytes, path: Path) -> object:
         return yaml.load(content)
     except MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: {place}{error.problem}") from None
+        raise UserError(f"{path}: {place}{shown(_one_line(str(error.problem)))}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML: {_one_line(str(error))}") from None
+        raise UserError(f"{path} is not YAML: {shown(_one_line(str(error)))}") from None
 
 
 def _refuse_bombs(yaml: YAML, content: bytes, path: Path) -> None:
@@ -315,12 +334,12 @@ def _validated(content: object, path: Path) -> Params:
         errors = error.errors(include_url=False)
         # A misspelt knob is also a missing one: the spelling is what helps.
         errors.sort(key=lambda each: each["type"] != "extra_forbidden")
-        raise UserError(f"{path}: {_explained(errors[0])}") from None
+        raise UserError(f"{path}: {shown(_explained(errors[0]))}") from None
 
 
 def _explained(error: ErrorDetails) -> str:
     *above, last = keys = error["loc"] or ("the file",)
-    name, given = ".".join(str(key) for key in keys), reprlib.repr(error["input"])
+    name, given = ".".join(str(key) for key in keys), _given(error["input"])
     match error["type"]:
         case "missing":
             return f"{name} is missing; allowed: {_allowed(_schema_at(keys))}"
@@ -335,6 +354,13 @@ def _explained(error: ErrorDetails) -> str:
             return f"{name} is no knob; the names of knobs are text"
         case _:
             return f"{name} is {given}; allowed: {_allowed(_schema_at(keys))}"
+
+
+def _given(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"  # which Python refuses to write
 
 
 def _schema_at(keys: Sequence[int | str]) -> dict[str, Any]:

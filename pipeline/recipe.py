@@ -54,6 +54,7 @@ def fit(
             f"params.yaml: train.batch_size is {size}, which makes a batch of one of the "
             f"{len(train):,} images; over maps of one pixel model.batch_norm needs two: take another batch size"
         )
+    how = params.train.model_dump(exclude={"device", "threads", "live_images"})
     return training.fit(
         cnn,
         (train.images, train.labels),
@@ -62,5 +63,5 @@ def fit(
         on_step=on_step,
         start=start,
         keep=keep,
-        **params.train.model_dump(exclude={"device", "threads"}),
+        **how,
     )

@@ -1,7 +1,5 @@
 """Prints where the last `dvc repro` stands: the data set really used, the test figures, where to look."""
 
-import json
-
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.images.splits import TEST, TRAIN, read_dataset
@@ -10,7 +8,7 @@ from pipeline.images.splits import TEST, TRAIN, read_dataset
 def main() -> None:
     """Read what the stages wrote, print one line a fact."""
     dataset = read_dataset()
-    metrics = json.loads(files.read(files.METRICS, made_by="evaluate"))
+    metrics = files.read_json(files.METRICS, made_by="evaluate")
     test, count = metrics["test"], dataset.splits[TEST].count
     facts = {
         "data set": f"{dataset.label} ({dataset.splits[TRAIN].count:,} training images)",

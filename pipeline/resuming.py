@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,8 +71,9 @@ def forget(known_by: str) -> None:
     """The training has come to its end. Those that were left unfinished long ago go too."""
     _path(known_by).unlink(missing_ok=True)
     for path in files.checkpoints_folder().glob(f"*{SUFFIX}"):
-        if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another training forgets it too
+            if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER:
+                path.unlink()
 
 
 def is_recorded_by_dvc(model: bytes) -> bool:

@@ -13,6 +13,7 @@ from pipeline.network.cnn import CNN, summary
 from pipeline.params import Params, read_params
 from pipeline.resuming import Interrupted
 from pipeline.tracking import runs
+from pipeline.tracking.live import LiveImages
 from pipeline.tracking.runs import TrainingRun
 
 
@@ -82,10 +83,15 @@ def _fit(
             resuming.keep(known_by, reached, history, run.run_id)
 
         start = before.checkpoint if before else None
+        pictures = LiveImages(cnn, params.visualize.maximisation) if params.train.live_images else None
+        if pictures and not before:
+            run.show(0, pictures.now())  # what it begins with
         try:
             for epoch in recipe.fit(cnn, train, validation, params, on_step, start, keep):
                 history.append(epoch)
                 run.log_epoch(epoch)
+                if pictures:
+                    run.show(epoch.epoch, pictures.after_epoch())
                 bar.write(_line(epoch, params.train.epochs))
         except training.DivergedError as error:
             raise Fault(

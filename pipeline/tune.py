@@ -29,6 +29,7 @@ from pipeline.tuning.team import Team, team
 
 SUMMARY = FOLDER / "summary.json"
 FIGURES = FOLDER / "figures"
+LONGEST_NAME = 100  # characters
 PATIENCE = 5  # seconds in which another machine writes a trial of its own into a store that it may share with this one
 
 
@@ -62,7 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tune", description="Tune the knobs of tune.space.")
     parser.add_argument("--trials", type=_natural, help="how many the study should have in all (default: tune.trials)")
     parser.add_argument("--workers", type=_natural, help="processes that train at the same time (default: one a core)")
-    parser.add_argument("--study", default="convtrack", help="its name in the storage (default: %(default)s)")
+    parser.add_argument(
+        "--study", type=_name, default="convtrack", help="its name in the storage (default: %(default)s)"
+    )
     parser.add_argument("--apply", action="store_true", help="write the winner's values into params.yaml")
     parser.add_argument("--force", action="store_true", help="with --apply: also where the gain may be chance")
     arguments = parser.parse_args()
@@ -75,6 +78,12 @@ def _natural(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
     return int(text)
+
+
+def _name(text: str) -> str:
+    if not text.isprintable() or not 1 <= len(text) <= LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"a study's name has 1 to {LONGEST_NAME} characters, all on one line")
+    return text
 
 
 def _workers_and_cores(workers: int | None, params: Params) -> tuple[int, int]:

@@ -8,26 +8,46 @@ Exits 1 where they do not give the same bytes. What differs from the committed d
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline import files, lockfile, recipe
-from pipeline.errors import Fault, run_command
-from pipeline.images.sources import MIRROR_VARIABLE
+from pipeline.errors import Fault, UserError, run_command
+from pipeline.images import sources
 from pipeline.params import read_params
 from pipeline.tracking import lineage
 
 DECIDING = ("torch", "numpy", "numba")  # packages of which another version may add up in another order
+GRACE_SECONDS = 10  # for a stage to end after SIGTERM
 
 
 def main() -> None:
     """Build, build again, print a line an output."""
-    committed = lockfile.outputs()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that closes does not reach DVC's own session
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    committed = committed_outputs()
     with TemporaryDirectory(prefix="convtrack-") as folder:
         first, second = (_built(Path(folder) / name) for name in ("first", "second"))
+    tell(first, second, committed)
+
+
+def committed_outputs() -> dict[str, str]:
+    """The hashes that the last commit's dvc.lock has; the file itself is that of the last `dvc repro`."""
+    try:
+        return lockfile.outputs(content=_git("show", f"HEAD:./{lockfile.LOCK}"))
+    except Fault as fault:
+        raise UserError(
+            f"there is no committed {lockfile.LOCK} to compare with ({fault}): run `dvc repro` and commit it"
+        ) from fault
+
+
+def tell(first: Mapping[str, str], second: Mapping[str, str], committed: Mapping[str, str]) -> None:
+    """A line an output, and what may be why it is not the committed one. A Fault where the two builds differ."""
     print("\n".join(_table(first, second, committed)))
     print()
     if first != second:
@@ -42,17 +62,65 @@ def _built(folder: Path) -> dict[str, str]:
     """The hashes of what `dvc repro` makes in a copy of this repository."""
     print(f"dvc repro in {folder}", flush=True)
     copy_into(folder)
+    _lend_downloads(folder)
+    code, told = _run_as_one([sys.executable, "-m", "dvc", "repro", "--quiet"], folder, _environment())
+    if code != 0:
+        raise Fault(f"dvc repro failed: {(told.strip().splitlines() or ['without a word'])[-1]}")
+    return lockfile.outputs(folder)
+
+
+def _lend_downloads(folder: Path) -> None:
+    """What was downloaded once need not be again. What is missing or damaged comes from the mirrors, as everywhere."""
+    for path, is_published in sources.downloaded():
+        if is_published:
+            lent = folder / path.relative_to(files.root())
+            lent.parent.mkdir(parents=True, exist_ok=True)
+            lent.symlink_to(path)
+
+
+def _environment() -> dict[str, str]:
+    """That of this process without other stores; a mirror that is named from this root is found from others too."""
     outside = ("MLFLOW", "DVC", "OPTUNA")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
-    if files.raw_folder().is_dir():  # what was downloaded once need not be again
-        environment[MIRROR_VARIABLE] = str(files.raw_folder())
-    command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise Fault(f"dvc repro failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-    return lockfile.outputs(folder)
+    mirror = environment.get(sources.MIRROR_VARIABLE)
+    if mirror and "://" not in mirror:
+        environment[sources.MIRROR_VARIABLE] = str(files.root() / mirror)
+    return environment
+
+
+def _run_as_one(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit code and standard error of ``command``. What interrupts it ends what it has started too: DVC's stages."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            _, told = process.communicate()
+        except BaseException:
+            _end(process)
+            raise
+    return process.returncode, told
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """SIGTERM for its whole group; SIGKILL for what is there still after a while, or at a second interrupt.
+
+    All of them have the same standard error, which is at its end when the last of them is.
+    """
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate(timeout=GRACE_SECONDS)
+    finally:
+        # PermissionError is what macOS says of a group that is just ending.
+        with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=GRACE_SECONDS)
 
 
 def copy_into(folder: Path) -> None:
@@ -67,9 +135,11 @@ def copy_into(folder: Path) -> None:
 
 def _git(*words: str) -> str:
     try:
-        done = subprocess.run(["git", *words], cwd=files.root(), capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Fault(f"git cannot say what belongs to this repository: {error}") from error
+        done = subprocess.run(["git", *words], cwd=files.root(), capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Fault(f"git cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise Fault(f"git {words[0]}: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
@@ -82,7 +152,7 @@ def _table(first: Mapping[str, str], second: Mapping[str, str], committed: Mappi
 
 
 def _reasons() -> Iterator[str]:
-    yield "params.yaml or the code was changed after dvc.lock was written: `dvc status` tells"
+    yield "params.yaml or the code was changed after that file was written: `git diff HEAD` tells what is not committed"
     for package, (here, wanted) in lockfile.versions().items():
         if package in DECIDING:
             yield f"{package} is {here}" + ("" if here == wanted else f", {lockfile.REQUIREMENTS} has {wanted}")

@@ -1,25 +1,34 @@
 """Shared by the tests: prepared digits, workspaces that look like a clone, and a migrated tracking database."""
 
+import copy
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir
+from contextlib import chdir, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 import torch
 
-from pipeline import evaluate, prepare, train, visualize
+from pipeline import evaluate, files, prepare, train, visualize
 from pipeline.images import splits
-from pipeline.network import training
+from pipeline.network import model_file, training
+from pipeline.network.cnn import CNN
 from pipeline.params import with_values
 from pipeline.tracking import runs
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMS = REPOSITORY / "tests" / "params.yaml"
-QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2}
+QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2, "visualize.maximisation.steps": 10}
 needs_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="runs the network on a CUDA GPU: its results, its bytes and its waiting; PyTorch finds none on this machine",
@@ -38,16 +47,35 @@ def _can_mount() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(small, capture_output=True, check=False).returncode == 0
 
 
+# A disk cannot be full or read-only on demand without mounting one, and some systems (macOS, containers without the
+# right to mount) have no way to do that for one process. The limits and permissions that every system has are tested
+# everywhere beside it. CI is not let through without it (.ci/run).
 needs_own_mounts = pytest.mark.skipif(
     not _can_mount(),
-    reason="mounts a small or read-only disk that nobody else sees; this system has no namespaces for that, or lets "
-    "nobody but root make them",
+    reason="sets off a full or a read-only disk by mounting one that only the test's own process sees; this system has "
+    "no namespaces of mounts, or does not let this user make one: on Linux, run the tests as root",
 )
 
 
 def write_params(folder: Path, changes: Mapping[str, object]) -> None:
     """The published recipe as ``folder``'s params.yaml, with other values at some dotted paths."""
     (folder / "params.yaml").write_text(with_values(PARAMS.read_text(), changes))
+
+
+def say_of_the_data(**facts: Any) -> None:
+    """Have dataset.json in the current folder say something else."""
+    splits.write_dataset(replace(splits.read_dataset(), **facts))
+
+
+def say_other_images() -> None:
+    """Have it say that the training images are others."""
+    of_each = splits.read_dataset().splits
+    say_of_the_data(splits=of_each | {splits.TRAIN: replace(of_each[splits.TRAIN], sha256="0" * 64)})
+
+
+# A shell starts what is to run in the background with SIGINT ignored, and what that starts inherits it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _forget_settings() -> None:
@@ -125,6 +153,17 @@ def good(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
+@pytest.fixture(scope="session")
+def _learned(good: Path) -> CNN:
+    return model_file.from_bytes((good / files.MODEL).read_bytes()).cnn.eval()
+
+
+@pytest.fixture
+def learned(_learned: CNN) -> CNN:
+    """A network of its own that has seen 3,600 digits twelve times."""
+    return copy.deepcopy(_learned)
+
+
 @pytest.fixture
 def finished_copy(_all_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, migrated_database: Path) -> Path:
     """The outputs of all four stages in a folder of its own, with an empty tracking store: a restored checkout."""
@@ -148,8 +187,81 @@ def _enter(folder: Path, prepared: Path, database: Path, patch: pytest.MonkeyPat
     shutil.copytree(prepared, folder)
     shutil.copy(database, folder)
     patch.setenv("DVC_ROOT", str(folder))
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of a store that was connected to before this one
     patch.chdir(folder)
     return folder
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def tracking_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """MLflow's own, with a database of its own, at a free port: its address and its process."""
+    port = free_port()
+    folder.mkdir(exist_ok=True)
+    command = ["server", "--port", str(port), "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *command],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(600):
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def make_ui(folder: Path, environment: Mapping[str, str]) -> Iterator[int]:
+    """`make ui` over the store of ``folder``, as the README has it: the port at which MLflow's page answers."""
+    port = free_port()
+    # This environment is installed already, whatever its lock file's date.
+    makefile = ["--file", str(REPOSITORY / "Makefile"), "--old-file", f"{sys.prefix}/.installed"]
+    command = ["make", *makefile, "ui", f"VENV={sys.prefix}", f"ARGS=--port {port} --workers 1"]
+    with tempfile.TemporaryFile() as said:
+        page = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            for _ in range(600):
+                with suppress(requests.RequestException):
+                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
+                        break
+                time.sleep(0.1)
+            else:
+                said.seek(0)
+                pytest.fail(f"`make ui` does not answer: {said.read().decode()}")
+            yield port
+        finally:
+            os.killpg(page.pid, signal.SIGTERM)
+            page.wait(timeout=60)
+
+
+@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.slow)])
+def either_store(
+    request: pytest.FixtureRequest, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """The workspace's own tracking database, and once more a server that has one."""
+    if request.param == "file":
+        yield
+        return
+    with tracking_server(tmp_path / "server") as (address, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield
 
 
 def run_command(

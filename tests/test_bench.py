@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import arithmetic, images, recipes, rounds, speed, stages, tuning
+from bench import arithmetic, images, pooling, recipes, rounds, speed, stages, tuning
 from bench.bounds import Bound, conclude
 from bench.contenders import usual
 from pipeline.errors import Fault
@@ -99,6 +99,7 @@ def test_mlflow_s_share_is_what_it_adds_to_a_short_stage_of_a_whole_one() -> Non
     assert memory.figures == (1, 1.1)
 
 
+@pytest.mark.slow
 def test_a_stage_without_mlflow_does_not_import_it(prepared: Path, migrated_database: Path, tmp_path: Path) -> None:
     workspace = shutil.copytree(prepared, tmp_path / "workspace")
     shutil.copy(migrated_database, workspace)
@@ -154,9 +155,29 @@ def test_studies_are_compared_round_by_round_by_their_two_workers() -> None:
     assert not tuning.bounds_of(rates | {two: [590.0] * 3})[0].holds
 
 
+@pytest.mark.slow
 def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, LabelledImages], tmp_path: Path) -> None:
     data, values = tmp_path / "images.npz", [{"model.filters.0": f, "model.filters.1": 8} for f in (8, 16)]
     images.write(data, digits["train"][:1000], digits["validation"])
     assert tuning.plain_study(data, [each | {"model.dropout": 0.1} for each in values]) > 0
     with pytest.raises(subprocess.CalledProcessError):
         tuning.plain_study(data, [{"model.filters.0": 8, "model.filters.1": 0, "model.dropout": 0.1}])
+
+
+@pytest.mark.slow
+def test_pooling_is_compared_over_seeds(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (["init"], ["-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *words], capture_output=True, check=True)  # it notes of which commit its figures are
+    words = ["pooling", "--seeds", "2", "--output", "pooling.json", "--picture", "shifts.png", "train.epochs=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    pooling.main()
+    found = json.loads(Path("pooling.json").read_text())
+    assert list(found["kinds"]) == list(pooling.KINDS)
+    for kind in found["kinds"].values():
+        assert [len(row) for row in kind["rows"]] == [len(pooling.SHIFTS)] * 2
+        assert kind["mean"][0] == pytest.approx((kind["rows"][0][0] + kind["rows"][1][0]) / 2)
+        assert kind["mean"][0] > 0.7 > kind["mean"][-1]  # it learned, and half a dozen pixels are too many
+    sizes = {name: kind["parameters"] for name, kind in found["kinds"].items()}
+    assert sizes["max pooling"] == sizes["mean pooling"] == 34_826
+    assert sizes["no pooling, stride 1"] == 34_826 - 16_000 + 24 * 24 * 64 * 10
+    assert Path("shifts.png").read_bytes().startswith(b"\x89PNG")

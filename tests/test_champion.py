@@ -7,9 +7,9 @@ import mlflow
 import pytest
 import torch
 
-from pipeline import evaluate, train
+from pipeline import evaluate, files, train
 from pipeline.tracking import lineage, registry, runs
-from tests.conftest import QUICK, run_command, write_params
+from tests.conftest import QUICK, run_command, say_other_images, write_params
 
 
 def told(folder: Path, *arguments: str) -> str:
@@ -35,12 +35,9 @@ def test_a_version_tells_where_it_comes_from_and_whether_it_would_come_again(wor
     write_params(workspace, QUICK | {"model.dropout": 0.3, "evaluate.calibration_bins": 10})
     assert "another model:\n  params: model.dropout was 0.5, here it is 0.3\n" in told(workspace, "1")
     write_params(workspace, QUICK)
-    described = workspace / "data/prepared/dataset.json"
-    facts = json.loads(described.read_text())
-    facts["splits"]["train"]["sha256"] = "0" * 64
-    described.write_text(json.dumps(facts))
+    say_other_images()
     assert "\n  data: SHA-256 was " in told(workspace, "champion")
-    described.unlink()
+    (files.PREPARED / "dataset.json").unlink()
     assert "\n  data: there are none here yet: dvc repro prepare\n" in told(workspace, "mnist-5k-cnn@champion")
 
 

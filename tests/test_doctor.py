@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,12 @@ from mlflow import MlflowClient
 
 from pipeline import doctor, evaluate, files, train
 from pipeline.errors import run_command
+from pipeline.network import model_file
 from pipeline.network.training import Epoch
-from pipeline.tracking import runs
-from tests.conftest import REPOSITORY
+from pipeline.tracking import delivery, runs
+from tests.conftest import REPOSITORY, say_of_the_data
+from tests.test_clone import succeed
+from tests.tracking.evaluating import change_model
 
 LINES = (
     "environment",
@@ -28,6 +34,7 @@ LINES = (
     "tracking store",
     "registry",
 )
+DEAD = {"process.host": os.uname().nodename, "process": "999999999 since 1"}  # tags of a run whose process is
 
 
 @pytest.fixture
@@ -35,15 +42,21 @@ def repository(finished_copy: Path) -> Path:
     """As after `dvc repro`, with a cache and a lock of DVC's."""
     evaluate.main()
     shutil.copy(REPOSITORY / "requirements.lock", finished_copy)
-    outs = []
-    for path in (files.MODEL, files.PREDICTIONS):
-        md5 = hashlib.md5(path.read_bytes()).hexdigest()
-        cached = finished_copy / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
-        cached.parent.mkdir(parents=True)
-        shutil.copy(path, cached)
-        outs.append(f"    - path: {path}\n      md5: {md5}\n")
-    (finished_copy / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  train:\n    outs:\n{''.join(outs)}")
+    md5s = {str(path): _cache_copy(path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)}
+    figures = [
+        {"md5": _cache_copy(path.read_bytes()), "relpath": path.name} for path in sorted(files.FIGURES.iterdir())
+    ]
+    md5s[str(files.FIGURES)] = _cache_copy(json.dumps(figures).encode(), ".dir")
+    outs = "".join(f"    - path: {path}\n      md5: {md5}\n" for path, md5 in md5s.items())
+    (finished_copy / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  train:\n    outs:\n{outs}")
     return finished_copy
+
+
+def _cache_copy(content: bytes, suffix: str = "") -> str:
+    """Put it into DVC's cache; returns its name there, an MD5."""
+    md5 = hashlib.md5(content).hexdigest() + suffix
+    files.write(doctor.CACHE / md5[:2] / md5[2:], content)
+    return md5
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
@@ -62,7 +75,7 @@ def test_where_all_is_well_it_says_so(repository: Path, capsys: pytest.CaptureFi
     assert [line[:22].split("  ")[0] for line in lines] == ["ok"] * len(LINES)
     assert [line[7:22].strip() for line in lines] == list(LINES)
     assert "mnist-5k, 5,000 images" in lines[3]
-    assert "2 files of these outputs" in lines[6]
+    assert "20 files of these outputs" in lines[6]  # 18 of them in a folder
     assert lines[9].endswith("mnist-5k-cnn version 1 is the champion")
 
 
@@ -77,6 +90,28 @@ def test_before_anything_was_run_it_says_what_to_run(
     assert code == 0, lines
     assert sum("`dvc repro`" in line for line in lines) >= 4
     assert not (tmp_path / "mlflow.db").exists()  # it only looks
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_database_is_neither_made_nor_filled(
+    repository: Path,
+    tmp_path: Path,
+    migrated_database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_there: bool,
+) -> None:
+    database = tmp_path / "elsewhere" / "mlflow.db"
+    database.parent.mkdir()
+    if is_there:
+        shutil.copy(migrated_database, database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    code, lines = told(capsys)
+    assert code == 0, lines
+    assert "none yet: `dvc repro`, or `dvc repro -f -s evaluate` where that has nothing to do" in lines[8]
+    assert "nothing registered yet: `dvc repro`, or `dvc repro -f -s evaluate`" in lines[9]
+    assert list(database.parent.iterdir()) == [database] * is_there
+    assert not is_there or database.read_bytes() == migrated_database.read_bytes()
 
 
 def _params(folder: Path) -> None:
@@ -101,7 +136,12 @@ def _rwlock(folder: Path) -> None:
 
 
 def _cache(folder: Path) -> None:
-    _flip(next((folder / ".dvc/cache/files/md5").rglob("*/*")))
+    _flip(_copy_of(files.MODEL))
+
+
+def _copy_of(path: Path) -> Path:
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    return doctor.CACHE / md5[:2] / md5[2:]
 
 
 def _checkpoint(folder: Path) -> None:
@@ -110,8 +150,43 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _undelivered(folder: Path) -> None:
+    run_id = MlflowClient().create_run(runs._experiment_id(), tags=DEAD).info.run_id
+    letter = delivery.Letter(run_id, {1: {"loss": 0.5}}, {1: 1}, status="FINISHED", ended=2)
+    files.write_json(folder / f"checkpoints/{run_id}.undelivered.json", asdict(letter))
+
+
+def _damaged_letter(folder: Path) -> None:
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints/abc.undelivered.json").write_text("{}")
+
+
+def _folder_for_a_file(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir(parents=True)
+
+
+def _no_model_but_a_folder(folder: Path) -> None:
+    _folder_for_a_file(folder / files.MODEL)
+
+
+def _no_split_but_a_folder(folder: Path) -> None:
+    _folder_for_a_file(folder / "data/prepared/train.safetensors")
+
+
+def _no_letter_but_a_folder(folder: Path) -> None:
+    _folder_for_a_file(folder / "checkpoints/abc.undelivered.json")
+
+
+def _no_checkpoint_but_a_folder(folder: Path) -> None:
+    _folder_for_a_file(folder / "checkpoints/a.checkpoint")
+
+
+def _cached_figure(folder: Path) -> None:
+    _flip(_copy_of(files.FIGURES / "reliability.png"))
+
+
+def _cached_listing(folder: Path) -> None:
+    _flip(next(doctor.CACHE.rglob("*.dir")))
 
 
 def _download(folder: Path) -> None:
@@ -121,8 +196,7 @@ def _download(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    dead = {"process.host": os.uname().nodename, "process": "999999999 since 1"}
-    MlflowClient().create_run(runs._experiment_id(), tags=dead)
+    MlflowClient().create_run(runs._experiment_id(), tags=DEAD)
 
 
 def _store(folder: Path) -> None:
@@ -133,9 +207,28 @@ def _champion(folder: Path) -> None:
     shutil.rmtree(folder / "mlruns")
 
 
+def _changed_champion(folder: Path) -> None:
+    (kept,) = (folder / "mlruns/models").glob("*/artifacts/extra_files/model.safetensors")
+    _flip(kept)
+
+
+def _no_champion(folder: Path) -> None:
+    MlflowClient().delete_registered_model_alias("mnist-5k-cnn", "champion")
+
+
+def _another_model_here(folder: Path) -> None:
+    """Its evaluation would not mend the champion, and there is another version."""
+    change_model(model_file.from_bytes(files.MODEL.read_bytes()), seed=3, noise=3)
+    evaluate.main()
+    content = (folder / "mlruns/models").glob("*/artifacts/extra_files/model.safetensors")
+    for kept in content:
+        if kept.read_bytes() != files.MODEL.read_bytes():
+            _flip(kept)
+
+
 def _stand_in(folder: Path) -> None:
-    path = folder / "data/prepared/dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"requested": "mnist"}))
+    with chdir(folder):
+        say_of_the_data(requested="mnist")
 
 
 def _flip(path: Path) -> None:
@@ -155,12 +248,30 @@ def _flip(path: Path) -> None:
         (_model, "model", "run `dvc repro -f train`"),
         (_lock, "dvc.lock", "`git checkout dvc.lock`, then `dvc repro`"),
         (_rwlock, "dvc.lock", ".dvc/tmp/rwlock is damaged: delete it"),
-        (_cache, "DVC's cache", "is damaged: `rm -f .dvc/cache/files/md5/"),
+        (_cache, "DVC's cache", "is damaged: `rm -rf .dvc/cache/files/md5/"),
+        (
+            _cached_figure,
+            "DVC's cache",
+            ", the copy of reports/figures/reliability.png, is damaged: `rm -rf .dvc/cache",
+        ),
+        (_cached_listing, "DVC's cache", ".dir, the copy of reports/figures, is damaged: `rm -rf .dvc/cache"),
         (_checkpoint, "checkpoints", "a.checkpoint is damaged"),
-        (_undelivered, "tracking store", "abc.undelivered.json is what a run is still to be told: `dvc repro`"),
-        (_run, "tracking store", "1 runs are open whose processes have died: `dvc repro` closes them"),
+        (
+            _damaged_letter,
+            "tracking store",
+            "abc.undelivered.json, which a run is still to be told, is damaged: delete it",
+        ),
+        (_undelivered, "tracking store", ".undelivered.json is what a run is still to be told: `dvc repro`"),
+        (_run, "tracking store", "1 runs are open whose processes have died; what closes them: `dvc repro`"),
         (_store, "tracking store", "mlflow.db failed: "),
         (_champion, "registry", "cannot be had"),
+        (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
+        (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.champion 2 --rollback`"),
+        (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.champion 1 --rollback`"),
+        (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): make it a file"),
+        (_no_split_but_a_folder, "images", "data/prepared/train.safetensors cannot be read (Is a directory)"),
+        (_no_letter_but_a_folder, "tracking store", "abc.undelivered.json cannot be read (Is a directory)"),
+        (_no_checkpoint_but_a_folder, "checkpoints", "a.checkpoint cannot be read (Is a directory)"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_mends_it(
@@ -175,7 +286,50 @@ def test_what_is_wrong_is_named_with_what_mends_it(
     assert code == 1
     wrong = [each for each in lines if each.startswith("WRONG")]
     assert any(each[7:22].strip() == line and remedy in each for each in wrong), lines
-    assert all(each[7:22].strip() in LINES for each in lines)
+    assert {each[7:22].strip() for each in lines} == set(LINES)  # the others are looked at all the same
+
+
+@pytest.fixture
+def under_dvc(repository: Path) -> Path:
+    """In a repository of DVC's own, which finds all up to date."""
+    shutil.copytree(REPOSITORY / "pipeline", repository / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvc/config"):
+        shutil.copy(REPOSITORY / name, repository / name)
+    (repository / "dvc.lock").unlink()
+    succeed("git", "init", "-q", folder=repository)
+    succeed("dvc", "commit", "-f", folder=repository)
+    assert "Data and pipelines are up to date." in succeed("dvc", "repro", folder=repository)
+    return repository
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (_cached_figure, "DVC's cache"),
+        (_cached_listing, "DVC's cache"),
+        (_undelivered, "tracking store"),
+        (_run, "tracking store"),
+        (_champion, "registry"),
+        (_changed_champion, "registry"),
+        (_another_model_here, "registry"),
+        (_no_champion, "registry"),
+    ],
+)
+def test_what_it_says_mends_it(
+    under_dvc: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], line: str
+) -> None:
+    """The commands that it prints, as a person would type them, and then it finds nothing."""
+    damage(under_dvc)
+    code, lines = told(capsys)
+    wrong = [each for each in lines if each.startswith("WRONG")]
+    assert code == 1
+    assert line in {each[7:22].strip() for each in wrong}
+    for command in [each for problem in wrong for each in re.findall("`([^`]+)`", problem)]:
+        if command != "dvc pull":  # the other way, for who has a remote storage
+            succeed("bash", "-c", command, folder=under_dvc)
+    code, lines = told(capsys)
+    assert code == 0, lines
 
 
 def test_an_interrupted_training_is_told_of(

@@ -5,24 +5,34 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline import evaluate, files, train
 from pipeline.errors import Fault
 from pipeline.tracking import delivery, runs
-from tests.conftest import QUICK, REPOSITORY, run_stage, write_params
+from tests.conftest import (
+    OWN_MOUNTS,
+    QUICK,
+    REPOSITORY,
+    make_ui,
+    needs_own_mounts,
+    run_stage,
+    tracking_server,
+    write_params,
+)
 
 pytestmark = pytest.mark.faults
 EPOCHS = 8
@@ -49,35 +59,6 @@ def start(folder: Path, code: str = "", **environment: str) -> subprocess.Popen[
 def after_epoch(process: subprocess.Popen[str], epoch: int) -> None:
     assert process.stdout is not None
     assert any(line.startswith(f"epoch {epoch}/") for line in process.stdout), process.communicate()
-
-
-@contextmanager
-def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """MLflow's own, with a database of its own, at a free port: its address and its process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder.mkdir(exist_ok=True)
-    command = ["server", "--port", str(port), "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *command],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        for _ in range(600):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        os.killpg(process.pid, signal.SIGCONT)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.slow
@@ -110,6 +91,106 @@ def test_fault_3_a_full_disk_leaves_the_older_model_and_the_next_training_goes_o
     assert "RUNNING" not in {run.info.status for run in every_run()}
 
 
+# The disk has what the folder held, and no room for one more byte; what it holds in the end outlives it in "$2".
+ON_A_FULL_DISK = """
+cp -a "$1" "$2" && mount -t tmpfs -o size=8m tmpfs "$1" && cp -a "$2/." "$1" && rm -r "$2" || exit 3
+cat /dev/zero 2>&1 > "$1/filler" | grep -q "No space left" || exit 3
+"$3" -m "pipeline.$4"
+code=$?
+rm "$1/filler"
+cp -a "$1" "$2"
+exit $code
+"""
+
+
+def on_full_disk(folder: str, stage: str, workspace: Path, left: Path) -> tuple[int, str]:
+    """Exit code and standard error of a stage to which ``folder`` is a full disk; ``left`` is what that holds then."""
+    (workspace / folder).mkdir(exist_ok=True)
+    done = subprocess.run(
+        [*OWN_MOUNTS, "sh", "-c", ON_A_FULL_DISK, "sh", folder, str(left), sys.executable, stage],
+        cwd=workspace,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace), "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@needs_own_mounts
+@pytest.mark.parametrize(
+    ("stage", "folder", "file"),
+    [
+        ("prepare", "data/prepared", "train.safetensors"),
+        ("train", "checkpoints", r"[0-9a-f]{16}\.checkpoint"),
+        ("train", "models", "model.safetensors"),
+        ("train", "reports", "history.csv"),
+        ("evaluate", "reports", "metrics.json"),
+        ("visualize", "reports", "figures/learning_curves.png"),
+    ],
+)
+def test_fault_3_a_full_folder_is_one_line_and_keeps_what_it_held(
+    finished_copy: Path, tmp_path: Path, stage: str, folder: str, file: str
+) -> None:
+    write_params(finished_copy, QUICK | {"seed": 1})  # so that the outputs of `train` would be others
+    held, older = contents(finished_copy / folder), files.MODEL.read_bytes()
+    code, told = on_full_disk(folder, stage, finished_copy, tmp_path / "left")
+    assert code == 1, told
+    line = rf"error: \S*{folder}/{file} cannot be written \(No space left on device\): make room on that disk, then run"
+    assert re.fullmatch(rf"{line} again\n", told)
+    assert contents(tmp_path / "left") == held
+    assert {run.info.status for run in every_run()} == ({"FAILED"} if stage == "train" else set())
+    # The model is written before the history, and then goes with the one that the next training writes.
+    assert (files.MODEL.read_bytes() == older) == ((stage, folder) != ("train", "reports"))
+    assert run_stage(stage, finished_copy) == (0, "")
+    assert (files.MODEL.read_bytes() == older) == (stage != "train")
+
+
+@pytest.mark.slow
+@needs_own_mounts
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_fault_3_a_full_temporary_folder_is_passed_over(
+    finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Python looks for one where it can write; `train` makes the tracking store there, `evaluate` exports the model."""
+    if stage == "train":
+        (finished_copy / "mlflow.db").unlink()
+    monkeypatch.setenv("TMPDIR", str(finished_copy / "temporary"))
+    assert on_full_disk("temporary", stage, finished_copy, tmp_path / "left") == (0, "")
+    assert contents(tmp_path / "left") == {}
+    # This process may have the file open that is gone.
+    with closing(sqlite3.connect(finished_copy / "mlflow.db")) as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+@pytest.mark.slow
+@needs_own_mounts
+def test_fault_3_a_temporary_folder_with_little_room_is_one_line_that_names_it(finished_copy: Path) -> None:
+    """The library that exports the model would be aborted by it, with a page of its own."""
+    (finished_copy / "mlflow.db").unlink()
+    runs.connect()
+    folder = finished_copy / "temporary"
+    folder.mkdir()
+    small = f"mount -t tmpfs -o size=64k tmpfs temporary && exec {sys.executable} -m pipeline.evaluate"
+    done = subprocess.run(
+        [*OWN_MOUNTS, "sh", "-c", small],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(finished_copy), "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = rf"error: {folder} has no room for [\d,]+ bytes: make room on that disk, then run again\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
+    assert done.returncode == 1
+    assert run_stage("evaluate", finished_copy) == (0, "")
+
+
+@pytest.mark.usefixtures("either_store")
 def test_fault_5_out_of_memory_is_a_failed_run_and_one_line(workspace: Path) -> None:
     write_params(workspace, QUICK | {"train.batch_size": 3600, "model.filters": [1024, 1024], "train.threads": 1})
     limit = (
@@ -163,12 +244,50 @@ def test_fault_8_odd_paths_and_surroundings(workspace: Path, tmp_path: Path) -> 
     assert run_stage("evaluate", tmp_path / "link", LC_ALL="C") == (0, "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "visualize", "tune"])
+def test_fault_8_from_another_folder_the_line_says_where_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Started so, it would write its outputs, and the tracking store, where nobody looks for them."""
+    monkeypatch.chdir(tmp_path)
+    code, line = run_stage(stage, tmp_path)
+    assert (code, line) == (2, "error: params.yaml does not exist: run this in the repository's root\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_fault_8_dvc_started_from_a_subfolder_works_in_the_root_or_says_that_it_cannot(workspace: Path) -> None:
+    shutil.copytree(REPOSITORY / "pipeline", workspace / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "dvc.yaml", workspace)
+    shutil.rmtree(workspace / "data")
+    below, outside = workspace / "below", workspace.parent / "outside"
+    for folder in (below, outside):
+        folder.mkdir()
+
+    def dvc(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        tools = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        plain = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"} | tools
+        command = ["dvc", *arguments]
+        return subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=False)
+
+    assert dvc("init", "--quiet", "--no-scm", folder=workspace).returncode == 0
+    for folder, reason in ((below, "dvc.yaml' does not exist"), (outside, "not inside of a DVC repository")):
+        refused = dvc("repro", folder=folder)
+        assert refused.returncode != 0
+        assert reason in refused.stderr
+    done = dvc("repro", "../dvc.yaml:prepare", folder=below)
+    assert done.returncode == 0, done.stderr
+    assert (workspace / files.PREPARED / "train.safetensors").exists()
+    assert [*below.iterdir(), *outside.iterdir()] == []
+
+
 LOGGING = """
-import sys
 from pipeline.tracking import runs
-import mlflow
 from mlflow import MlflowClient
 runs.connect()
+print("connected", flush=True)
+input()
 client = MlflowClient()
 for number in range(5):
     run = client.create_run(runs._experiment_id())
@@ -178,29 +297,97 @@ for number in range(5):
 """
 
 
+def count_of_runs(port: int) -> int:
+    """As MLflow's page asks for them."""
+    api = f"http://127.0.0.1:{port}/ajax-api/2.0/mlflow"
+    found = requests.get(f"{api}/experiments/get-by-name?experiment_name={runs.EXPERIMENT}", timeout=60)
+    assert found.ok, found.text
+    of_it: dict[str, Any] = {"experiment_ids": [found.json()["experiment"]["experiment_id"]], "max_results": 100}
+    answer = requests.post(f"{api}/runs/search", json=of_it, timeout=60)
+    assert answer.ok, answer.text
+    return len(answer.json().get("runs", []))
+
+
 @pytest.mark.slow
 def test_fault_9_and_10_eight_processes_begin_at_once_in_an_empty_store_and_the_page_asks(workspace: Path) -> None:
     for path in workspace.glob("mlflow.db*"):
         path.unlink()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)}
     command = [sys.executable, "-c", LOGGING]
-    workers = [
-        subprocess.Popen(command, cwd=workspace, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(8)
+    pipe = subprocess.PIPE
+    workers: list[Any] = [
+        subprocess.Popen(command, cwd=workspace, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        for _ in range(8)
     ]
-    while any(worker.poll() is None for worker in workers):
-        if (workspace / "mlflow.db").exists():
-            with sqlite3.connect(f"file:{workspace / 'mlflow.db'}?mode=ro", uri=True, timeout=20) as store:
-                store.execute("select name from sqlite_master").fetchall()
-        time.sleep(0.2)
+    for worker in workers:
+        assert worker.stdout.readline() == "connected\n", worker.communicate()
+    seen = []
+    with make_ui(workspace, environment) as port:
+        for worker in workers:
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+        while any(worker.poll() is None for worker in workers):
+            seen.append(count_of_runs(port))
     for worker in workers:
         _, told = worker.communicate()
         assert worker.returncode == 0, told
         assert "locked" not in told
+    assert seen == sorted(seen)
+    assert set(seen) - {0, 40}, "the page was asked before and after, but never in the middle of it"
     found = every_run()
     assert len(found) == 40
     assert {run.info.status for run in found} == {"FINISHED"}
     with sqlite3.connect(workspace / "mlflow.db") as store:
         assert store.execute("select count(*) from metrics where key = 'value'").fetchone() == (800,)
+
+
+@pytest.mark.slow
+def test_fault_10_a_store_is_made_whole_or_not_at_all(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at ten moments of its making, in which mlflow itself leaves tables that it cannot go on with."""
+    program = "from pipeline.tracking import runs; print('begins', flush=True); runs.connect()"
+    left = set[bool]()
+    for moment in range(10):
+        # Each has a folder of its own: this process keeps a store open under its name, also one that is gone.
+        folder = workspace / f"moment {moment}"
+        folder.mkdir()
+        monkeypatch.setenv("DVC_ROOT", str(folder))
+        with subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begins\n"
+            time.sleep(0.15 + moment * 0.25)
+            process.kill()
+        left.add((folder / "mlflow.db").exists())
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of the moment before
+        assert every_run() == []
+        assert (folder / "mlflow.db").exists()
+        assert unfinished(folder) == []
+    assert False in left  # it was in its making
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.endswith(files.UNFINISHED)]
+
+
+@pytest.mark.slow
+def test_fault_10_what_a_process_killed_while_it_writes_the_store_leaves_goes_with_the_next(workspace: Path) -> None:
+    (workspace / "mlflow.db").unlink()
+    killed = "import os, signal; os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{killed}; from pipeline.tracking import runs; runs.connect()"],
+        cwd=workspace,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert len(unfinished(workspace)) == 1
+    assert not (workspace / "mlflow.db").exists()
+    assert every_run() == []
+    assert unfinished(workspace) == []
 
 
 @pytest.mark.slow
@@ -255,7 +442,7 @@ def test_fault_13_a_server_that_goes_away_in_mid_training_is_told_the_rest_later
     harm: Callable[[subprocess.Popen[bytes]], None],
 ) -> None:
     write_params(workspace, QUICK | {"train.epochs": EPOCHS})
-    with server(tmp_path / "server") as (address, process):
+    with tracking_server(tmp_path / "server") as (address, process):
         with start(workspace, MLFLOW_TRACKING_URI=address) as training:
             after_epoch(training, 2)
             harm(process)
@@ -269,7 +456,7 @@ def test_fault_13_a_server_that_goes_away_in_mid_training_is_told_the_rest_later
         if harm is _kill:
             with pytest.raises(Fault, match=f"the tracking store {address} failed: "):
                 evaluate.main()  # and that is still not the end of it
-    with server(tmp_path / "server") as (address, _):
+    with tracking_server(tmp_path / "server") as (address, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         evaluate.main()
         (run,) = every_run()
@@ -281,6 +468,7 @@ def test_fault_13_a_server_that_goes_away_in_mid_training_is_told_the_rest_later
     assert delivery.undelivered() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "visualize"])
 def test_fault_30_a_password_is_in_no_line(finished_copy: Path, stage: str) -> None:
     code, line = run_stage(stage, finished_copy, MLFLOW_TRACKING_URI="http://mary:hush@127.0.0.1:9")

@@ -2,15 +2,21 @@
 
 import io
 import struct
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline import figures
+from pipeline.figures import canvas, curves, network, scores, tiles
+from pipeline.figures.network import Heat
+from tests.layout import assert_readable
 
 CLASSES = ("cat", "dog", "a rather long class name")
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+VEHICLES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SURE = np.array([0.5, 0.9, 1.0])
 HISTORY: dict[str, list[float]] = {
     "epoch": [1, 2, 3],
     "train_loss": [0.9, 0.5, 0.4],
@@ -20,42 +26,128 @@ HISTORY: dict[str, list[float]] = {
 }
 
 
-def noise(*shape: int) -> figures.Array:
+def noise(*shape: int) -> tiles.Array:
     return np.random.default_rng(0).normal(size=shape)
 
 
-def every_figure() -> dict[str, Figure]:
+def drawings() -> dict[str, Callable[[], Figure]]:
     images = np.abs(noise(7, 28, 28, 1) * 80).clip(0, 255).astype(np.uint8)
     return {
-        "curves": figures.learning_curves(HISTORY),
-        "one epoch": figures.learning_curves({name: values[:1] for name, values in HISTORY.items()}),
-        "confusion": figures.confusion_matrix(np.array([[9, 1, 0], [0, 8, 2], [0, 0, 10]]), CLASSES, "title"),
-        "no mistakes": figures.confusion_matrix(np.diag([3, 4, 5]), CLASSES, "title"),
-        "filters": figures.filters(noise(32, 1, 3, 3)),
-        "colour filters": figures.filters(noise(10, 3, 5, 5)),
-        "one filter": figures.filters(noise(1, 1, 3, 3)),
-        "maps": figures.feature_maps(images[0], {"conv2d": noise(20, 26, 26), "max_pooling2d": noise(20, 13, 13)}, "x"),
-        "mistakes": figures.mistakes(images, ["cat"] * 7, ["dog"] * 7, [0.9] * 7),
-        "one mistake in colour": figures.mistakes(images[:1].repeat(3, axis=3), [CLASSES[2]], ["dog"], [0.5]),
-        "study": figures.study_history([0, 1, 2, 3], [0.97, 0.98, 0.5, 0.975], [False, False, True, False]),
-        "study of one trial": figures.study_history([0], [0.97], [False]),
-        "front": figures.accuracy_against_size([100, 2000, 30000], [0.97, 0.98, 0.975]),
-        "none": figures.mistakes(images[:0], [], [], []),
+        "curves": lambda: curves.learning_curves(HISTORY, dropout=True),
+        "one epoch": lambda: curves.learning_curves(
+            {name: values[:1] for name, values in HISTORY.items()}, dropout=False
+        ),
+        "confusion": lambda: scores.confusion_matrix(np.array([[9, 1, 0], [0, 8, 2], [0, 0, 10]]), CLASSES, "title"),
+        "no mistakes": lambda: scores.confusion_matrix(np.diag([3, 4, 5]), CLASSES, "title"),
+        "filters": lambda: network.filters(noise(32, 1, 3, 3), np.arange(32)),
+        "colour filters": lambda: network.filters(noise(10, 3, 5, 5), -np.arange(10)),
+        "one filter": lambda: network.filters(noise(1, 1, 3, 3), np.ones(1)),
+        "maps": lambda: network.feature_maps(
+            images[0], {"conv2d": noise(20, 26, 26), "max_pooling2d": noise(20, 13, 13)}, "x"
+        ),
+        "one map": lambda: network.feature_maps(images[0], {"conv2d": noise(1, 26, 26)}, "x"),
+        "mistakes": lambda: scores.captioned(
+            images, [f"dog (90.0%), labelled {name}" for name in FASHION[:7]], "title"
+        ),
+        "one mistake in colour": lambda: scores.captioned(
+            images[:1].repeat(3, axis=3), ["dog (50.0%), labelled a rather long n…"], "title"
+        ),
+        "study": lambda: curves.study_history([0, 1, 2, 3], [0.97, 0.98, 0.5, 0.975], [False, False, True, False]),
+        "study of one trial": lambda: curves.study_history([0], [0.97], [False]),
+        "front": lambda: curves.accuracy_against_size([100, 2000, 30000], [0.97, 0.98, 0.975]),
+        "maps of classes": lambda: network.maps_of_classes(
+            images[:3],
+            CLASSES,
+            {"conv2d": np.abs(noise(3, 6, 26, 26)), "max_pooling2d": np.abs(noise(3, 6, 13, 13))},
+            4,
+        ),
+        "maps of one block": lambda: maps_of_blocks(1),
+        "maps of three blocks": lambda: maps_of_blocks(3),
+        "maps of four blocks": lambda: maps_of_blocks(4),
+        "maps of seven blocks": lambda: maps_of_blocks(7),
+        "patches": lambda: network.strongest_patches(
+            images[:5, None, :9, :9].repeat(9, axis=1), np.array([1, 1, 0, 1, 1]), "conv2d_1"
+        ),
+        "one patch": lambda: network.strongest_patches(images[:1, None, :9, :9], np.ones(1), "conv2d_1"),
+        "filter images": lambda: network.filter_images(images[:3] / 255, np.array([1, -0.5, 2]), "conv2d"),
+        "filter images in colour": lambda: network.filter_images(images.repeat(3, axis=3) / 255, np.ones(7), "conv2d"),
+        "class images": lambda: network.class_images(
+            {"none": images[:3] / 255, "smooth": images[:3] / 255}, {"none": SURE, "smooth": SURE}, CLASSES, CLASSES
+        ),
+        "class images of fashion": lambda: class_images_of(FASHION),
+        "class images of vehicles": lambda: class_images_of(VEHICLES),
+        "explanations": lambda: network.explanations(
+            images[:3],
+            CLASSES,
+            {"saliency": Heat(np.abs(noise(3, 28, 28)), False), "occlusion": Heat(noise(3, 28, 28), True)},
+            "title",
+        ),
+        "explanations of long names": lambda: network.explanations(
+            np.repeat(images, 2, axis=0)[:8],
+            [f"{name}, labelled {other}" for name, other in zip(FASHION[:8], reversed(VEHICLES[:8]), strict=True)],
+            {"occlusion 6 x 6, random weights": Heat(np.abs(noise(8, 28, 28)), True)},
+            "title",
+        ),
+        "nothing found": lambda: network.explanations(
+            images[:1], ["cat"], {"Grad-CAM": Heat(np.zeros((1, 28, 28)), False)}, "title"
+        ),
+        "everywhere": lambda: network.everywhere(images[:3], np.abs(noise(3, 26, 26)), CLASSES, "title"),
+        "sharing": lambda: network.sharing({"conv2d": (320, 17_000_000), "conv2d_1": (18_496, 42_000_000)}),
+        "per class": lambda: scores.per_class(
+            {"precision": [(0.9, 0.8, 1.0)] * 3, "recall": [(0.0, 0.0, 1.0)] * 3}, CLASSES
+        ),
+        "reliability": lambda: scores.reliability([(0.4, 0.5, 0.2, 0.8, 3), (0.99, 0.98, 0.97, 0.99, 5000)], "title"),
+        "reliability of few": lambda: scores.reliability([(0.6, 0.5, 0.3, 0.7, 20), (0.9, 1, 0.8, 1, 60)], "title"),
+        "confusion of many": lambda: scores.confusion_matrix(
+            np.full((30, 30), 1000), [f"class {i}" for i in range(30)], ""
+        ),
+        "robustness": lambda: scores.robustness(
+            {name: [(0, 1.0), (1, 0.5)] for name in "abcd"}, dict.fromkeys("abcd", "pixels")
+        ),
+        "shifts": lambda: network.shifts({"conv2d": [1, 0.5, 0.2], "max_pooling2d": [1, 0.7, 0.4]}),
+        "shifts of 4 blocks": lambda: network.shifts(
+            {f"{kind}_{block}": [1, 0.5, 0.2, 0.1, 0] for block in range(4) for kind in ("conv2d", "max_pooling2d")}
+        ),
+        "components": lambda: scores.components(
+            noise(30, 2), [0.3, 0.1], np.arange(30) % 2, np.arange(30) % 9 == 0, CLASSES
+        ),
+        "components of digits": lambda: scores.components(
+            noise(30, 2), [0.3, 0.1], np.arange(30) % 10, np.arange(30) % 9 == 0, "0123456789"
+        ),
+        "none": lambda: scores.captioned(images[:0], [], "No mistake in 7 test images"),
     }
 
 
-@pytest.mark.parametrize("name", list(every_figure()))
+def maps_of_blocks(blocks: int) -> Figure:
+    layers = [f"{kind}_{block}" for block in range(blocks) for kind in ("conv2d", "max_pooling2d")]
+    maps = {layer: np.abs(noise(10, 128, 9, 9)) for layer in layers}
+    return network.maps_of_classes(np.abs(noise(10, 9, 9, 1) * 80), VEHICLES, maps, chosen=4)
+
+
+def class_images_of(names: Sequence[str]) -> Figure:
+    return network.class_images({"none": np.abs(noise(10, 28, 28, 1))}, {"none": np.ones(10)}, names, names)
+
+
+def figure_of(name: str) -> Figure:
+    return drawings()[name]()
+
+
+@pytest.mark.parametrize("name", list(drawings()))
 def test_a_picture_is_as_wide_as_the_readme_and_always_the_same_bytes(name: str) -> None:
-    content = figures.as_png(every_figure()[name])
+    content = canvas.as_png(figure_of(name))
     with Image.open(io.BytesIO(content)) as picture:
-        assert picture.width == pytest.approx(figures.WIDTH * figures.DOTS_PER_INCH, abs=1)
+        assert picture.width == pytest.approx(canvas.WIDTH * canvas.DOTS_PER_INCH, abs=1)
         assert 100 < picture.height < 2000
-        assert len(picture.convert("L").getcolors(256) or []) > 5  # something is drawn
-    assert content == figures.as_png(every_figure()[name])
+    assert content == canvas.as_png(figure_of(name))
+
+
+@pytest.mark.parametrize("name", list(drawings()))
+def test_no_words_are_cut_off_or_lie_over_others_and_no_panel_is_empty(name: str) -> None:
+    assert_readable(figure_of(name))
 
 
 def test_nothing_of_the_machine_or_the_time_is_in_a_picture() -> None:
-    content, kinds, place = figures.as_png(every_figure()["curves"]), set(), 8
+    content, kinds, place = canvas.as_png(figure_of("curves")), set(), 8
     while place < len(content):
         length, kind = struct.unpack(">I4s", content[place : place + 8])
         kinds.add(kind.decode())
@@ -64,7 +156,7 @@ def test_nothing_of_the_machine_or_the_time_is_in_a_picture() -> None:
 
 
 def test_the_curves_are_those_of_the_history() -> None:
-    loss, accuracy = every_figure()["curves"].axes
+    loss, accuracy = figure_of("curves").axes
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in loss.lines}
     assert list(drawn.values()) == [HISTORY["train_loss"], HISTORY["validation_loss"]]
     assert (loss.get_xlabel(), loss.get_ylabel()) == ("epoch", "cross-entropy (nats)")
@@ -72,17 +164,17 @@ def test_the_curves_are_those_of_the_history() -> None:
 
 
 def test_the_confusion_matrix_shows_every_count_in_its_place_and_the_class_names() -> None:
-    (axes,) = every_figure()["confusion"].axes
+    (axes,) = figure_of("confusion").axes
     counts = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axes.texts}
     assert counts[0, 0] == "9"
     assert counts[1, 2] == "2"
     assert counts[0, 2] == ""
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(CLASSES)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "a rather long class…"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "actual class")
 
 
 def test_filters_share_one_scale_that_is_white_at_zero() -> None:
-    figure = every_figure()["filters"]
+    figure = figure_of("filters")
     limits = {axes.images[0].get_clim() for axes in figure.axes if axes.images}
     assert len(limits) == 1
     ((low, high),) = limits
@@ -91,28 +183,41 @@ def test_filters_share_one_scale_that_is_white_at_zero() -> None:
 
 def test_each_channel_of_a_colour_filter_is_a_tile_of_its_own() -> None:
     weights = noise(10, 3, 5, 5)
-    tile = every_figure()["colour filters"].axes[0].images[0].get_array()
+    tile = figure_of("colour filters").axes[0].images[0].get_array()
     assert np.array_equal(np.asarray(tile), np.hstack([weights[0, 0], weights[0, 1], weights[0, 2]]))
 
 
 def test_a_mosaic_puts_each_map_in_its_place() -> None:
     maps = noise(5, 3, 3)
-    mosaic = figures._mosaic(maps, columns=2)
+    mosaic = tiles.mosaic(maps, columns=2)
     assert mosaic.shape == (11, 7)
     assert np.array_equal(mosaic[4:7, 4:7], maps[3])
     assert np.isnan(mosaic[3]).all()
     assert np.isnan(mosaic[8:, 4:]).all()
 
 
-def test_each_mistake_tells_what_was_predicted_and_what_it_really_is() -> None:
-    titles = [axes.get_title() for axes in every_figure()["mistakes"].axes]
-    assert titles[0] == "dog (90.0%), really cat"
+def test_each_image_has_its_caption() -> None:
+    titles = [axes.get_title() for axes in figure_of("mistakes").axes]
+    assert titles[1] == "dog (90.0%), labelled\nTrouser"
     assert titles[7:] == ["", "", ""]
+
+
+def test_a_filter_that_nothing_excites_is_marked() -> None:
+    def titles(name: str) -> list[str]:
+        return [axes.get_title() for axes in figure_of(name).axes]
+
+    assert titles("patches") == ["0", "1", "(2)", "3", "4"]
+    assert titles("filter images") == ["0", "(1)", "2"]
+
+
+def test_an_explanation_that_finds_nothing_says_so() -> None:
+    assert [text.get_text() for text in figure_of("nothing found").axes[1].texts] == ["0 every-\nwhere"]
+    assert not figure_of("explanations").axes[5].texts
 
 
 def test_the_history_of_a_study_has_the_best_so_far_and_every_trial() -> None:
     accuracies, pruned = [0.97, 0.1, 0.98, 0.975, 0.99], [False, True, False, False, True]
-    (axes,) = figures.study_history([0, 1, 2, 3, 4], accuracies, pruned).axes
+    (axes,) = curves.study_history([0, 1, 2, 3, 4], accuracies, pruned).axes
     drawn = {line.get_label(): tuple(np.asarray(line.get_data(), float).tolist()) for line in axes.lines}
     assert drawn["complete"] == ([0, 2, 3], [0.97, 0.98, 0.975])
     assert drawn["best so far"] == ([0, 2, 3, 4], [0.97, 0.98, 0.98, 0.98])  # a pruned one is never the best
@@ -122,3 +227,27 @@ def test_the_history_of_a_study_has_the_best_so_far_and_every_trial() -> None:
     assert numbers == [1]
     assert lowest <= shown[0] < 0.97  # on the edge, not out of sight
     assert all(lowest <= each <= highest for _, points in drawn.values() for each in points)
+
+
+def test_the_legend_speaks_of_dropout_only_where_there_is_some() -> None:
+    def legend(dropout: bool) -> list[str]:
+        drawn = curves.learning_curves(HISTORY, dropout).axes[0].get_legend()
+        return [text.get_text() for text in drawn.get_texts()] if drawn else []
+
+    assert legend(True) == ["training (with dropout)", "validation (without)"]
+    assert legend(False) == ["training", "validation"]
+
+
+def test_the_most_used_filters_come_first() -> None:
+    titles = [axes.get_title() for axes in figure_of("filters").axes if axes.images]
+    assert titles == [str(number) for number in range(31, -1, -1)]
+
+
+def test_what_speaks_against_a_class_is_drawn_around_white() -> None:
+    axes = figure_of("explanations").axes
+    drawn = {each.images[0].get_cmap().name: each.images[0].get_clim() for each in axes if each.images}
+    assert set(drawn) == {"gray", "inferno", "RdBu_r"}
+    assert drawn["RdBu_r"][0] == -drawn["RdBu_r"][1]
+    assert drawn["inferno"][0] == 0
+    colours = {each.images[0].get_cmap().name for each in figure_of("explanations of long names").axes}
+    assert colours == {"gray", "RdBu_r"}  # also where, as it happens, nothing speaks against it

@@ -74,7 +74,7 @@ def test_packages_hold_a_sentence_and_no_code() -> None:
                 "os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')",
             ]
         elif package.parent == PIPELINE:  # has to be said before the libraries are imported
-            assert [ast.unparse(line) for line in code] == ["import gc", "gc.set_threshold(100000, 50, 100)"]
+            assert [ast.unparse(line) for line in code] == ["from pipeline.startup import begin", "begin()"]
         else:
             assert not code
 
@@ -85,7 +85,8 @@ def test_one_file_is_one_stage_is_one_section() -> None:
     for stage in STAGES:
         assert (PIPELINE / f"{stage}.py").exists()
         assert DVC["stages"][stage]["cmd"] == f"python -m pipeline.{stage}"
-        assert set(DVC["stages"][stage]["params"]) <= sections | {"seed"}
+        read = {name.split(".")[0] for name in DVC["stages"][stage]["params"]}  # or single knobs by their paths
+        assert read <= sections | {"seed"}
     assert set(STAGES) - {"prepare"} | {"data", "model", "tune"} == sections
 
 
@@ -106,7 +107,17 @@ def test_one_file_is_one_stage_is_one_section() -> None:
         ("ruamel", {"lockfile.py", "params.py"}),
         ("torchvision", {"images/sources.py"}),
         ("mlxtend", {"images/sources.py"}),
-        ("matplotlib", {"figures.py", "tuning/plots.py", "visualize.py"}),
+        (
+            "matplotlib",
+            {
+                "figures/canvas.py",
+                "figures/curves.py",
+                "figures/network.py",
+                "figures/scores.py",
+                "gallery.py",
+                "tuning/plots.py",
+            },
+        ),
         ("numba", {"network/kernels.py"}),
         ("PIL", {"images/pictures.py"}),
         ("scipy", {"tracking/gate.py"}),

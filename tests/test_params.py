@@ -60,6 +60,7 @@ def test_every_knob_has_a_comment() -> None:
     assert [line for line in lines if "#" not in line] == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("before", "after", "line"),
     [
@@ -138,7 +139,7 @@ def test_every_knob_has_a_comment() -> None:
         ),
     ],
 )
-def test_the_line_names_the_key_what_was_given_and_what_is_allowed(
+def test_fault_22_the_line_names_the_key_what_was_given_and_what_is_allowed(
     tmp_path: Path, before: str, after: str, line: str
 ) -> None:
     assert PUBLISHED.count(before) == 1
@@ -150,6 +151,7 @@ def test_a_missing_knob_is_named(tmp_path: Path) -> None:
     assert refused(tmp_path, without) == "model.stride is missing; allowed: an integer >= 1 and <= 8"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -164,7 +166,7 @@ def test_a_missing_knob_is_named(tmp_path: Path) -> None:
         ("seed: 0 # " + "x" * 200_000, "has 200,010 bytes; allowed: 20,000"),
     ],
 )
-def test_what_is_no_list_of_knobs_is_refused_without_being_run(
+def test_fault_22_what_is_no_list_of_knobs_is_refused_without_being_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, part: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -172,7 +174,8 @@ def test_what_is_no_list_of_knobs_is_refused_without_being_run(
     assert not Path("PWNED").exists()
 
 
-def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+@pytest.mark.faults
+def test_fault_22_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
     for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True):
         bomb += f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"

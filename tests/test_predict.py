@@ -85,6 +85,7 @@ def test_what_cannot_be_is_one_line(folder: Path, arguments: list[str], line: st
     assert (done.returncode, done.stderr.decode()) == (2, line)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -95,7 +96,9 @@ def test_what_cannot_be_is_one_line(folder: Path, arguments: list[str], line: st
         ("x" * 10_000, f"{'x' * 300}... is no picture that can be read: File name too long"),
     ],
 )
-def test_a_name_from_outside_is_one_line_and_stops_no_other(folder: Path, tmp_path: Path, name: str, told: str) -> None:
+def test_fault_28_a_name_from_outside_is_one_line_and_stops_no_other(
+    folder: Path, tmp_path: Path, name: str, told: str
+) -> None:
     drawn(3, 20).save(tmp_path / "three.png")
     done = run_command("predict", name, str(tmp_path / "three.png"), folder=folder)
     first, last = done.stderr.decode().splitlines()
@@ -104,7 +107,9 @@ def test_a_name_from_outside_is_one_line_and_stops_no_other(folder: Path, tmp_pa
     assert done.stdout.decode().startswith(f"{tmp_path}/three.png  3  ")
 
 
-def test_names_are_escaped_where_there_is_a_picture_too(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.faults
+def test_fault_28_names_are_escaped_where_there_is_a_picture_too(folder: Path, tmp_path: Path) -> None:
     for name in (b"two\nlines.png", b"caf\xe9.png"):
         drawn(3, 20).save(tmp_path / os.fsdecode(name))
     done = run_command("predict", str(tmp_path), folder=folder)

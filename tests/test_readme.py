@@ -46,7 +46,7 @@ def test_the_short_recipes_are_those_that_were_measured() -> None:
         assert recipes.from_words(words[1::2]) == recipe
 
 
-MEASURED = pytest.mark.parametrize(("section", "file"), [("Speed", "results.json")])
+MEASURED = pytest.mark.parametrize(("section", "file"), [("Speed", "results.json"), ("Tuning", "tuning.json")])
 
 
 @MEASURED
@@ -81,6 +81,14 @@ def test_the_table_of_epochs_is_that_of_the_measurement() -> None:
         memory = max(turn["peak_mb"] for turn in each) / 1000
         row = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} ... {max(seconds):.2f}) | {memory:.2f} GB |"
         assert row in table
+
+
+def test_the_table_of_studies_is_that_of_the_measurement() -> None:
+    rates = json.loads((REPOSITORY / "bench/tuning.json").read_text())["trials_an_hour"]
+    *three, kept = rates.values()
+    for each in three:
+        assert f" | {statistics.median(each):.0f} ({min(each):.0f} ... {max(each):.0f}) |\n" in _section("Tuning")
+    assert f"The plain study makes {kept[0]:.0f} where it may keep the memory" in _section("Tuning")
 
 
 def test_the_winner_of_the_study_is_better_on_the_test_images_by_more_than_chance() -> None:
@@ -121,7 +129,25 @@ def test_every_picture_and_every_file_of_the_pipeline_that_is_named_exists() -> 
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
+def test_the_walk_shows_every_picture_that_is_drawn_and_no_other() -> None:
+    walk = (REPOSITORY / "docs/what-the-cnn-learned.md").read_text()
+    shown = set(re.findall(r"\]\((\w+)\.png\)", walk)) | {"learning_curves"}  # that one is the README's
+    drawn = set(re.findall(r'^    yield (?:\(\s*)?"(\w+)"', (REPOSITORY / "pipeline/gallery.py").read_text(), re.M))
+    assert shown == drawn | {"accuracy_after_shifts"}  # that one is of make pooling
+    assert all((REPOSITORY / f"docs/{name}.png").exists() for name in shown)
+
+
+def test_the_walk_tells_of_pooling_what_was_measured() -> None:
+    walk = (REPOSITORY / "docs/what-the-cnn-learned.md").read_text()
+    measured = json.loads((REPOSITORY / "bench/pooling.json").read_text())
+    assert (measured["dataset"], measured["knobs"], measured["seeds"]) == ("mnist", [], 5)
+    for kind, each in measured["kinds"].items():
+        shifts = [measured["shifts"].index(pixels) for pixels in (0, 2, 4)]
+        cells = [f"{100 * each['mean'][index]:.2f} ± {100 * each['deviation'][index]:.2f}" for index in shifts]
+        assert f"| {kind} | {each['parameters']:,} | {' | '.join(cells)} |\n" in walk
+
+
 def test_pictures_are_kept_small() -> None:
     sizes = {path.name: path.stat().st_size for path in (REPOSITORY / "docs").glob("*.png")}
-    assert len(sizes) == 7
+    assert len(sizes) == 21
     assert max(sizes.values()) < 150_000

@@ -64,6 +64,7 @@ def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return (folder / files.MODEL).read_bytes(), (folder / files.HISTORY).read_bytes()
 
 
+@pytest.mark.usefixtures("either_store")
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("by", "status", "code"),
@@ -195,6 +196,7 @@ def test_a_knob_that_decides_nothing_does_not_begin_it_anew(
     assert "goes on after epoch 2 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("either_store")
 def test_a_training_that_ended_before_dvc_knew_of_it_is_not_done_again(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from pipeline import evaluate, files, prepare, results, train, visualize
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.images import sources, splits
 from pipeline.network import model_file
-from tests.conftest import QUICK, REPOSITORY, run_stage, write_params
+from tests.conftest import QUICK, REPOSITORY, run_stage, say_of_the_data, write_params
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -42,14 +42,38 @@ def test_the_stages_write_the_promised_files_and_no_others(finished: Path) -> No
         "data/prepared/train.safetensors",
         "data/prepared/validation.safetensors",
         "models/model.safetensors",
+        "reports/figures/class_images.png",
         "reports/figures/confident_mistakes.png",
         "reports/figures/confusion_matrix.png",
+        "reports/figures/doubtful_labels.png",
+        "reports/figures/explanations.png",
         "reports/figures/feature_maps.png",
+        "reports/figures/filter_images.png",
         "reports/figures/first_layer_filters.png",
         "reports/figures/learning_curves.png",
+        "reports/figures/maps_of_classes.png",
+        "reports/figures/per_class.png",
+        "reports/figures/pooling_and_shifts.png",
+        "reports/figures/principal_components.png",
+        "reports/figures/reliability.png",
+        "reports/figures/robustness.png",
+        "reports/figures/same_pattern_everywhere.png",
+        "reports/figures/shared_weights.png",
+        "reports/figures/strongest_patches.png",
         "reports/history.csv",
         "reports/metrics.json",
         "reports/model_card.md",
+        "reports/plots/accuracy_blur.csv",
+        "reports/plots/accuracy_contrast.csv",
+        "reports/plots/accuracy_noise.csv",
+        "reports/plots/accuracy_rotation.csv",
+        "reports/plots/accuracy_scale.csv",
+        "reports/plots/accuracy_shift.csv",
+        "reports/plots/class_images.csv",
+        "reports/plots/per_class.csv",
+        "reports/plots/pooling_and_shifts.csv",
+        "reports/plots/reliability.csv",
+        "reports/plots/shared_weights.csv",
         "reports/predictions.csv",
         "reports/promotion.json",
     ]
@@ -83,6 +107,7 @@ def test_the_model_file_rebuilds_the_network(finished: Path) -> None:
     assert architecture.image_shape == (28, 28, 1)
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_bytes(finished: Path, workspace: Path) -> None:
     for stage in (train, evaluate, visualize):
         stage.main()
@@ -136,6 +161,7 @@ def test_training_and_preparing_never_open_the_test_images(workspace: Path) -> N
     assert files.MODEL.exists()
 
 
+@pytest.mark.slow
 def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
     def measure() -> tuple[float, float]:
         evaluate.main()
@@ -156,8 +182,7 @@ def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
 def test_results_say_so_where_another_data_set_stands_in(
     finished_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    facts = json.loads((files.PREPARED / "dataset.json").read_text())
-    (files.PREPARED / "dataset.json").write_text(json.dumps(facts | {"requested": "mnist"}))
+    say_of_the_data(requested="mnist")
     results.main()
     assert "mnist-5k, standing in for mnist (3,600 training images)" in capsys.readouterr().out
 
@@ -252,6 +277,17 @@ def test_a_processor_without_bfloat16_is_said_before_a_run_is_opened(
     assert not (workspace / "mlruns").exists()
 
 
+@pytest.mark.slow
+def test_the_figures_are_the_same_bytes_on_one_thread_and_on_two(finished_copy: Path) -> None:
+    drawn = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        visualize.main()
+        drawn.append({path.name: path.read_bytes() for path in files.FIGURES.iterdir()})
+    assert drawn[0].keys() == drawn[1].keys()
+    assert [name for name, content in drawn[0].items() if content != drawn[1][name]] == []
+
+
 def test_the_image_to_draw_must_exist(finished_copy: Path) -> None:
     write_params(finished_copy, QUICK | {"visualize.image": 1000})
     with pytest.raises(UserError, match=r"visualize\.image is 1000; allowed: 0 \.\.\. 999"):
@@ -292,6 +328,7 @@ def test_prepare_twice_gives_the_same_bytes(prepared: Path, tmp_path: Path, monk
     assert contents(tmp_path) == contents(prepared)
 
 
+@pytest.mark.slow
 def test_colour_images_of_other_sizes_go_all_the_way(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but sources.py knows what the images are: 24 x 20 pixels, three channels, two classes, no mistakes."""
     shutil.rmtree(workspace / "data")

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -154,8 +155,19 @@ def write_splits(
         std=_rounded(pixels.std(dim=0)),
         splits=facts,
     )
-    files.write_json(folder / "dataset.json", asdict(dataset))
+    write_dataset(dataset, folder)
     return dataset
+
+
+def write_dataset(dataset: Dataset, folder: Path = files.PREPARED) -> None:
+    """Write ``dataset.json``, with its own digest in it."""
+    facts = asdict(dataset)
+    files.write_json(folder / "dataset.json", facts | {"sha256": _digest(facts)})
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """The SHA-256 of what dataset.json says; tuples and lists count as the same."""
+    return files.sha256(json.dumps(facts, sort_keys=True).encode())
 
 
 def _write_split(split: LabelledImages, path: Path, class_names: tuple[str, ...]) -> SplitFacts:
@@ -171,10 +183,12 @@ def _rounded(values: torch.Tensor) -> tuple[float, ...]:
 
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:
-    """What ``dataset.json`` says."""
+    """What ``dataset.json`` says. Raises Fault where that is not what was written."""
     path = folder / "dataset.json"
     try:
         content = json.loads(files.read(path, made_by="prepare"))
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("its SHA-256 is not the one that it names")
         return Dataset(
             **content
             | {key: tuple(content[key]) for key in ("class_names", "image_shape", "mean", "std")}

@@ -1,8 +1,8 @@
 """How good the CNN is: its probabilities, and the figures that are read off them."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,10 +55,15 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int)
     Images are put into ``bins`` of equal width by their highest probability; each bin counts by its size.
     """
     confidence, predicted = probabilities.double().max(dim=1)
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    bin_of = _bins_of(confidence, bins)
     surplus = confidence - (predicted == labels).double()
     per_bin = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, surplus)
     return (per_bin.abs().sum() / len(labels)).item()
+
+
+def _bins_of(confidence: Tensor, bins: int) -> Tensor:
+    """In which of so many bins of equal width each is; one on an edge is in the lower bin."""
+    return (confidence * bins).ceil().long().clamp(1, bins) - 1
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -76,51 +81,45 @@ class ClassScore:
 
 def per_class(confusion: Tensor) -> list[ClassScore]:
     """Precision and recall of each class; 0 where nothing was predicted or nothing belongs to the class."""
-    right = confusion.diag().double()
-    precision = right / confusion.sum(dim=0).clamp(min=1)
-    recall = right / confusion.sum(dim=1).clamp(min=1)
-    return [ClassScore(*pair) for pair in zip(precision.tolist(), recall.tolist(), strict=True)]
+    found = shares(confusion)
+    pairs = zip(found["precision"], found["recall"], strict=True)
+    return [ClassScore(precision, recall) for (precision, *_), (recall, *_) in pairs]
 
 
-def robustness(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy on the same images (N, H, W, C) uint8 after each change that makes them harder."""
-    return {name: accuracy(predict_logits(cnn, change(images)), labels) for name, change in CHANGES.items()}
+Shares = dict[str, list[tuple[float, float, float]]]
 
 
-def shifted(images: Tensor, pixels: int) -> Tensor:
-    """Images (N, H, W, C) moved to the right and down, black where nothing was."""
-    moved = torch.zeros_like(images)
-    moved[:, pixels:, pixels:] = images[:, :-pixels, :-pixels]
-    return moved
+def shares(confusion: Tensor) -> Shares:
+    """Precision and recall of each class with their 95 % intervals, as (share, low, high)."""
+    right = confusion.diag().tolist()
+    of = {"precision": confusion.sum(dim=0).tolist(), "recall": confusion.sum(dim=1).tolist()}
+    return {
+        fact: [
+            (hits / max(count, 1), *(wilson_interval(hits, count) if count else (0.0, 1.0)))
+            for hits, count in zip(right, counts, strict=True)
+        ]
+        for fact, counts in of.items()
+    }
 
 
-def rotated(images: Tensor, degrees: float) -> Tensor:
-    """Images (N, H, W, C) uint8 turned around their middle, black where nothing was."""
-    height, width = images.shape[1:3]
-    angle = math.radians(degrees)
-    cosine, sine = math.cos(angle), math.sin(angle)
-    # The grid is in half sides, so that an image that is no square needs its two sides' ratio.
-    turn = torch.tensor([[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]], device=images.device)
-    pixels = images.permute(0, 3, 1, 2).float()
-    grid = F.affine_grid(turn.expand(1, 2, 3), [1, pixels.shape[1], height, width], align_corners=False)
-    turned = F.grid_sample(pixels, grid.expand(len(images), -1, -1, -1), align_corners=False)
-    return turned.round().to(torch.uint8).permute(0, 2, 3, 1)
+class Bin(NamedTuple):
+    """Images that the network is about equally sure of: the mean of that, the share that is right, its interval."""
+
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+    images: int
 
 
-def noisy(images: Tensor, deviation: float) -> Tensor:
-    """Images uint8 with Gaussian noise of so many times the whole range, the same noise at each call."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
-    return (images + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
-
-
-def paler(images: Tensor, contrast: float) -> Tensor:
-    """Images uint8 with less contrast, around the grey in the middle of the range."""
-    return (127.5 + (images - 127.5) * contrast).round().to(torch.uint8)
-
-
-CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "shifted_2_pixels": lambda images: shifted(images, 2),
-    "rotated_15_degrees": lambda images: rotated(images, 15),
-    "noise_20_percent": lambda images: noisy(images, 0.2),
-    "half_contrast": lambda images: paler(images, 0.5),
-}
+def reliability(probabilities: Tensor, labels: Tensor, bins: int) -> list[Bin]:
+    """How sure and how often right: those of ``bins`` of equal width that have images."""
+    confidence, predicted = probabilities.double().max(dim=1)
+    bin_of = _bins_of(confidence, bins)
+    counts = torch.bincount(bin_of, minlength=bins)
+    sure, right = (
+        torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, each).tolist()
+        for each in (confidence, (predicted == labels).double())
+    )
+    rows = zip(sure, right, counts.tolist(), strict=True)
+    return [Bin(total / n, hits / n, *wilson_interval(int(hits), n), n) for total, hits, n in rows if n]

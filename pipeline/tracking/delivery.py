@@ -10,14 +10,16 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import Fault
@@ -25,6 +27,7 @@ from pipeline.tracking.faults import STORE_ERRORS, one_line
 
 PATIENCE = 10.0  # seconds for which the end of a training waits for the store
 SUFFIX = ".undelivered.json"
+NUMBERS, PICTURES = "numbers", "pictures"  # what is sent
 
 
 @dataclass
@@ -56,36 +59,49 @@ class Courier:
 
     def __init__(self, run_id: str) -> None:
         self.letter = Letter(run_id)
-        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._failed = False
+        self._waiting: queue.SimpleQueue[tuple[str, Callable[[MlflowClient], object]] | None] = queue.SimpleQueue()
+        self._given_up: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="tracking", daemon=True)
         self._thread.start()
 
     def send(self, epoch: int, row: Mapping[str, float]) -> None:
         """Does not wait for the store."""
         self.letter.add(epoch, row)
-        self._waiting.put(epoch)
+        metrics = self.letter.metrics(epoch)
+        self._waiting.put((NUMBERS, lambda client: client.log_batch(self.letter.run_id, metrics=metrics)))
+
+    def show(self, epoch: int, name: str, picture: NDArray[np.uint8]) -> None:
+        """An image (H, W, 3) that the run's page plays. Unlike a row it is lost where the store does not take it."""
+        self._waiting.put(
+            (PICTURES, lambda client: client.log_image(self.letter.run_id, picture, key=name, step=epoch))
+        )
 
     def _send_all(self) -> None:
         client = MlflowClient()
-        while (epoch := self._waiting.get()) is not None:
-            if not self._failed:
-                try:
-                    client.log_batch(self.letter.run_id, metrics=self.letter.metrics(epoch))
-                except STORE_ERRORS as error:
-                    self._failed = True
-                    _warn(f"the tracking store failed ({one_line(error)}): the training goes on without it")
+        while (waiting := self._waiting.get()) is not None:
+            what, send = waiting
+            if what in self._given_up:
+                continue
+            try:
+                send(client)
+            except STORE_ERRORS as error:
+                # Files lie elsewhere than numbers, on a disk of their own maybe.
+                self._given_up |= {PICTURES} if what == PICTURES else {NUMBERS, PICTURES}
+                without = "live images" if what == PICTURES else "it"
+                _warn(f"the tracking store failed ({one_line(error)}): the training goes on without {without}")
 
     def end(self, status: str) -> None:
         """Tell the run all that it does not know yet, and how it ended; put it down where that cannot be told."""
         self.letter.status, self.letter.ended = status, _now()
         self._waiting.put(None)
-        self._thread.join(PATIENCE)
+        self._thread.join(PATIENCE / 2)
+        self._given_up.add(PICTURES)  # they must not hold up the numbers
+        self._thread.join(PATIENCE / 2)
         try:
             if self._thread.is_alive():
                 raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
             deliver(self.letter)
-        except (*STORE_ERRORS, TimeoutError) as error:
+        except STORE_ERRORS as error:
             _warn(f"the tracking store failed ({one_line(error)}): {self._put_down()}")
 
     def _put_down(self) -> str:
@@ -116,18 +132,36 @@ def deliver(letter: Letter) -> None:
 def deliver_all() -> None:
     """Send what earlier trainings could not. What is of a run that this store does not know stays where it is."""
     for path in undelivered():
-        content = json.loads(path.read_bytes())
-        for numbered in ("rows", "times"):  # JSON has text for keys
-            content[numbered] = {int(epoch): value for epoch, value in content[numbered].items()}
         try:
-            deliver(Letter(**content))
+            letter = read(path)
+        except DamagedError as error:
+            _warn(f"{path} is damaged ({error}): its run is not told the rest, delete it")
+            continue
+        try:
+            deliver(letter)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             _warn(f"{path} is of a run that this tracking store does not have")
             continue
         path.unlink()
-        print(f"the tracking store has now been told the rest of run {content['run_id']}")
+        print(f"the tracking store has now been told the rest of run {letter.run_id}")
+
+
+class DamagedError(Exception):
+    """A file that holds no letter."""
+
+
+def read(path: Path) -> Letter:
+    """A letter that was put down. Raises DamagedError."""
+    content = path.read_bytes()
+    try:
+        fields = json.loads(content)
+        for numbered in ("rows", "times"):  # JSON has text for keys
+            fields[numbered] = {int(epoch): value for epoch, value in fields[numbered].items()}
+        return Letter(**fields)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(one_line(error)) from error
 
 
 def undelivered() -> list[Path]:

@@ -1,5 +1,6 @@
 """Errors of the tracking store, as a line for the person who reads it."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import Fault, without_password
 
-STORE_ERRORS = (MlflowException, SQLAlchemyError)
+# The last one from the disk with the artifacts, and from a server that takes no file.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 
 
 @contextmanager
@@ -23,7 +25,10 @@ def store_faults() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an error says first, without a password."""
-    return without_password(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    # Before some errors SQLAlchemy tells what it was about to do.
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(raised as a result of")]
+    remedy = ": make room on that disk" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
+    return without_password(lines[0] if lines else type(error).__name__) + remedy
 
 
 def address() -> str:

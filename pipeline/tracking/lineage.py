@@ -16,6 +16,7 @@ from pipeline import files
 CODE, RECIPE = "code", "recipe"
 PARAMS_SHA256, DATA_SHA256 = "params.sha256", "data.sha256"
 MACHINE = ("torch.version", "numba.version", "device", "cpu.capability", "cpu.threads")  # these change the last bits
+TELLING = ("tracking", "figures")  # folders of the pipeline that the stage `train` loads to tell of it
 
 
 def surroundings(device: torch.device | None = None) -> dict[str, str]:
@@ -63,13 +64,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def code() -> str:
-    """JSON: every file of the pipeline that this process has loaded, but for tracking, and the start of its SHA-256.
+    """JSON: every file of the pipeline that this process has loaded, and the start of its SHA-256.
 
-    A commit does not tell of changes that nobody committed; these do.
+    A commit does not tell of changes that nobody committed; these do. What only tells of a model is left out.
     """
     package = Path(__file__).parents[1]
     loaded = {Path(getattr(module, "__file__", None) or "/") for module in list(sys.modules.values())}
-    ours = sorted(path for path in loaded if path.is_relative_to(package) and path.parent.name != "tracking")
+    ours = sorted(path for path in loaded if path.is_relative_to(package) and path.parent.name not in TELLING)
     return json.dumps({path.relative_to(package.parent).as_posix(): _short(path) for path in ours})
 
 

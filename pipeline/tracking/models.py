@@ -6,7 +6,7 @@ one that somebody has changed would run.
 
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import mlflow
 import numpy as np
@@ -26,13 +26,13 @@ from pipeline.network.model_file import Saved
 from pipeline.tracking.faults import one_line, store_faults
 from pipeline.tracking.runs import MODEL_SHA256
 
-EXTRA_FILES = "extra_files"  # the folder of a logged model in which MLflow has them
-MODEL_FILE = f"{EXTRA_FILES}/{files.MODEL.name}"
+ROOM = 1_000_000  # bytes that a logged model takes beside its weights, at most
+MODEL_FILE = f"extra_files/{files.MODEL.name}"  # in a logged model, where MLflow puts it
 
 
 @store_faults()
 def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str:
-    """The model of a run that has ended, with its file, if the run does not have it yet; its status stays.
+    """The model of a run that has ended, with its file, if the run does not have it whole; its status stays.
 
     Returns the model's id. The model takes images (N, H, W, C) uint8 and gives class probabilities (N, classes). It is
     logged when it is evaluated, since exporting it is no part of the training.
@@ -42,8 +42,10 @@ def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str
         experiment_ids=[client.get_run(run_id).info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
     )
     for model in found:
-        if model.status == LoggedModelStatus.READY and client.list_logged_model_artifacts(model.model_id, EXTRA_FILES):
+        if model.status == LoggedModelStatus.READY and is_whole(str(model.artifact_location), model_sha256):
             return str(model.model_id)
+    # torch.export ends the process where it cannot write on, and mlflow has it write into the temporary folder.
+    files.check_room(Path(gettempdir()), ROOM + 3 * files.MODEL.stat().st_size)
     logged = Model.log(
         artifact_path=None,
         flavor=mlflow.pytorch,
@@ -76,6 +78,19 @@ def read(artifact_uri: str, model_sha256: str) -> Saved:
 
     Raises Fault where it cannot be had, or is not the file with this hash.
     """
+    return model_file.from_bytes(_content(artifact_uri, model_sha256), f"the model file of {artifact_uri}")
+
+
+def is_whole(artifact_uri: str, model_sha256: str) -> bool:
+    """Whether the model file of a logged model can be had, and is the file with this hash."""
+    try:
+        _content(artifact_uri, model_sha256)
+    except Fault:
+        return False
+    return True
+
+
+def _content(artifact_uri: str, model_sha256: str) -> bytes:
     with TemporaryDirectory(prefix="convtrack-") as folder:
         try:
             path = mlflow.artifacts.download_artifacts(artifact_uri=f"{artifact_uri}/{MODEL_FILE}", dst_path=folder)
@@ -84,7 +99,7 @@ def read(artifact_uri: str, model_sha256: str) -> Saved:
             raise Fault(f"the files of {artifact_uri} cannot be had: {one_line(error)}") from error
     if files.sha256(content) != model_sha256:
         raise Fault(f"the model file of {artifact_uri} is not the one that was registered (another SHA-256)")
-    return model_file.from_bytes(content, f"the model file of {artifact_uri}")
+    return content
 
 
 def as_served(cnn: CNN) -> PyFuncModel:

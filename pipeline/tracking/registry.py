@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
-import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
@@ -96,8 +95,9 @@ def model_name(dataset: Dataset) -> str:
 def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promotion) -> Registration:
     """Register a logged model and decide between champion and challenger.
 
-    A model whose hash is registered already gets no second version, unless the files of the first are gone. Whatever is
-    killed between two steps, the old champion stands, no version is without its tags, and doing it again completes it.
+    A model whose hash is registered already gets no second version, unless the file of the first is gone or damaged.
+    Whatever is killed between two steps, the old champion stands, no version is without its tags, and doing it again
+    completes it.
     """
     name = model_name(dataset)
     with _gate_closed():
@@ -128,17 +128,14 @@ def _gate_closed() -> Iterator[None]:
 
 
 def _registered(name: str, model_sha256: str) -> ModelVersion | None:
-    """The newest version of this model, if there is one whose files are still there."""
+    """The newest version of this model, if there is one whose file is whole."""
     found = MlflowClient().search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
     newest_first = sorted(found, key=lambda version: -int(version.version))
-    return next((version for version in newest_first if _has_files(version)), None)
+    return next((version for version in newest_first if _is_whole(version)), None)
 
 
-def _has_files(version: ModelVersion) -> bool:
-    try:
-        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"{_uri(version)}/{models.EXTRA_FILES}"))
-    except (MlflowException, OSError):
-        return False
+def _is_whole(version: ModelVersion) -> bool:
+    return models.is_whole(_uri(version), version.tags.get(MODEL_SHA256, ""))
 
 
 def _aliases(name: str) -> dict[str, str]:
@@ -175,8 +172,8 @@ def _decide(
     number = str(champion.version)
     if present is not None and number == str(present.version):
         return Decision(CHAMPION, WAS_CHAMPION)
-    if present is None and champion.tags.get(MODEL_SHA256) == entry.model_sha256:
-        return Decision(CHAMPION, f"it is the model of version {number}, whose files are gone")
+    if champion.tags.get(MODEL_SHA256) == entry.model_sha256 and not _is_whole(champion):
+        return Decision(CHAMPION, f"it is the model of version {number}, whose file is gone or damaged")
     if present is not None and BARRED in present.tags:
         return Decision(CHALLENGER, f"it was rolled back on {present.tags[BARRED]}")
     try:
@@ -348,7 +345,7 @@ def roll_back(reference: str | None) -> ModelVersion:
         load(version)
         if number is not None:
             client.set_model_version_tag(version.name, number, BARRED, _now())
-        _crown(version, f"by hand, in the place of version {number}")
+        _crown(version, "by hand" if number is None else f"by hand, in the place of version {number}")
         if BARRED in version.tags:
             client.delete_model_version_tag(version.name, version.version, BARRED)
     return version
@@ -356,15 +353,31 @@ def roll_back(reference: str | None) -> ModelVersion:
 
 def _champion_before(present: ModelVersion) -> ModelVersion:
     """The last of the earlier champions that is still there and was not itself rolled back."""
-    there = {
-        str(version.version): version
-        for version in MlflowClient().search_model_versions(f"name = '{present.name}'")
-        if BARRED not in version.tags and version.version != present.version
-    }
+    there = _not_rolled_back(present.name)
+    there.pop(str(present.version), None)
     earlier = [reign.version for reign in history(present.name) if reign.version in there]
     if not earlier:
         raise UserError(f"{present.name} has had no other champion to go back to; name a version before --rollback")
     return there[earlier[-1]]
+
+
+@store_faults()
+def to_go_back_to() -> ModelVersion | None:
+    """Whom to make champion by hand where the champion is damaged, or there is none: see find for the name.
+
+    The last champion whose file is whole, else the newest such version; none that was rolled back.
+    """
+    name = _default_name()
+    there = _not_rolled_back(name)
+    champions = [reign.version for reign in history(name) if reign.version in there] if there else []
+    last_first = [there[number] for number in reversed([*sorted(there, key=int), *champions])]
+    return next((version for version in last_first if _is_whole(version)), None)
+
+
+def _not_rolled_back(name: str) -> dict[str, ModelVersion]:
+    """The versions that may become champion, by their numbers."""
+    found = MlflowClient().search_model_versions(f"name = '{name}'")
+    return {str(version.version): version for version in found if BARRED not in version.tags}
 
 
 def _now() -> str:

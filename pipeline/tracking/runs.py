@@ -5,18 +5,20 @@ import logging
 import os
 import re
 import socket
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import mlflow
 import numpy as np
 import psutil
+import sqlalchemy
 import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
@@ -31,7 +33,7 @@ from pipeline.network.cnn import CNN, parameter_count
 from pipeline.network.model_file import Saved
 from pipeline.network.training import Epoch
 from pipeline.params import MACHINE, Params, digest, flat
-from pipeline.tracking import delivery, lineage
+from pipeline.tracking import delivery, lineage, live
 from pipeline.tracking.faults import STORE_ERRORS, store_faults
 from pipeline.tracking.lineage import PARAMS_SHA256
 
@@ -39,6 +41,7 @@ EXPERIMENT = "convtrack"
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
 FINGERPRINT = "fingerprint"
+SECONDS_FOR_A_DATABASE = 8
 HOST, PROCESS = "process.host", "process"  # which process writes a run, so that one that died is known
 
 
@@ -55,9 +58,35 @@ def connect() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
     # mlflow itself lets several processes make the tables of an empty database at once, and then all but one fail.
     with one_at_a_time("connect"), delivery.quick_answers():
+        _reach_database(given or own_store())
+        _make_database(given or own_store())
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())
         mlflow.set_experiment(EXPERIMENT)
+
+
+def _reach_database(address: str) -> None:
+    """mlflow tries for two minutes to open a database; one on a server that does not answer is given up in seconds."""
+    if address.startswith(("postgresql", "mysql")):
+        engine = sqlalchemy.create_engine(address, connect_args={"connect_timeout": SECONDS_FOR_A_DATABASE})
+        engine.connect().close()
+        engine.dispose()
+
+
+def _make_database(address: str) -> None:
+    """An SQLite file that is not there yet, whole or not at all.
+
+    mlflow makes the tables one after the other, and cannot go on where it was killed.
+    """
+    path = Path(address.removeprefix("sqlite:///"))
+    if not address.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
+        return
+    with TemporaryDirectory(prefix="convtrack-") as folder:
+        made, copied = Path(folder) / "made.db", Path(folder) / "copied.db"
+        MlflowClient(f"sqlite:///{made}").search_experiments()  # makes the tables
+        with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(copied)) as target:
+            source.backup(target)  # with what may still be in a log beside the file
+        files.write(path, copied.read_bytes())
 
 
 @contextmanager
@@ -78,11 +107,6 @@ def _lock(what: str) -> Path:
         path = folder / f"{files.sha256(address.encode())[:16]}.{what}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def is_there() -> bool:
-    """Whether there is a store to connect to; if not, that of this repository is made when it is first needed."""
-    return "MLFLOW_TRACKING_URI" in os.environ or (files.root() / "mlflow.db").exists()
 
 
 def own_store() -> str:
@@ -144,6 +168,11 @@ class TrainingRun:
         """One row of metrics."""
         row = asdict(epoch)
         self._courier.send(row.pop("epoch"), row)
+
+    def show(self, epoch: int, pictures: Mapping[str, live.Picture]) -> None:
+        """Images of an epoch by their names."""
+        for name, picture in pictures.items():
+            self._courier.show(epoch, name, picture)
 
     def describe_model(self, cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
         """What the model that it gave is known by. Told when the run ends."""

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial
 from optuna.visualization import matplotlib as drawings
 
-from pipeline import figures, files
+from pipeline import files
+from pipeline.figures import curves
+from pipeline.figures.canvas import as_png
 from pipeline.tuning.records import TrialRecord
 from pipeline.tuning.study import ERROR, Study
 
@@ -25,7 +27,7 @@ def write(study: Study, folder: Path) -> list[Path]:
     """Write the pictures that the study has enough complete trials for; returns their paths."""
     ended = study.ended()
     complete = [trial for trial in ended if trial.status == "complete"]
-    pictures = {"history": figures.as_png(_history(ended)), "accuracy_against_size": figures.as_png(_front(complete))}
+    pictures = {"history": as_png(_history(ended)), "accuracy_against_size": as_png(_front(complete))}
     if len(complete) >= FEWEST_TRIALS:
         pictures |= {name: _drawn(draw, study) for name, draw in DRAWINGS.items()}
     for name, picture in pictures.items():
@@ -35,7 +37,7 @@ def write(study: Study, folder: Path) -> list[Path]:
 
 def _history(ended: list[TrialRecord]) -> Figure:
     seen = [trial for trial in ended if trial.status != "failed" and trial.history]
-    return figures.study_history(
+    return curves.study_history(
         [trial.number for trial in seen],
         [trial.history[-1]["validation_accuracy"] for trial in seen],
         [trial.status == "pruned" for trial in seen],
@@ -43,7 +45,7 @@ def _history(ended: list[TrialRecord]) -> Figure:
 
 
 def _front(complete: list[TrialRecord]) -> Figure:
-    return figures.accuracy_against_size(
+    return curves.accuracy_against_size(
         [trial.parameters or 0 for trial in complete], [1 - trial.scores[ERROR] for trial in complete]
     )
 
@@ -52,7 +54,7 @@ def _drawn(draw: Callable[..., object], study: Study) -> bytes:
     with warnings.catch_warnings(), pyplot.rc_context():  # Optuna sets a style, for all figures from then on
         warnings.simplefilter("ignore")  # it is experimental, and says that a low error is taken for good, as it is
         draw(study.optuna, target=_error, target_name=ERROR.replace("_", " "))
-        picture = figures.as_png(pyplot.gcf(), tight=True)
+        picture = as_png(pyplot.gcf(), tight=True)
         pyplot.close("all")
     return picture
 

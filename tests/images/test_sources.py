@@ -141,6 +141,7 @@ def test_files_that_are_there_are_not_downloaded_again(clone: Path) -> None:
     assert is_small_mnist(sources.load("mnist"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "damage",
     [
@@ -151,7 +152,7 @@ def test_files_that_are_there_are_not_downloaded_again(clone: Path) -> None:
         lambda content: b"",
     ],
 )
-def test_a_damaged_file_is_refused_by_name_with_the_remedy(clone: Path, damage: Any) -> None:
+def test_fault_19_a_damaged_file_is_refused_by_name_with_the_remedy(clone: Path, damage: Any) -> None:
     content = small_mnist()
     put(clone / "data/raw/mnist", content | {TRAIN_IMAGES: damage(content[TRAIN_IMAGES])})
     with pytest.raises(UserError, match=rf"{TRAIN_IMAGES} is not the published file .* delete it and run again"):

@@ -91,8 +91,9 @@ class Attack:
         return exec, ("open('PWNED', 'w')",)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", ["nothing", "half", "a flipped bit", "code", "another file"])
-def test_what_is_no_checkpoint_is_refused_and_never_run(
+def test_fault_26_what_is_no_checkpoint_is_refused_and_never_run(
     digits: dict[str, LabelledImages], damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

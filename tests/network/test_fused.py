@@ -177,6 +177,7 @@ def test_images_of_another_shape_are_refused(images: Tensor) -> None:
         fused.logits(cnn, torch.zeros(2, 28, 28, 1))
 
 
+@pytest.mark.slow
 def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> None:
     code = "\n".join(
         [

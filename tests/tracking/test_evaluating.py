@@ -62,8 +62,11 @@ def aliases() -> dict[str, str]:
     return {alias: str(number) for model in found for alias, number in model.aliases.items()}
 
 
+@pytest.mark.faults
 @pytest.mark.slow
-def test_two_that_evaluate_at_once_leave_one_champion_and_lose_none(finished_copy: Path, tmp_path: Path) -> None:
+def test_fault_23_two_that_evaluate_at_once_leave_one_champion_and_lose_none(
+    finished_copy: Path, tmp_path: Path
+) -> None:
     meeting_point = tmp_path / "meeting point"
     meeting_point.mkdir()
     sides = []
@@ -130,10 +133,11 @@ SITUATIONS: dict[
 }
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
+def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
     finished_copy: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

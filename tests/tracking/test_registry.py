@@ -28,7 +28,7 @@ from pipeline.params import Promotion
 from pipeline.tracking import gate, registry, runs, serving
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import Entry, Registration
-from tests.conftest import QUICK, run_command, write_params
+from tests.conftest import QUICK, run_command, say_of_the_data, write_params
 from tests.tracking.evaluating import change_model
 
 NAME = "mnist-5k-cnn"
@@ -137,10 +137,9 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
     assert len(card) < 5000  # what the databases of MLflow take
 
 
-def test_the_card_of_a_stand_in_says_so_and_names_are_shown_as_they_are(finished_copy: Path) -> None:
-    path = files.PREPARED / "dataset.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"requested": "mnist", "source": "<script>alert(1)</script> | *bold*"}))
+@pytest.mark.faults
+def test_fault_28_the_card_of_a_stand_in_says_so_and_names_are_shown_as_they_are(finished_copy: Path) -> None:
+    say_of_the_data(requested="mnist", source="<script>alert(1)</script> | *bold*")
     evaluate.main()
     card = str(version(1).description)
     assert "**mnist-5k stood in for mnist**, which could not be had." in card
@@ -299,9 +298,10 @@ def _graph_whose_shapes_are_code(path: Path) -> None:
             archive.writestr(name, content)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [_pickled_graph, _graph_whose_shapes_are_code])
-def test_a_graph_that_brings_code_is_never_even_read(
+def test_fault_26_a_graph_that_brings_code_is_never_even_read(
     finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
     evaluate.main()
@@ -316,9 +316,10 @@ def test_a_graph_that_brings_code_is_never_even_read(
     assert not list(finished_copy.rglob("PWNED"))
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["pickle", "another model", "a changed weight", "none"])
-def test_a_model_file_that_is_not_the_registered_one_is_refused(finished_copy: Path, way: str) -> None:
+def test_fault_26_a_model_file_that_is_not_the_registered_one_is_refused(finished_copy: Path, way: str) -> None:
     evaluate.main()
     path = _artifacts(1) / "extra_files/model.safetensors"
     content = path.read_bytes()
@@ -340,18 +341,50 @@ def test_a_model_file_that_is_not_the_registered_one_is_refused(finished_copy: P
     assert not list(finished_copy.rglob("PWNED"))
 
 
-def test_a_champion_whose_files_are_gone_is_made_whole_by_the_next_evaluation(finished_copy: Path) -> None:
+def _change(artifacts: Path) -> None:
+    path = artifacts / "extra_files/model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", [shutil.rmtree, _change])
+def test_fault_23_a_damaged_champion_is_made_whole_by_the_next_evaluation(
+    finished_copy: Path, damage: Callable[[Path], None]
+) -> None:
     evaluate.main()
-    shutil.rmtree(_artifacts(1))
+    damage(_artifacts(1))
     evaluate.main()
     assert aliases() == {"champion": "2"}
     assert registry.load(version(2)).class_names == tuple("0123456789")
-    assert version(2).tags["gate.reason"] == "it is the model of version 1, whose files are gone"
+    assert version(2).tags["gate.reason"] == "it is the model of version 1, whose file is gone or damaged"
+    MlflowClient().set_registered_model_alias(NAME, "champion", "1")  # as where the evaluation was killed before it
     evaluate.main()
     assert aliases() == {"champion": "2"}
+    evaluate.main()  # of a whole champion
+    assert aliases() == {"champion": "2"}
+    assert len(MlflowClient().search_model_versions(f"name = '{NAME}'")) == 2
 
 
-def test_a_tracking_database_from_a_backup_is_completed(finished_copy: Path) -> None:
+def test_where_there_is_no_champion_the_last_whole_one_can_be_gone_back_to(entrance: Entrance) -> None:
+    assert registry.to_go_back_to() is None
+    for model, errors in (("1", 50), ("2", 40), ("3", 30), ("4", 60)):
+        entrance.enter(model, errors)
+    MlflowClient().delete_registered_model_alias(NAME, "champion")
+    _change(_artifacts(3))
+    assert str(getattr(registry.to_go_back_to(), "version", None)) == "2"  # and not the newest, the challenger
+    assert str(registry.roll_back("2").version) == "2"
+    assert registry.history(NAME)[-1].reason == "by hand"
+    MlflowClient().delete_registered_model_alias(NAME, "champion")
+    for number in ("1", "2"):
+        MlflowClient().set_model_version_tag(NAME, number, "gate.barred", "a while ago")
+    assert str(getattr(registry.to_go_back_to(), "version", None)) == "4"
+    _change(_artifacts(4))
+    assert registry.to_go_back_to() is None
+
+
+@pytest.mark.faults
+def test_fault_23_a_tracking_database_from_a_backup_is_completed(finished_copy: Path) -> None:
     """The champion of after the backup is unknown to it: it is registered anew, with its alias and its history."""
     evaluate.main()
     better = files.MODEL.read_bytes()

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,17 @@ from pipeline.images.splits import read_dataset
 from pipeline.network import model_file
 from pipeline.network.cnn import Classifier
 from pipeline.params import read_params
-from pipeline.tracking import delivery, lineage, models, runs
+from pipeline.tracking import delivery, lineage, models, registry, runs
 from pipeline.tracking.runs import TrainingRun
-from tests.conftest import QUICK, write_params
+from tests.conftest import (
+    OWN_MOUNTS,
+    QUICK,
+    REPOSITORY,
+    needs_own_mounts,
+    run_stage,
+    tracking_server,
+    write_params,
+)
 
 
 def every_run() -> list[Run]:
@@ -42,6 +53,27 @@ def test_one_run_holds_the_whole_story(finished: Path) -> None:
     assert run.data.params["train.epochs"] == "2"
     assert run.data.params["seed"] == "0"
     assert run.data.params["parameters"] == "34826"
+
+
+@pytest.mark.slow
+def test_a_server_holds_the_whole_story_too(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracking_server(tmp_path / "server") as (address, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        for stage in (train, evaluate, visualize):
+            assert run_stage(stage.__name__.rpartition(".")[2], workspace) == (0, "")
+        runs.connect()
+        run = only_run()
+        assert run.info.status == "FINISHED"
+        assert run.data.params["parameters"] == "34826"
+        points = MlflowClient().get_metric_history(run.info.run_id, "validation_loss")
+        assert [point.step for point in points] == [1, 2]
+        assert run.data.metrics["test_accuracy"] == json.loads(files.METRICS.read_text())["test"]["accuracy"]
+        figures = {Path(each.path).name for each in MlflowClient().list_artifacts(run.info.run_id, "figures")}
+        assert figures == {path.name for path in files.FIGURES.glob("*.png")}
+        champion = registry.find("champion")
+        assert champion.tags[runs.MODEL_SHA256] == files.sha256(files.MODEL.read_bytes())
+        assert registry.load(champion).data_name == "mnist-5k"
+        assert not (workspace / "mlruns").exists()
 
 
 def test_the_curves_have_one_point_an_epoch_and_agree_with_the_history(finished: Path) -> None:
@@ -99,7 +131,7 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
         for file in MlflowClient().list_artifacts(run.info.run_id, folder)
     }
     drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
-    assert len(drawn) == 5
+    assert len(drawn) == 18
     written = ("metrics.json", "model_card.md", "predictions.csv", "promotion.json")
     assert logged == drawn | {f"evaluation/{name}" for name in written}
 
@@ -141,7 +173,9 @@ def test_a_model_is_logged_once_and_one_that_was_cut_off_again(finished_copy: Pa
     assert only_run().info.status == "FINISHED"
 
 
-def test_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: Path) -> None:
+@pytest.mark.usefixtures("either_store")
+@pytest.mark.faults
+def test_fault_21_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: Path) -> None:
     write_params(workspace, QUICK | {"train.learning_rate": 1e6})
     with pytest.raises(
         Fault, match=r"the training loss is .* in epoch 1: try a lower train.learning_rate than 1e\+06 in params.yaml"
@@ -154,6 +188,7 @@ def test_a_training_that_diverges_is_a_failed_run_and_writes_nothing(workspace: 
     assert not (workspace / "reports").exists()
 
 
+@pytest.mark.usefixtures("either_store")
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143)])
 def test_an_interrupted_training_is_a_killed_run(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
@@ -167,6 +202,7 @@ def test_an_interrupted_training_is_a_killed_run(
     assert only_run().info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> None:
     assert every_run() == []
     write_params(finished_copy, QUICK | {"model.dropout": 0.1})
@@ -188,7 +224,7 @@ def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> 
         (int(row["epoch"]), float(row["validation_loss"])) for row in history
     ]
     assert "test_accuracy" in run.data.metrics
-    assert len(MlflowClient().list_artifacts(run.info.run_id, "figures")) == 5
+    assert len(MlflowClient().list_artifacts(run.info.run_id, "figures")) == 18
 
 
 def test_the_newest_run_of_a_model_is_the_one_that_is_written_into(workspace: Path) -> None:
@@ -213,16 +249,20 @@ def test_a_run_that_failed_is_never_written_into(workspace: Path) -> None:
     assert "test_accuracy" not in mlflow.get_run(failed).data.metrics
 
 
-@pytest.mark.parametrize("answer", ["closed", "silent"])
-def test_a_server_that_does_not_answer_is_said_within_ten_seconds(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+@pytest.mark.faults
+@pytest.mark.parametrize("answer", ["closed", pytest.param("silent", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("store", ["http://127.0.0.1:{port}", "postgresql+psycopg://mary:hush@127.0.0.1:{port}/runs"])
+def test_fault_12_a_server_that_does_not_answer_is_said_within_ten_seconds(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, answer: str, store: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1] if answer == "silent" else 9
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(port=port))
         started = time.perf_counter()
-        with pytest.raises(Fault, match=f"the tracking store http://127.0.0.1:{port} failed"):
+        named = store.format(port=port).replace("mary:hush", "***")
+        with pytest.raises(Fault, match=re.escape(f"the tracking store {named} failed")) as told:
             train.main()
+        assert "hush" not in str(told.value)
         assert time.perf_counter() - started < 10
 
 
@@ -243,7 +283,9 @@ class Unreachable:
         self.patch.setattr(MlflowClient, "log_batch", self.whole)
 
 
-def test_a_store_that_goes_away_in_mid_training_costs_a_warning_and_no_number(
+@pytest.mark.usefixtures("either_store")
+@pytest.mark.faults
+def test_fault_13_a_store_that_goes_away_in_mid_training_costs_a_warning_and_no_number(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_params(workspace, QUICK | {"train.epochs": 4})
@@ -272,6 +314,7 @@ def test_a_store_that_goes_away_in_mid_training_costs_a_warning_and_no_number(
     assert run.info.end_time < time.time() * 1000 - 100  # when the training ended, not when it was told
 
 
+@pytest.mark.usefixtures("either_store")
 def test_what_could_not_be_sent_is_sent_once_also_when_that_is_interrupted(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +333,45 @@ def test_what_could_not_be_sent_is_sent_once_also_when_that_is_interrupted(
     assert delivery.undelivered() == []
 
 
+@pytest.mark.parametrize("content", [b'{"run_', b"{}", b"[]", b'{"rows": {"x": {}}, "times": {}}', b"\xff"])
+def test_a_damaged_letter_stops_nothing_and_stays(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    letter = files.checkpoints_folder() / f"abc{delivery.SUFFIX}"
+    files.write(letter, content)
+    runs.settle()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith(f"warning: {letter} is damaged (")
+    assert told.endswith("): its run is not told the rest, delete it\n")
+    assert letter.read_bytes() == content
+
+
+@needs_own_mounts
+@pytest.mark.faults
+@pytest.mark.slow
+def test_fault_3_a_full_disk_with_the_artifacts_costs_the_live_images_and_no_number(workspace: Path) -> None:
+    write_params(workspace, QUICK | {"train.epochs": 6})
+    (workspace / "mlruns").mkdir(exist_ok=True)
+    small = f"mount -t tmpfs -o size=60k tmpfs mlruns && exec {sys.executable} -m pipeline.train"
+    done = subprocess.run(
+        [*OWN_MOUNTS, "sh", "-c", small],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    warning = (
+        r"warning: the tracking store failed \(\[Errno 28\] .*: make room on that disk\): .* without live images\n"
+    )
+    assert re.fullmatch(warning, done.stderr), done.stderr
+    assert done.returncode == 0
+    runs.connect()
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    assert len(MlflowClient().get_metric_history(run.info.run_id, "validation_loss")) == 6
+
+
 def test_what_is_of_another_store_stays(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +385,7 @@ def test_what_is_of_another_store_stays(
     assert f"{path} is of a run that this tracking store does not have" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("either_store")
 def test_a_run_whose_process_was_killed_is_closed_and_one_that_lives_is_not(workspace: Path) -> None:
     runs.connect()
     experiment = runs._experiment_id()
@@ -363,7 +446,8 @@ def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:
     assert experiment.artifact_location == (workspace / "mlruns").as_uri()
 
 
-def test_a_store_that_cannot_be_used_is_one_line_without_the_password(
+@pytest.mark.faults
+def test_fault_30_a_store_that_cannot_be_used_is_one_line_without_the_password(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://mary:secret@host/db")

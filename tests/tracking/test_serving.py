@@ -19,7 +19,7 @@ import requests
 
 from pipeline import files
 from pipeline.images.splits import TEST, read_dataset, read_split
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY, free_port, run_command
 
 JSON = {"Content-Type": "application/json"}
 
@@ -27,8 +27,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def server(_all_stages: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Its address, and its process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "pipeline.serve", "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(_all_stages)}
     for stale in _all_stages.glob("PWNED"):
@@ -90,8 +89,11 @@ REFUSED: dict[str, tuple[int, str, Any]] = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("what", REFUSED)
-def test_images_that_are_none_are_refused_with_the_reason(server: tuple[str, psutil.Process], what: str) -> None:
+def test_fault_24_images_that_are_none_are_refused_with_the_reason(
+    server: tuple[str, psutil.Process], what: str
+) -> None:
     status, reason, images = REFUSED[what]
     answer = ask(server[0], images)
     assert answer.status_code == status
@@ -104,6 +106,7 @@ TOO_MANY = b'{"inputs":[' + b",".join([IMAGE] * 100_000) + b"]}"
 GOOD = json.dumps({"inputs": BLACK.tolist()}).encode()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("body", "headers", "status", "reason"),
     [
@@ -120,7 +123,7 @@ GOOD = json.dumps({"inputs": BLACK.tolist()}).encode()
         (TOO_MANY, JSON, 413, "at most 1,000 images at a time"),
     ],
 )
-def test_bodies_that_are_none_are_refused_with_the_reason(
+def test_fault_24_bodies_that_are_none_are_refused_with_the_reason(
     server: tuple[str, psutil.Process], body: bytes, headers: dict[str, str], status: int, reason: str
 ) -> None:
     answer = requests.post(f"{server[0]}/invocations", body, headers=headers, timeout=60)
@@ -130,8 +133,11 @@ def test_bodies_that_are_none_are_refused_with_the_reason(
     assert requests.post(f"{server[0]}/invocations", GOOD, headers=JSON, timeout=60).status_code == 200
 
 
+@pytest.mark.faults
 @pytest.mark.slow
-def test_two_hundred_at_once_are_all_answered_with_the_memory_of_a_few(server: tuple[str, psutil.Process]) -> None:
+def test_fault_24_two_hundred_at_once_are_all_answered_with_the_memory_of_a_few(
+    server: tuple[str, psutil.Process],
+) -> None:
     address, process = server
     large = json.dumps({"inputs": np.full((100, 28, 28, 1), 255).tolist()}).encode()
 
@@ -153,7 +159,8 @@ def test_two_hundred_at_once_are_all_answered_with_the_memory_of_a_few(server: t
     assert most_memory(at_once=200) - before < 1.5 * (of_a_few - before) + 50_000_000
 
 
-def test_a_hundred_thousand_rows_and_endless_words_take_no_memory(server: tuple[str, psutil.Process]) -> None:
+@pytest.mark.faults
+def test_fault_24_a_hundred_thousand_rows_and_endless_words_take_no_memory(server: tuple[str, psutil.Process]) -> None:
     address, process = server
     words = json.dumps({"inputs": ["a" * 1_000_000, *["b"] * 5000]}).encode()  # 20 GB as an array of text
     before = process.memory_info().rss
@@ -194,8 +201,7 @@ def test_what_is_no_port_is_said(workspace: Path, port: str) -> None:
 
 @pytest.mark.slow
 def test_mlflows_own_server_answers_the_same(server: tuple[str, psutil.Process], finished: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["models", "serve", "--model-uri", "models:/mnist-5k-cnn@champion", "--env-manager", "local"]
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{finished / 'mlflow.db'}",

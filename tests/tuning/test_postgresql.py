@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.tracking import runs
 from pipeline.tuning.study import counts
-from tests.conftest import write_params
+from tests.conftest import free_port, write_params
 from tests.test_tune import PRESENT, SMALL, command, surroundings
 
 PASSWORD = "not to be seen"
@@ -54,16 +53,14 @@ def server() -> Iterator[str]:
     assert PROGRAMS is not None
     # The server refuses to run as root, and another user may not enter pytest's folders.
     user = "nobody" if os.getuid() == 0 else None
-    with tempfile.TemporaryDirectory(prefix="convtrack-") as temporary, socket.socket() as free:
+    with tempfile.TemporaryDirectory(prefix="convtrack-") as temporary:
         folder = Path(temporary)
         (folder / "password").write_text(PASSWORD)
         for path in (folder, folder / "password"):
             shutil.chown(path, user or os.getuid())
         initdb: list[str | Path] = ["-D", folder / "data", "-U", "convtrack", "-A", "scram-sha-256"]
         run("initdb", *initdb, f"--pwfile={folder / 'password'}", user=user)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+        port = free_port()
         options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
         control: list[str | Path] = ["-D", folder / "data", "-w", "-l", folder / "log"]
         run("pg_ctl", *control, "-o", options, "start", user=user)
@@ -146,7 +143,8 @@ def children(machine: Path) -> list[int]:
     return sorted(int(run.data.tags["trial.number"]) for run in found if "trial.number" in run.data.tags)
 
 
-def test_four_machines_make_one_study_of_an_empty_database(machines: list[Path], database: str) -> None:
+@pytest.mark.faults
+def test_fault_18_four_machines_make_one_study_of_an_empty_database(machines: list[Path], database: str) -> None:
     with ExitStack() as stack:
         processes = [stack.enter_context(start(machine, database)) for machine in machines]
         printed = [ended(process) for process in processes]
@@ -175,6 +173,35 @@ def test_a_machine_that_dies_is_made_up_for(machines: list[Path], database: str)
     assert not counts(found[lost.number])
     assert sum(map(counts, found)) == 6
     assert [trial.number for trial in found if trial.params == lost.params and counts(trial)]
+
+
+@pytest.mark.faults
+def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice(
+    machines: list[Path], database: str
+) -> None:
+    for machine in machines:
+        write_params(machine, SMALL | {"tune.trials": 4, "tune.epochs": 20})
+    with start(machines[0], database) as stands_still:
+        given_up = wait_until_running(database)
+        coordinator = psutil.Process(stands_still.pid)
+        everyone = [coordinator, *coordinator.children(recursive=True)]
+        for process in everyone:
+            process.suspend()
+        try:
+            with start(machines[1], database) as goes_on:
+                ended(goes_on)
+            before = [trial for trial in trials(database) if counts(trial)]
+        finally:
+            for process in everyone:
+                process.resume()
+        ended(stands_still)
+    found = trials(database)
+    assert found[given_up.number].state == TrialState.FAIL
+    assert [trial for trial in found if counts(trial)] == before
+    assert len(before) == 4
+    # Both tell of the trial that was given up, too, and nothing twice.
+    everything = sorted([given_up.number, *(trial.number for trial in before)])
+    assert children(machines[0]) == children(machines[1]) == everything
 
 
 def test_two_machines_with_one_tracking_store_write_each_trial_once(
@@ -215,7 +242,8 @@ def test_a_table_that_stays_locked_is_said_in_one_line(machines: list[Path], dat
     assert sum(map(counts, trials(database))) == 7
 
 
-def test_a_wrong_password_is_said_in_one_line_without_it(machines: list[Path], database: str) -> None:
+@pytest.mark.faults
+def test_fault_30_a_wrong_password_is_said_in_one_line_without_it(machines: list[Path], database: str) -> None:
     process = start(machines[0], database.replace("convtrack:", "convtrack:wrong%20"))
     _, complaint = process.communicate(timeout=120)
     assert process.returncode == 1

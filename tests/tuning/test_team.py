@@ -76,7 +76,7 @@ def test_two_workers_train_and_say_each_epoch(workspace: Path) -> None:
     [
         ({"train.batch_size": 128}, [1, 2, 1, 2]),
         ({"train.batch_size": 64}, [1, 1, 1, 1]),
-        ({"train.batch_size": 128, "model.batch_norm": True}, [1, 1, 1, 1]),
+        pytest.param({"train.batch_size": 128, "model.batch_norm": True}, [1, 1, 1, 1], marks=pytest.mark.slow),
     ],
 )
 def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
