@@ -286,6 +286,17 @@ def open_study(name: str = "convtrack") -> Study:
     return Study.open(open_storage(), name, read_params(), read_dataset())
 
 
+@pytest.mark.faults
+def test_fault_16_an_interrupt_while_the_journal_is_written_keeps_nobody_waiting(study_folder: Path) -> None:
+    study = open_study()
+    trial = study.next()
+    JOURNAL.with_name(JOURNAL.name + ".lock").symlink_to(JOURNAL.resolve())  # what is interrupted may not let it go
+    started = time.monotonic()
+    study.lose_all([trial])
+    assert time.monotonic() - started < 5
+    assert [each.state.name for each in trials()] == ["FAIL", "WAITING"]
+
+
 @pytest.mark.slow
 def test_values_that_were_tried_are_answered_from_history(study_folder: Path) -> None:
     write_params(study_folder, SMALL | {"tune.space": {"model.filters.0": {"choices": [4, 8]}}})

@@ -25,7 +25,7 @@ from pipeline.recipe import architecture
 from pipeline.tuning.finalists import Finalist
 from pipeline.tuning.records import Status, TrialRecord
 from pipeline.tuning.space import present_values, space_of
-from pipeline.tuning.storage import HEARTBEAT, as_it_is, storage_faults
+from pipeline.tuning.storage import HEARTBEAT, as_it_is, open_storage, storage_faults
 
 FAILURE = "failure"  # why a trial cannot be done; one without it and FAIL was lost, and is tried again
 HISTORY = "history"  # a row an epoch
@@ -227,6 +227,10 @@ class Study:
 
     def lose_all(self, trials: Iterable[Trial]) -> None:
         """Lose these, and one that was begun and interrupted before anybody knew of it."""
+        if self._in_journal:
+            # An interrupt can come between any two steps of Optuna: its lock may be left, for which it would wait half
+            # a minute, and the journal be half read. So it is opened as after a kill.
+            self.optuna = optuna.load_study(study_name=self.optuna.study_name, storage=open_storage())
         for trial in trials:
             self.lose(trial)
         self._lose_unfinished()
@@ -261,8 +265,12 @@ class Study:
 
         In a database others may be; there a trial without a heartbeat is given up.
         """
-        for trial in self.trials(TrialState.RUNNING) if isinstance(self.optuna._storage, JournalStorage) else ():
+        for trial in self.trials(TrialState.RUNNING) if self._in_journal else ():
             self.lose(trial)
+
+    @property
+    def _in_journal(self) -> bool:
+        return isinstance(self.optuna._storage, JournalStorage)
 
 
 def _accuracy_name(values: Mapping[str, object], seed: int) -> str:
