@@ -25,17 +25,18 @@ repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visual
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
-# Two processes, each with the files that it is given: what a file's tests share is then made once.
-IN_TWO := -n 2 --dist loadfile
+# Two processes, each with the files that it is given: what a file's tests share is then made once. PyTorch's threads
+# that have nothing to do must sleep meanwhile, or those of the one process take the cores from the other.
+IN_TWO := OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile
 
 test: $(INSTALLED)  ## run the test suite, without the slow tests
-	$(ACTIVATE) && python -m pytest $(IN_TWO) -m 'not slow' $(ARGS)
+	$(ACTIVATE) && $(IN_TWO) -m 'not slow' $(ARGS)
 
 slow: $(INSTALLED)  ## run the slow tests
-	$(ACTIVATE) && python -m pytest $(IN_TWO) -m slow $(ARGS)
+	$(ACTIVATE) && $(IN_TWO) -m slow $(ARGS)
 
 faults: $(INSTALLED)  ## what goes wrong in real use, set off for real: signals, full disks, closed ports, damaged files
-	$(ACTIVATE) && python -m pytest $(IN_TWO) -m faults $(ARGS)
+	$(ACTIVATE) && $(IN_TWO) -m faults $(ARGS)
 
 browser: $(INSTALLED)  ## what MLflow's pages show, in a real browser: Chromium has to be there
 	$(ACTIVATE) && python -m pytest -m browser $(ARGS)

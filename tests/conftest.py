@@ -1,6 +1,7 @@
 """Shared by the tests: prepared digits, workspaces that look like a clone, and a migrated tracking database."""
 
 import copy
+import fcntl
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.network import model_file, training
 from pipeline.network.cnn import CNN
 from pipeline.params import with_values
 from pipeline.tracking import runs
+from tests import forked
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMS = REPOSITORY / "tests" / "params.yaml"
@@ -93,25 +95,43 @@ def _no_settings_from_outside() -> Iterator[None]:
     _forget_settings()
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all processes of a test run read; the first that needs it makes it, and others wait for that."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made = shared / f"{name}.made"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            (shared / name).mkdir()
+            make(shared / name)
+            made.touch()
+    return shared / name
+
+
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An mlflow.db with all its tables: they take 2.5 s to make, so they are made once and copied."""
     # At the top of this file it would be sorted before pipeline.tracking, which sets what mlflow reads at import.
     from mlflow import MlflowClient
 
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return folder / "mlflow.db"
+    def make(folder: Path) -> None:
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return _made_once(tmp_path_factory, "database", make) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with params.yaml for two epochs on mnist-5k, and the prepared splits."""
-    folder = tmp_path_factory.mktemp("prepared")
-    write_params(folder, QUICK)
-    with chdir(folder):
-        prepare.main()
-    return folder
+
+    def make(folder: Path) -> None:
+        write_params(folder, QUICK)
+        with chdir(folder):
+            prepare.main()
+
+    return _made_once(tmp_path_factory, "prepared", make)
 
 
 @pytest.fixture
@@ -122,11 +142,14 @@ def workspace(prepared: Path, migrated_database: Path, tmp_path: Path, monkeypat
 
 @pytest.fixture(scope="session")
 def _all_stages(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            _enter(folder, prepared, migrated_database, patch)
+            for stage in (train, evaluate, visualize):
+                stage.main()
+
     _forget_settings()
-    with pytest.MonkeyPatch.context() as patch:
-        folder = _enter(tmp_path_factory.mktemp("all") / "workspace", prepared, migrated_database, patch)
-        for stage in (train, evaluate, visualize):
-            stage.main()
+    folder = _made_once(tmp_path_factory, "all", make)
     _forget_settings()
     return folder
 
@@ -143,12 +166,16 @@ def finished(_all_stages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def good(prepared: Path, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a registered model that has seen 3,600 digits twelve times. For reading only."""
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            _enter(folder, prepared, migrated_database, patch)
+            write_params(folder, QUICK | {"train.epochs": 12})
+            for stage in (train, evaluate):
+                stage.main()
+
     _forget_settings()
-    with pytest.MonkeyPatch.context() as patch:
-        folder = _enter(tmp_path_factory.mktemp("good") / "workspace", prepared, migrated_database, patch)
-        write_params(folder, QUICK | {"train.epochs": 12})
-        for stage in (train, evaluate):
-            stage.main()
+    folder = _made_once(tmp_path_factory, "good", make)
     _forget_settings()
     return folder
 
@@ -184,7 +211,7 @@ def digits(prepared: Path) -> dict[str, splits.LabelledImages]:
 
 
 def _enter(folder: Path, prepared: Path, database: Path, patch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(prepared, folder)
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
     shutil.copy(database, folder)
     patch.setenv("DVC_ROOT", str(folder))
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of a store that was connected to before this one
@@ -268,15 +295,7 @@ def run_command(
     name: str, *arguments: str, folder: Path, stdin: bytes = b"", **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
     """`python -m pipeline.<name>` in ``folder`` as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", f"pipeline.{name}", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)} | environment,
-        capture_output=True,
-        input=stdin,
-        timeout=300,
-        check=False,
-    )
+    return forked.run(name, arguments, folder, stdin, os.environ | {"DVC_ROOT": str(folder)} | environment, seconds=300)
 
 
 def run_stage(stage: str, folder: Path, **environment: str) -> tuple[int, str]:

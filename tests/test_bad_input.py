@@ -119,6 +119,7 @@ def test_fault_22_two_hundred_bad_params_yaml(
         assume(False)  # not bad: there are two hundred others
 
 
+@pytest.mark.slow
 @two_hundred
 @given(data=st.data())
 def test_fault_19_two_hundred_damaged_published_files(
@@ -141,6 +142,7 @@ def test_fault_19_two_hundred_damaged_published_files(
         assert sorted(tmp_path.rglob("*")) == there
 
 
+@pytest.mark.slow
 @two_hundred
 @given(data=st.data())
 def test_fault_7_two_hundred_damaged_prepared_files(

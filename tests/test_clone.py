@@ -101,6 +101,7 @@ def test_nothing_of_what_a_run_leaves_is_seen_by_git(clone: Path) -> None:
     assert names <= {"dvc.lock", "reports/history.csv", "reports/metrics.json"}
 
 
+@pytest.mark.slow
 def test_the_champion_is_served_to_any_process_without_this_repository(clone: Path, tmp_path: Path) -> None:
     code = """
 import sys, numpy as np, mlflow
@@ -158,6 +159,7 @@ def test_make_installs_once_and_anew_when_the_lock_file_changes(clone: Path) -> 
         assert "pip install" in succeed("make", "-n", target, folder=clone)
 
 
+@pytest.mark.slow
 def test_what_stood_in_without_a_network_is_never_brought_back_in_silence(clone: Path) -> None:
     """DVC's run cache would restore the outputs of an earlier `prepare` with the same knobs, without its warning."""
     for fraction in (0.2, 0.1):
@@ -179,6 +181,7 @@ def test_going_back_to_earlier_knobs_fills_the_new_run_too(clone: Path) -> None:
     assert "test_accuracy" in other.data.metrics
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_leaves_the_older_outputs(clone: Path) -> None:
     outputs = [files.MODEL, files.HISTORY, files.METRICS, files.FIGURES / "feature_maps.png"]
     before = [(clone / path).read_bytes() for path in outputs]
@@ -188,6 +191,7 @@ def test_a_stage_that_fails_leaves_the_older_outputs(clone: Path) -> None:
     write_params(clone, ONE_EPOCH)
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_fault_29_the_values_of_params_yaml_reach_no_shell(clone: Path) -> None:
     done = run("dvc", "exp", "run", "-S", "data.dataset='; touch PWNED'", folder=clone)

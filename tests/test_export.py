@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import pytest
 
 from pipeline.images.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry
@@ -26,6 +27,7 @@ def test_onnx_gives_the_same_probabilities(finished: Path, tmp_path: Path) -> No
         np.testing.assert_allclose(probabilities, expected[:count], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pt2_gives_the_same_probabilities_to_torch_alone(finished: Path, tmp_path: Path) -> None:
     done = run_command("export", "--format", "pt2", "--out", str(tmp_path / "made/it.pt2"), folder=finished)
     assert done.returncode == 0, done.stderr

@@ -132,7 +132,12 @@ def figure_of(name: str) -> Figure:
     return drawings()[name]()
 
 
-@pytest.mark.parametrize("name", list(drawings()))
+LARGE = {"maps of three blocks", "maps of four blocks", "maps of seven blocks", "confusion of many"}  # two seconds each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in drawings()]
+)
 def test_a_picture_is_as_wide_as_the_readme_and_always_the_same_bytes(name: str) -> None:
     content = canvas.as_png(figure_of(name))
     with Image.open(io.BytesIO(content)) as picture:

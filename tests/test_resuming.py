@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from pipeline import files, train
 from pipeline.network.training import Epoch
 from pipeline.tracking import runs
-from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, write_params
+from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
 
 EPOCHS = 12
 LONG = QUICK | {"train.epochs": EPOCHS}
@@ -58,9 +58,8 @@ def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("uninterrupted")
     write_params(folder, LONG)
     (folder / "data").symlink_to(prepared / "data")
-    with start(folder) as process:
-        _, told = process.communicate()
-    assert process.returncode == 0, told
+    done = run_command("train", folder=folder)
+    assert done.returncode == 0, done.stderr
     return (folder / files.MODEL).read_bytes(), (folder / files.HISTORY).read_bytes()
 
 
@@ -150,7 +149,12 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [_flip, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x" * 999)]
+    "damage",
+    [
+        _flip,
+        pytest.param(lambda path: path.write_bytes(b""), marks=pytest.mark.slow),
+        pytest.param(lambda path: path.write_bytes(b"x" * 999), marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_is_said_and_the_training_begins_anew(
     workspace: Path,
@@ -169,7 +173,14 @@ def test_a_damaged_checkpoint_is_said_and_the_training_begins_anew(
     assert every_run()[-1].info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"model.dropout": 0.4}, {"train.threads": 1}, {"train.epochs": 4}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"model.dropout": 0.4}, {"train.epochs": 4})),
+        pytest.param({"train.threads": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_with_other_knobs_never_goes_on_from_it(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, object]
 ) -> None:

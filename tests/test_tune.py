@@ -30,7 +30,7 @@ from pipeline.tracking import runs, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judged
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
 from pipeline.tuning.study import STARTUP_TRIALS, Study, counts
-from tests.conftest import QUICK, REPOSITORY, say_other_images, write_params
+from tests.conftest import QUICK, REPOSITORY, run_command, say_other_images, write_params
 
 SMALL: dict[str, Any] = QUICK | {
     "model.filters.0": 8,
@@ -60,21 +60,17 @@ def study_folder(workspace: Path) -> Path:
 
 def run(*arguments: str, **environment: str) -> str:
     """`python -m pipeline.tune` in the current folder; what it printed."""
-    done = subprocess.run(
-        command(*arguments), env=surroundings(**environment), capture_output=True, text=True, check=False
-    )
+    done = run_command("tune", *arguments, folder=Path.cwd(), stdin=b"", **surroundings(**environment))
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    assert done.stderr == b""
+    return done.stdout.decode()
 
 
 def refused(*arguments: str, code: int = 2, **environment: str) -> str:
     """The one line with which it refuses."""
-    done = subprocess.run(
-        command(*arguments), env=surroundings(**environment), capture_output=True, text=True, check=False
-    )
+    done = run_command("tune", *arguments, folder=Path.cwd(), stdin=b"", **surroundings(**environment))
     assert done.returncode == code, done.stderr
-    (line,) = done.stderr.splitlines()
+    (line,) = done.stderr.decode().splitlines()
     return line.removeprefix("error: ")
 
 

@@ -75,7 +75,7 @@ def test_two_workers_train_and_say_each_epoch(workspace: Path) -> None:
     ("changed", "threads"),
     [
         ({"train.batch_size": 128}, [1, 2, 1, 2]),
-        ({"train.batch_size": 64}, [1, 1, 1, 1]),
+        pytest.param({"train.batch_size": 64}, [1, 1, 1, 1], marks=pytest.mark.slow),
         pytest.param({"train.batch_size": 128, "model.batch_norm": True}, [1, 1, 1, 1], marks=pytest.mark.slow),
     ],
 )
@@ -105,6 +105,7 @@ def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
     assert accuracies == [epoch.validation_accuracy for epoch in narrow]
 
 
+@pytest.mark.slow
 def test_two_at_work_on_two_cores_keep_one_each(workspace: Path) -> None:
     with team(2, cores=2) as hired:
         hired.give("a", read_params().changed({"train.batch_size": 128}))

@@ -1,0 +1,61 @@
+"""A command of the pipeline as a process of its own that need not import its libraries: most tests of commands wait
+for nothing else, for three seconds each.
+
+The processes are forked from one that has only imported. Tests of what happens before or while a command is imported,
+and of how one ends that is sent a signal, start `python -m pipeline.<name>` instead; so does everything that is marked
+slow and starts DVC.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import chdir
+from multiprocessing import forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+# Not the commands themselves, which are run as `python -m` does: as a module that nobody has imported.
+LIBRARIES = [
+    *("pipeline.gallery", "pipeline.images.sources", "pipeline.recipe", "pipeline.tuning.plots"),
+    *("pipeline.tracking.registry", "pipeline.tracking.serving", "mlflow.store.tracking.sqlalchemy_store"),
+]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__, *LIBRARIES])
+
+
+def run(
+    name: str, arguments: tuple[str, ...], folder: Path, stdin: bytes, environment: Mapping[str, str], seconds: float
+) -> subprocess.CompletedProcess[bytes]:
+    """`python -m pipeline.<name>` in ``folder``: its exit code and what it wrote. Raises TimeoutError."""
+    with chdir(Path(__file__).parents[1]):  # from where the libraries are imported, the first time
+        forkserver.ensure_running()
+    with TemporaryDirectory() as exchanged:
+        streams = [Path(exchanged) / each for each in ("stdin", "stdout", "stderr")]
+        streams[0].write_bytes(stdin)
+        process = _FORKS.Process(target=_become, args=(name, arguments, folder, streams, dict(environment)))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{name} is still at work after {seconds:.0f} s")
+        written = [stream.read_bytes() for stream in streams[1:]]
+    return subprocess.CompletedProcess([name, *arguments], process.exitcode, *written)
+
+
+def _become(
+    name: str, arguments: tuple[str, ...], folder: Path, streams: list[Path], environment: dict[str, str]
+) -> None:
+    assert set(LIBRARIES) < set(sys.modules), "Python does not say why it could not import them"
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, stream in enumerate(streams):
+        opened = os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = os.fdopen(0)
+    sys.argv = [name, *arguments]
+    runpy.run_module(f"pipeline.{name}", run_name="__main__", alter_sys=True)
