@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow faults browser sweep verify doctor audit lint ui tune serve seeds pooling bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow faults browser sweep verify doctor audit lint ui tune serve seeds pooling beside bench bench-training bench-tuning lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and
 
 pooling: $(INSTALLED)  ## accuracy on shifted images with pooling and without it, five trainings each; half an hour
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS)
+
+beside: $(INSTALLED)  ## the time that checkpoints and live images take of an epoch; ten minutes
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.beside $(ARGS)
 
 # Keras has an environment of its own; Lightning, a folder beside this project's environment, whose PyTorch it uses.
 bench/.keras/.installed: bench/requirements-keras.txt

@@ -1,6 +1,7 @@
 """What `make bench` measures with: its arithmetic, its recipes, its verdicts."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import arithmetic, images, pooling, recipes, rounds, speed, stages, tuning
+from bench import arithmetic, beside, images, pooling, recipes, rounds, speed, stages, tuning
 from bench.bounds import Bound, conclude
 from bench.contenders import usual
 from pipeline.errors import Fault
@@ -164,10 +165,37 @@ def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, Lab
         tuning.plain_study(data, [{"model.filters.0": 8, "model.filters.1": 0, "model.dropout": 0.1}])
 
 
-@pytest.mark.slow
-def test_pooling_is_compared_over_seeds(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_epoch_took_longer_is_told_against_the_bare_ones_beside_it() -> None:
+    seconds = [1.0, 1.1, 1.0, 1.3, 1.6, 1.68, 1.6, 1.76, 1.6]  # the machine becomes slower
+    assert beside.shares(seconds, beside.TURN.index(beside.LIVE)) == pytest.approx([10, 5])
+    assert beside.shares(seconds, beside.TURN.index(beside.CHECKPOINT)) == pytest.approx([0, 10])
+
+
+@pytest.fixture
+def committed(workspace: Path) -> Path:
+    """The workspace with a commit: a measurement notes of which one its figures are."""
     for words in (["init"], ["-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", *words], capture_output=True, check=True)  # it notes of which commit its figures are
+        subprocess.run(["git", *words], capture_output=True, check=True)
+    return workspace
+
+
+@pytest.mark.slow
+def test_checkpoints_and_live_images_are_timed_in_one_training(
+    committed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name for path in committed.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["beside", "--times", "2", "--output", "beside.json"])
+    monkeypatch.setattr(beside, "MOST", 1000)  # of epochs of a quarter of a second
+    beside.main()
+    found = json.loads(Path("beside.json").read_text())
+    assert len(found["seconds"]) == 9
+    assert [bound["what"] for bound in found["bounds"]] == [f"{way} after each epoch" for way in beside.TURN[1::2]]
+    assert re.search(r"live images: .* of an epoch of \d\.\d\d s, n = 2\n", capsys.readouterr().out)
+    assert {path.name for path in committed.iterdir()} == before | {"beside.json"}
+
+
+@pytest.mark.slow
+def test_pooling_is_compared_over_seeds(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["pooling", "--seeds", "2", "--output", "pooling.json", "--picture", "shifts.png", "train.epochs=2"]
     monkeypatch.setattr(sys, "argv", words)
     pooling.main()
