@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from pipeline import files, lockfile, recipe
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.images import sources
+from pipeline.images.splits import read_dataset
 from pipeline.params import read_params
 from pipeline.tracking import lineage
 
@@ -33,6 +34,7 @@ def main() -> None:
     committed = committed_outputs()
     with TemporaryDirectory(prefix="convtrack-") as folder:
         first, second = (_built(Path(folder) / name) for name in ("first", "second"))
+        tell_stand_in(Path(folder) / "second")
     tell(first, second, committed)
 
 
@@ -67,6 +69,16 @@ def _built(folder: Path) -> dict[str, str]:
     if code != 0:
         raise Fault(f"dvc repro failed: {(told.strip().splitlines() or ['without a word'])[-1]}")
     return lockfile.outputs(folder)
+
+
+def tell_stand_in(folder: Path) -> None:
+    """A line where it was not built on the images that params.yaml names."""
+    dataset = read_dataset(folder / files.PREPARED)
+    if dataset.name != dataset.requested:
+        print(
+            f"{dataset.requested} could not be had, so this is verified on {dataset.name}: "
+            f"set {sources.MIRROR_VARIABLE}, or mend the network, for the images that params.yaml names"
+        )
 
 
 def _lend_downloads(folder: Path) -> None:

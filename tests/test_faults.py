@@ -170,13 +170,15 @@ def test_fault_3_a_full_temporary_folder_is_passed_over(
 
 @pytest.mark.slow
 @needs_own_mounts
-def test_fault_3_a_temporary_folder_with_little_room_is_one_line_that_names_it(finished_copy: Path) -> None:
-    """The library that exports the model would be aborted by it, with a page of its own."""
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_fault_3_a_temporary_folder_with_little_room_is_one_line_that_names_it(finished_copy: Path, stage: str) -> None:
+    """`train` makes the tracking store there; the library that exports the model would abort `evaluate`."""
     (finished_copy / "mlflow.db").unlink()
-    runs.connect()
+    if stage == "evaluate":
+        runs.connect()
     folder = finished_copy / "temporary"
     folder.mkdir()
-    small = f"mount -t tmpfs -o size=64k tmpfs temporary && exec {sys.executable} -m pipeline.evaluate"
+    small = f"mount -t tmpfs -o size=64k tmpfs temporary && exec {sys.executable} -m pipeline.{stage}"
     done = subprocess.run(
         [*OWN_MOUNTS, "sh", "-c", small],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(finished_copy), "TMPDIR": str(folder)},

@@ -17,7 +17,7 @@ import torch
 from pipeline import verify
 from pipeline.errors import Fault, run_command
 from pipeline.images import sources
-from tests.conftest import PARAMS, write_params
+from tests.conftest import PARAMS, say_of_the_data, write_params
 from tests.images.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
 from tests.test_clone import ONE_EPOCH, environment, run, succeed
 
@@ -112,6 +112,17 @@ def test_the_same_bytes_as_committed_need_no_reasons(repository: Path, capsys: p
         ["reports/figures", "b" * 12, "the", "same", "the", "same"],
     ]
     assert (empty, last) == ("", "Twice the same bytes.")
+
+
+def test_images_that_stand_in_for_others_are_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verify.tell_stand_in(workspace)
+    assert capsys.readouterr().out == ""
+    say_of_the_data(requested="mnist")
+    verify.tell_stand_in(workspace)
+    assert capsys.readouterr().out == (
+        "mnist could not be had, so this is verified on mnist-5k: "
+        "set PIPELINE_DATA_MIRROR, or mend the network, for the images that params.yaml names\n"
+    )
 
 
 def test_other_bytes_than_committed_come_with_what_may_be_why(

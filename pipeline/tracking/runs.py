@@ -42,6 +42,7 @@ MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
 FINGERPRINT = "fingerprint"
 SECONDS_FOR_A_DATABASE = 8
+ROOM_FOR_A_DATABASE = 8 << 20  # bytes: an empty one, a copy of it and what SQLite keeps beside it
 HOST, PROCESS = "process.host", "process"  # which process writes a run, so that one that died is known
 
 
@@ -81,6 +82,7 @@ def _make_database(address: str) -> None:
     path = Path(address.removeprefix("sqlite:///"))
     if not address.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
         return
+    files.check_room(Path(gettempdir()), ROOM_FOR_A_DATABASE)
     with TemporaryDirectory(prefix="convtrack-") as folder:
         made, copied = Path(folder) / "made.db", Path(folder) / "copied.db"
         MlflowClient(f"sqlite:///{made}").search_experiments()  # makes the tables
