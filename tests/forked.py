@@ -1,9 +1,7 @@
-"""A command of the pipeline as a process of its own that need not import its libraries: most tests of commands wait
-for nothing else, for three seconds each.
+"""Commands as processes of their own, without the three seconds in which each imports its libraries.
 
-The processes are forked from one that has only imported. Tests of what happens before or while a command is imported,
-and of how one ends that is sent a signal, start `python -m pipeline.<name>` instead; so does everything that is marked
-slow and starts DVC.
+Such a process is forked from one that has imported them and done nothing else. Tests of what happens before or while a
+command imports, and of how it ends at a signal, start `python -m pipeline.<name>` instead.
 """
 
 import multiprocessing

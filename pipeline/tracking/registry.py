@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -295,10 +295,7 @@ class Reign:
 def history(name: str) -> list[Reign]:
     """The champions from the first to the present one."""
     written = _written_history(name)
-    champion = _champion(name)
-    if champion is None or (written and written[-1].version == str(champion.version)):
-        return written
-    return [*written, Reign(_now()[:19], str(champion.version), _unwritten_reason(champion))]
+    return [*written, *_unwritten(written, _champion(name))]
 
 
 def _written_history(name: str) -> list[Reign]:
@@ -310,21 +307,21 @@ def _written_history(name: str) -> list[Reign]:
     return reigns
 
 
-def _unwritten_reason(champion: ModelVersion) -> str:
-    """Why a version has the alias though no entry says so: its gate was killed, or somebody set the alias elsewhere."""
+def _unwritten(written: Sequence[Reign], champion: ModelVersion | None) -> list[Reign]:
+    """The last entry, where it is missing: its gate was killed, or somebody set the alias elsewhere."""
+    if champion is None or (written and written[-1].version == str(champion.version)):
+        return []
     decided = champion.tags.get("gate.decision") == CHAMPION
-    return champion.tags["gate.reason"] if decided else "the alias was set by hand"
+    reason = champion.tags["gate.reason"] if decided else "the alias was set by hand"
+    return [Reign(_now()[:19], str(champion.version), reason)]
 
 
 def _complete_history(name: str) -> None:
     """Write the entry that is missing, if one is."""
     champion = _champion(name)
-    if champion is None:
-        return
-    written = _written_history(name)
-    if not written or written[-1].version != str(champion.version):
-        reason = _unwritten_reason(champion)
-        MlflowClient().set_registered_model_tag(name, REIGN + _now(), f"version {champion.version}: {reason}")
+    if champion is not None:  # else there may be no such model yet, and no history
+        for reign in _unwritten(_written_history(name), champion):
+            MlflowClient().set_registered_model_tag(name, REIGN + _now(), f"version {reign.version}: {reign.reason}")
 
 
 @store_faults()
