@@ -75,8 +75,8 @@ def say_other_images() -> None:
     say_of_the_data(splits=of_each | {splits.TRAIN: replace(of_each[splits.TRAIN], sha256="0" * 64)})
 
 
-# A shell starts what is to run in the background with SIGINT ignored, and `nohup` with SIGHUP; what that starts inherits
-# it. The tests send both to commands that were not started so.
+# A shell starts what is to run in the background with SIGINT ignored, and `nohup` with SIGHUP; what that starts
+# inherits it. The tests send both to commands that were not started so.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
