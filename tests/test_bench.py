@@ -165,10 +165,16 @@ def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, Lab
         tuning.plain_study(data, [{"model.filters.0": 8, "model.filters.1": 0, "model.dropout": 0.1}])
 
 
-def test_what_an_epoch_took_longer_is_told_against_the_bare_ones_beside_it() -> None:
-    seconds = [1.0, 1.1, 1.0, 1.3, 1.6, 1.68, 1.6, 1.76, 1.6]  # the machine becomes slower
-    assert beside.shares(seconds, beside.TURN.index(beside.LIVE)) == pytest.approx([10, 5])
-    assert beside.shares(seconds, beside.TURN.index(beside.CHECKPOINT)) == pytest.approx([0, 10])
+def test_what_is_done_beside_an_epoch_is_told_in_shares_of_a_bare_one() -> None:
+    rows = [(2.0, 0, 0.1), (2.2, 0.1, 0.3), (2.0, 0, 0.1), (2.0, 0.02, 0.1)]
+    rows += [(2.0, 0, 0.1), (2.1, 0.3, 0.1), (4.0, 0, 0.1), (4.4, 0.02, 0.12), (4.0, 0, 0.1)]  # something else at work
+    ways = (*beside.TURN, *beside.TURN, beside.BARE)
+    epochs = [beside.Timed(way, *row) for way, row in zip(ways, rows, strict=True)]
+    bare = 100 * 5 / (2 + 2 + 2 + 4 + 4)  # per cent a second
+    assert beside.costs(epochs, beside.LIVE) == pytest.approx([0.3 * bare, 0.3 * bare])
+    assert beside.costs(epochs, beside.CHECKPOINT) == pytest.approx([0.02 * bare, 0.04 * bare])
+    assert beside.longer(epochs, beside.LIVE) == pytest.approx([10, -30])
+    assert beside.longer(epochs, beside.CHECKPOINT) == pytest.approx([0, 10])
 
 
 @pytest.fixture
@@ -188,9 +194,12 @@ def test_checkpoints_and_live_images_are_timed_in_one_training(
     monkeypatch.setattr(beside, "MOST", 1000)  # of epochs of a quarter of a second
     beside.main()
     found = json.loads(Path("beside.json").read_text())
-    assert len(found["seconds"]) == 9
+    assert [each["way"] for each in found["epochs"]] == [*beside.TURN, *beside.TURN, beside.BARE]
+    for each in found["epochs"]:
+        assert (each["waited"] > 0) == (each["way"] != beside.BARE)
+        assert each["seconds"] > max(each["waited"], each["sent"]) > 0
     assert [bound["what"] for bound in found["bounds"]] == [f"{way} after each epoch" for way in beside.TURN[1::2]]
-    assert re.search(r"live images: .* of an epoch of \d\.\d\d s, n = 2\n", capsys.readouterr().out)
+    assert re.search(r"live images after each epoch: .* % \+- .* of it, n = 2\n", capsys.readouterr().out)
     assert {path.name for path in committed.iterdir()} == before | {"beside.json"}
 
 
