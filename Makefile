@@ -72,7 +72,7 @@ seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and
 pooling: $(INSTALLED)  ## accuracy on shifted images with pooling and without it, five trainings each; half an hour
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS)
 
-beside: $(INSTALLED)  ## the time that checkpoints and live images take of an epoch; ten minutes
+beside: $(INSTALLED)  ## the time that checkpoints and live images take of an epoch; five minutes
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.beside $(ARGS)
 
 # Keras has an environment of its own; Lightning, a folder beside this project's environment, whose PyTorch it uses.
