@@ -8,7 +8,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow faults browser sweep verify doctor audit lint ui tune serve seeds pooling beside bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow faults browser kill-test verify doctor audit lint ui tune serve seeds pooling overhead bench bench-training bench-tuning lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,8 @@ faults: $(INSTALLED)  ## what goes wrong in real use, set off for real: signals,
 browser: $(INSTALLED)  ## what MLflow's pages show, in a real browser: Chromium has to be there
 	$(ACTIVATE) && python -m pytest -m browser $(ARGS)
 
-sweep: $(INSTALLED)  ## kill `dvc repro` at 40 random moments; half an hour. Writes the table of docs/reliability.md
-	$(ACTIVATE) && python -m bench.sweep $(ARGS)
+kill-test: $(INSTALLED)  ## kill `dvc repro` at 40 random moments; half an hour. Writes the table of docs/reliability.md
+	$(ACTIVATE) && python -m bench.kill_test $(ARGS)
 
 verify: $(INSTALLED)  ## build everything twice from nothing, and compare
 	$(ACTIVATE) && exec python -m pipeline.verify
@@ -72,8 +72,8 @@ seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and
 pooling: $(INSTALLED)  ## accuracy on shifted images with pooling and without it, five trainings each; half an hour
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS)
 
-beside: $(INSTALLED)  ## the time that checkpoints and live images take of an epoch; five minutes
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.beside $(ARGS)
+overhead: $(INSTALLED)  ## the time that checkpoints and live images take of an epoch; five minutes
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.overhead $(ARGS)
 
 # Keras has an environment of its own; Lightning, a folder beside this project's environment, whose PyTorch it uses.
 bench/.keras/.installed: bench/requirements-keras.txt

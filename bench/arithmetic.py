@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.images.splits import LabelledImages
-from pipeline.network.cnn import CNN, Architecture, as_input, layers, seen_sides
+from pipeline.data.splits import LabelledImages
+from pipeline.model.cnn import CNN, Architecture, as_input, layers, seen_sides
 
 SUSTAINED = 0.5  # seconds; a burst of milliseconds says nothing of an epoch
 

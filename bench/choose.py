@@ -15,9 +15,9 @@ from bench import recipes
 from bench.machine import machine
 from bench.seeds import fitted
 from pipeline import files
+from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import run_command
-from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import training
+from pipeline.model import training
 
 CANDIDATES = Path("bench/candidates.json")
 SCREENING_SEEDS, DECIDING_SEEDS = range(1000, 1004), range(2000, 2008)  # none of those that the figures come from

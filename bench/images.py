@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 from pipeline.errors import UserError
-from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 
 
 def read() -> tuple[LabelledImages, LabelledImages]:

@@ -15,11 +15,11 @@ from bench import figures, recipes
 from bench.machine import code, machine, today
 from bench.seeds import fitted
 from pipeline import files, recipe
+from pipeline.data.splits import TEST, TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import run_command
-from pipeline.images.splits import TEST, TRAIN, VALIDATION, read_dataset, read_split
-from pipeline.network import scoring
-from pipeline.network.cnn import parameter_count
-from pipeline.network.hardening import moved
+from pipeline.explain.corruptions import moved
+from pipeline.model import metrics
+from pipeline.model.cnn import parameter_count
 from pipeline.params import read_params
 
 SHIFTS = range(7)  # pixels to the right
@@ -62,7 +62,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             cnn, _ = fitted(seed, of_kind, dataset, train, validation)
             shifted = (moved(test.images, 0, pixels) for pixels in SHIFTS)
-            rows.append([scoring.accuracy(scoring.predict_logits(cnn, images), test.labels) for images in shifted])
+            rows.append([metrics.accuracy(metrics.predict_logits(cnn, images), test.labels) for images in shifted])
             print(f"{kind}, seed {seed}: {'  '.join(f'{accuracy:.4f}' for accuracy in rows[-1])}", flush=True)
         found[kind] = Kind(parameter_count(recipe.architecture(of_kind, dataset)), rows)
     facts = {"dataset": dataset.name, "knobs": arguments.knobs, "seeds": arguments.seeds}

@@ -12,10 +12,10 @@ from pathlib import Path
 from bench import recipes
 from bench.machine import code, machine, today
 from pipeline import files, recipe
+from pipeline.data.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import run_command
-from pipeline.images.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import scoring, training
-from pipeline.network.cnn import CNN
+from pipeline.model import metrics, training
+from pipeline.model.cnn import CNN
 from pipeline.params import PARAMS, Params, read_params
 
 _FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "fit_seconds")
@@ -75,10 +75,10 @@ def fitted(
 def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, LabelledImages]) -> dict[str, float]:
     cnn, history = fitted(seed, params, dataset, splits[TRAIN], splits[VALIDATION])
     test = splits[TEST]
-    logits = scoring.predict_logits(cnn, test.images)
+    logits = metrics.predict_logits(cnn, test.images)
     return {
-        "test_accuracy": scoring.accuracy(logits, test.labels),
-        "test_loss": scoring.cross_entropy(logits, test.labels),
+        "test_accuracy": metrics.accuracy(logits, test.labels),
+        "test_loss": metrics.cross_entropy(logits, test.labels),
         "validation_accuracy": history[-1].validation_accuracy,
         "fit_seconds": sum(epoch.seconds for epoch in history),
     }

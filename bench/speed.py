@@ -24,8 +24,8 @@ from bench.bounds import Bound, conclude
 from bench.machine import code, machine, today
 from bench.rounds import CONTENDERS, Turn, ours, race, take_turn
 from pipeline import files
+from pipeline.data.splits import LabelledImages, read_dataset
 from pipeline.errors import UserError, run_command
-from pipeline.images.splits import LabelledImages, read_dataset
 
 RESULTS, PICTURE = Path("bench/results.json"), Path("docs/speed.png")
 SEEDS = {"short": 10, "shortest": 30}

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from bench import recipes
 from pipeline import files
-from pipeline.images.splits import read_dataset
+from pipeline.data.splits import read_dataset
 from pipeline.params import with_values
 from pipeline.tracking import runs
 

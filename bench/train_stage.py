@@ -21,9 +21,9 @@ def main() -> None:
         run = SimpleNamespace(run_id="", **ignored)
         silent.__dict__.update({"connect": lambda: None, "settle": lambda: None, "TrainingRun": object})
         silent.__dict__["training_run"] = lambda *_, **__: nullcontext(run)
-        blind = ModuleType("pipeline.tracking.live")
+        blind = ModuleType("pipeline.explain.live_images")
         blind.__dict__["LiveImages"] = lambda *_: SimpleNamespace(now=dict, after_epoch=dict)
-        sys.modules |= {"pipeline.tracking.runs": silent, "pipeline.tracking.live": blind}
+        sys.modules |= {"pipeline.tracking.runs": silent, "pipeline.explain.live_images": blind}
     from pipeline import train
 
     train.main()

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from pipeline import files, lockfile, resuming
+from pipeline import checkpoints, dvc_files, files, machine
+from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.images import sources, splits
-from pipeline.network import checkpoint, model_file
+from pipeline.model import checkpoint, model_file
 from pipeline.params import read_params
-from pipeline.tracking import delivery, faults, registry, runs
+from pipeline.tracking import delivery, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
 
 NEEDED = ("torch", "torchvision", "mlflow", "dvc", "optuna", "numba", "safetensors", "pydantic")
@@ -65,12 +65,12 @@ def _wrong(error: Exception) -> Wrong:
 
 
 def _environment() -> Found:
-    known = lockfile.versions()
-    yield f"Python {sys.version.split()[0]}, libraries as in {lockfile.REQUIREMENTS}"
+    known = machine.versions()
+    yield f"Python {sys.version.split()[0]}, libraries as in {machine.REQUIREMENTS}"
     for package in NEEDED:
         here, wanted = known.get(package, ("not installed", ""))
         if here != wanted:
-            yield Wrong(f"{package} is {here}; {lockfile.REQUIREMENTS} has {wanted or 'it'}: {INSTALL}")
+            yield Wrong(f"{package} is {here}; {machine.REQUIREMENTS} has {wanted or 'it'}: {INSTALL}")
 
 
 def _params() -> Found:
@@ -114,7 +114,7 @@ def _model() -> Found:
 
 
 def _lock() -> Found:
-    known = lockfile.outputs()
+    known = dvc_files.outputs()
     yield f"{len(known)} outputs"
     if RWLOCK.exists():
         try:
@@ -126,7 +126,7 @@ def _lock() -> Found:
 def _cache() -> Found:
     """DVC trusts the files of its cache without hashing them again."""
     looked_at = 0
-    copies = list(lockfile.outputs().items())
+    copies = list(dvc_files.outputs().items())
     for path, md5 in copies:  # grows by what is in the folders
         cached = CACHE / md5[:2] / md5[2:]
         if not cached.exists():
@@ -155,7 +155,7 @@ def _read_cached(path: Path, md5: str) -> bytes | None:
 
 def _checkpoints() -> Found:
     count = 0
-    for path in sorted(files.checkpoints_folder().glob(f"*{resuming.SUFFIX}")):
+    for path in sorted(files.checkpoints_folder().glob(f"*{checkpoints.SUFFIX}")):
         count += 1
         try:
             reached, _ = checkpoint.from_bytes(path.read_bytes())
@@ -179,7 +179,7 @@ def _tracking() -> Found:
     dead = runs.left_open()
     if dead:
         yield Wrong(f"{len(dead)} runs are open whose processes have died; what closes them: {WRITE}")
-    yield faults.address()
+    yield store.address()
 
 
 def _undelivered(path: Path) -> Wrong:
@@ -236,7 +236,7 @@ def _crowns(champion: Mapping[str, str]) -> str:
     if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == champion.get(runs.MODEL_SHA256):
         return EVALUATE
     version = registry.to_go_back_to()
-    return f"`python -m pipeline.champion {version.version} --rollback`" if version else EVALUATE
+    return f"`python -m pipeline.models {version.version} --rollback`" if version else EVALUATE
 
 
 LOOKS: dict[str, Callable[[], Found]] = {

@@ -57,7 +57,7 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^@/\s]+(?=@)", "***", text)
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A name from outside in a message: on one line, whatever is in it, and not endless."""
     printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return printable if len(printable) <= LONGEST_SHOWN else f"{printable[:LONGEST_SHOWN]}..."

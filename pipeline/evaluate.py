@@ -5,14 +5,15 @@ from dataclasses import asdict
 from torch import Tensor
 
 from pipeline import files
+from pipeline.data.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import run_command
-from pipeline.images.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import hardening, model_file, scoring
-from pipeline.network.cnn import parameter_count
-from pipeline.network.model_file import Saved
+from pipeline.explain import corruptions
+from pipeline.explain.model_card import model_card
+from pipeline.model import metrics, model_file
+from pipeline.model.cnn import parameter_count
+from pipeline.model.model_file import TrainedModel
 from pipeline.params import Evaluate, read_params
 from pipeline.tracking import models, registry, runs
-from pipeline.tracking.card import model_card
 
 
 def main() -> None:
@@ -24,24 +25,24 @@ def main() -> None:
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
-    logits = scoring.predict_logits(saved.cnn, test.images)
+    logits = metrics.predict_logits(saved.cnn, test.images)
     scores = _test_scores(saved, logits, test, dataset, params.evaluate)
-    metrics = {
+    scored = {
         "test": scores,
-        "validation": _brief_scores(scoring.predict_logits(saved.cnn, validation.images), validation),
+        "validation": _brief_scores(metrics.predict_logits(saved.cnn, validation.images), validation),
         "parameters": parameter_count(saved.cnn.architecture),
         "dataset": dataset.name,
     }
-    files.write_json(files.METRICS, metrics)
+    files.write_json(files.METRICS, scored)
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
     runs.connect()
-    runs.settle()
+    runs.close_stale_runs()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], runs.EVALUATION)
     lineage = runs.lineage_of(run_id)
-    card = model_card(dataset, saved, metrics, lineage)
+    card = model_card(dataset, saved, scored, lineage)
     files.write(files.CARD, card.encode())
     entry = registry.Entry(
         run_id=run_id,
@@ -66,27 +67,27 @@ def main() -> None:
 
 
 def _test_scores(
-    saved: Saved, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
+    saved: TrainedModel, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
 ) -> dict[str, object]:
     probabilities = logits.softmax(dim=1)
     return _brief_scores(logits, test) | {
         "error_count": int((logits.argmax(dim=1) != test.labels).sum()),
-        "ece": scoring.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
+        "ece": metrics.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
         "per_class": _class_scores(logits, test, dataset.class_names),
-        "robustness": hardening.robustness(saved.cnn, test.images, test.labels),
+        "robustness": corruptions.robustness(saved.cnn, test.images, test.labels),
     }
 
 
 def _brief_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:
     return {
-        "accuracy": scoring.accuracy(logits, split.labels),
-        "loss": scoring.cross_entropy(logits, split.labels),
+        "accuracy": metrics.accuracy(logits, split.labels),
+        "loss": metrics.cross_entropy(logits, split.labels),
     }
 
 
 def _class_scores(logits: Tensor, test: LabelledImages, class_names: tuple[str, ...]) -> dict[str, object]:
-    confusion = scoring.confusion_matrix(test.labels, logits.argmax(dim=1), len(class_names))
-    return {name: asdict(score) for name, score in zip(class_names, scoring.per_class(confusion), strict=True)}
+    confusion = metrics.confusion_matrix(test.labels, logits.argmax(dim=1), len(class_names))
+    return {name: asdict(score) for name, score in zip(class_names, metrics.per_class(confusion), strict=True)}
 
 
 def _predictions(logits: Tensor, test: LabelledImages, dataset: Dataset) -> list[dict[str, object]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.errors import UserError, run_command
-from pipeline.network import formats
-from pipeline.network.cnn import CNN
+from pipeline.model import formats
+from pipeline.model.cnn import CNN
 from pipeline.tracking import registry, runs
 from pipeline.tracking.gate import CHAMPION
 

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from pipeline import files
-from pipeline.errors import UserError, shown
+from pipeline.errors import UserError, printable
 
 PARAMS = Path("params.yaml")
 LARGEST_FILE = 20_000  # bytes; the committed file has a sixth of it
@@ -184,7 +184,7 @@ class Params(Section):
         return dict(_knobs(self.model_dump(exclude={"tune"})))
 
     def changed(self, knobs: Mapping[str, object]) -> "Params":
-        """The same parameters with other values for some knobs. Raises ValueError for what is no knob or no value."""
+        """The same parameters with other values for some knobs. Raises ValueError for an unknown one or a bad value."""
         content = self.model_dump(mode="json", exclude_unset=True)
         for path, value in knobs.items():
             _put(content, path, value)
@@ -213,7 +213,7 @@ def _put(content: dict[str, Any], path: str, value: object) -> None:
     try:
         inside[last]  # a knob that is not there must not be made
     except (KeyError, IndexError, TypeError):
-        raise ValueError(f"{path} is no knob") from None
+        raise ValueError(f"{path} is not a parameter") from None
     inside[last] = value
 
 
@@ -235,7 +235,7 @@ def _refuse_untunable(params: Params, path: str, space: Range) -> None:
     """Raises ValueError for a path that a trial cannot choose, and for a range that the knob does not allow."""
     knobs = params.knobs()
     if path not in knobs:
-        raise ValueError(f"tune.space names {path}, which is no knob")
+        raise ValueError(f"tune.space names {path}, which is not a parameter")
     section = path.split(".")[0]
     if section not in ("model", "train") or path in NOT_TUNED:
         raise ValueError(
@@ -288,7 +288,7 @@ def read_params(path: Path = PARAMS) -> Params:
         raise UserError(f"{path} is a folder: `git restore {path}` brings the file back") from None
     if len(content) > LARGEST_FILE:
         raise UserError(f"{path} has {len(content):,} bytes; allowed: {LARGEST_FILE:,}")
-    return _validated(_parsed(content, path), path)
+    return _validated(parse_yaml(content, path), path)
 
 
 def with_values(content: str, knobs: Mapping[str, object]) -> str:
@@ -305,16 +305,17 @@ def with_values(content: str, knobs: Mapping[str, object]) -> str:
     return text.getvalue()
 
 
-def _parsed(content: bytes, path: Path) -> object:
+def parse_yaml(content: bytes, path: Path) -> object:
+    """What a YAML file holds; a UserError of one line for what is none, or would take much more memory than it has."""
     yaml = YAML(typ="safe", pure=True)
     try:
         _refuse_bombs(yaml, content, path)
         return yaml.load(content)
     except MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: {place}{shown(_one_line(str(error.problem)))}") from None
+        raise UserError(f"{path}: {place}{printable(_one_line(str(error.problem)))}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML: {shown(_one_line(str(error)))}") from None
+        raise UserError(f"{path} is not YAML: {printable(_one_line(str(error)))}") from None
 
 
 def _refuse_bombs(yaml: YAML, content: bytes, path: Path) -> None:
@@ -334,7 +335,7 @@ def _validated(content: object, path: Path) -> Params:
         errors = error.errors(include_url=False)
         # A misspelt knob is also a missing one: the spelling is what helps.
         errors.sort(key=lambda each: each["type"] != "extra_forbidden")
-        raise UserError(f"{path}: {shown(_explained(errors[0]))}") from None
+        raise UserError(f"{path}: {printable(_explained(errors[0]))}") from None
 
 
 def _explained(error: ErrorDetails) -> str:
@@ -346,12 +347,14 @@ def _explained(error: ErrorDetails) -> str:
         case "extra_forbidden":
             known = list(_schema_at(above)["properties"])
             close = difflib.get_close_matches(str(last), known, n=1)
-            return f"{name} is no knob; {f'did you mean {close[0]}?' if close else f'allowed: {_listed(known)}'}"
+            return (
+                f"{name} is not a parameter; {f'did you mean {close[0]}?' if close else f'allowed: {_listed(known)}'}"
+            )
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return f"{name} is {given}: {message}" if error["loc"] else message
         case "invalid_key":
-            return f"{name} is no knob; the names of knobs are text"
+            return f"{name} is not a parameter; the names of knobs are text"
         case _:
             return f"{name} is {given}; allowed: {_allowed(_schema_at(keys))}"
 

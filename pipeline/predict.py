@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError, run_command, shown
-from pipeline.images import pictures, sources
+from pipeline.data import image_files, sources
+from pipeline.errors import UserError, printable, run_command
 from pipeline.tracking import registry, runs
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import Loaded
@@ -67,7 +67,7 @@ def _paths(given: Iterable[str]) -> Iterator[str]:
     """The files that are named, and the pictures in the folders that are."""
     for name in given:
         if _is_folder(name):
-            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
+            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in image_files.SUFFIXES)
             yield from map(str, found) if found else [name]
         else:
             yield name
@@ -82,17 +82,17 @@ def _is_folder(name: str) -> bool:
 
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
-    name = shown(path)
-    picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), name)
+    name = printable(path)
+    picture = image_files.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), name)
     if loaded.data_name in sources.CENTRED_STROKES:
-        return pictures.centred_strokes(picture, loaded.image_shape, name).numpy()
-    return pictures.fitted(picture, loaded.image_shape).numpy()
+        return image_files.centred_strokes(picture, loaded.image_shape, name).numpy()
+    return image_files.fitted(picture, loaded.image_shape).numpy()
 
 
 def _as_line(path: str, probabilities: Mapping[str, float]) -> str:
     (label, first), *others = sorted(probabilities.items(), key=lambda each: -each[1])
-    doubt = "".join(f"  (or {shown(other)}, {second:.1%})" for other, second in others[:1] if second >= CLOSE)
-    return f"{shown(path)}  {shown(label)}  {first:.1%}{doubt}"
+    doubt = "".join(f"  (or {printable(other)}, {second:.1%})" for other, second in others[:1] if second >= CLOSE)
+    return f"{printable(path)}  {printable(label)}  {first:.1%}{doubt}"
 
 
 def _as_json(path: str, probabilities: Mapping[str, float]) -> str:

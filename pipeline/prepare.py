@@ -3,8 +3,8 @@
 import sys
 
 from pipeline import files
+from pipeline.data import sources, splits
 from pipeline.errors import run_command
-from pipeline.images import sources, splits
 from pipeline.params import read_params
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
-from pipeline.images.splits import Dataset, LabelledImages
-from pipeline.network import training
-from pipeline.network.checkpoint import Checkpoint
-from pipeline.network.cnn import CNN, Architecture, layers
+from pipeline.model import training
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.cnn import CNN, Architecture, layers
 from pipeline.params import Params
 
 

@@ -1,8 +1,8 @@
 """Prints where the last `dvc repro` stands: the data set really used, the test figures, where to look."""
 
 from pipeline import files
+from pipeline.data.splits import TEST, TRAIN, read_dataset
 from pipeline.errors import run_command
-from pipeline.images.splits import TEST, TRAIN, read_dataset
 
 
 def main() -> None:

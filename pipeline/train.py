@@ -4,16 +4,16 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from pipeline import files, recipe, resuming
+from pipeline import checkpoints, dvc_files, files, recipe
+from pipeline.checkpoints import Interrupted
+from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, run_command
-from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
-from pipeline.network import model_file, training
-from pipeline.network.checkpoint import Checkpoint
-from pipeline.network.cnn import CNN, summary
+from pipeline.explain.live_images import LiveImages
+from pipeline.model import model_file, training
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.cnn import CNN, summary
 from pipeline.params import Params, read_params
-from pipeline.resuming import Interrupted
 from pipeline.tracking import runs
-from pipeline.tracking.live import LiveImages
 from pipeline.tracking.runs import TrainingRun
 
 
@@ -29,29 +29,29 @@ def main() -> None:
     for folder in (files.MODEL.parent, files.HISTORY.parent, files.checkpoints_folder()):
         files.check_writable(folder)
     runs.connect()
-    runs.settle()
-    known_by = resuming.fingerprint(params, dataset, device)
-    if run_id := _already_trained(known_by):
+    runs.close_stale_runs()
+    fingerprint = checkpoints.fingerprint(params, dataset, device)
+    if run_id := _already_trained(fingerprint):
         print(f"{files.MODEL} was trained by the MLflow run {run_id}, which ended before DVC knew of it")
     else:
-        before = resuming.find(known_by)
+        before = checkpoints.find(fingerprint)
         continues = before.run_id if before else None
-        with runs.training_run(params, dataset, device, known_by, continues) as run:
-            history = _fit(cnn, train, validation, params, run, known_by, before)
+        with runs.training_run(params, dataset, device, fingerprint, continues) as run:
+            history = _fit(cnn, train, validation, params, run, fingerprint, before)
             model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
             files.write(files.MODEL, model)
             files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
             run.describe_model(cnn, dataset, files.sha256(model))
-    resuming.forget(known_by)
+    checkpoints.forget(fingerprint)
     print(f"{files.MODEL}: SHA-256 {files.sha256(files.MODEL.read_bytes())[:12]}..., trained on {dataset.label}")
 
 
-def _already_trained(known_by: str) -> str | None:
+def _already_trained(fingerprint: str) -> str | None:
     """The run of a training that came to its end, but was killed before DVC had noted what it wrote."""
     if not files.runs_in_dvc() or not files.MODEL.exists() or not files.HISTORY.exists():
         return None
     model = files.MODEL.read_bytes()
-    return None if resuming.is_recorded_by_dvc(model) else runs.has_given(known_by, files.sha256(model))
+    return None if dvc_files.has_noted(files.MODEL, model) else runs.has_given(fingerprint, files.sha256(model))
 
 
 def _fit(
@@ -60,7 +60,7 @@ def _fit(
     validation: LabelledImages,
     params: Params,
     run: TrainingRun,
-    known_by: str,
+    fingerprint: str,
     before: Interrupted | None,
 ) -> list[training.Epoch]:
     """Train to the end, with a bar on a terminal and a line an epoch anywhere; where ``before`` ended, if at all."""
@@ -80,7 +80,7 @@ def _fit(
                 bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
 
         def keep(reached: Checkpoint) -> None:
-            resuming.keep(known_by, reached, history, run.run_id)
+            checkpoints.keep(fingerprint, reached, history, run.run_id)
 
         start = before.checkpoint if before else None
         pictures = LiveImages(cnn, params.visualize.maximisation) if params.train.live_images else None

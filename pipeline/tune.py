@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import torch
 
 from pipeline import files, recipe
+from pipeline.data.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.images.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
 from pipeline.params import PARAMS, Params, read_params, with_values
 from pipeline.tracking import runs, studies
 from pipeline.tuning import coordinator, finalists, plots
@@ -43,17 +43,17 @@ def main() -> None:
     with _alone():
         _check_needs(params, dataset)
         # The workers come before the study, since they take as long to begin as it does.
-        with storage_faults(), team(workers, cores) as hired:
+        with storage_faults(), team(workers, cores) as team_of_workers:
             with in_turn():
                 study = Study.open(open_storage(), arguments.study, params, dataset)
             if study.present is None:
                 print(f"the present values of {PARAMS} are outside tune.space: they are no trial, but a finalist")
             runs.connect()
-            runs.settle()
+            runs.close_stale_runs()
             with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
-                _run_trials(study, hired, total, run)
-                outcomes = _check_finalists(study, hired)
-                hired.dismiss()
+                _run_trials(study, team_of_workers, total, run)
+                outcomes = _check_finalists(study, team_of_workers)
+                team_of_workers.terminate()
                 verdict = _conclude(study, outcomes, run)
                 if arguments.apply:
                     _apply(study, verdict, run, arguments.force)
@@ -113,7 +113,7 @@ def _check_needs(params: Params, dataset: Dataset) -> None:
         read_split(dataset, split)
 
 
-def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) -> None:
+def _run_trials(study: Study, team_of_workers: Team, total: int, run: studies.StudyRun) -> None:
     progress = _Progress(study, total)
 
     def on_change() -> None:
@@ -124,7 +124,7 @@ def _run_trials(study: Study, hired: Team, total: int, run: studies.StudyRun) ->
     run.log_missing(study.ended())
     progress.show()
     try:
-        coordinator.run_trials(study, hired, total, on_change)
+        coordinator.run_trials(study, team_of_workers, total, on_change)
         progress.show()  # the last ones may have been done elsewhere
     finally:
         progress.end()
@@ -170,11 +170,11 @@ class _Progress:
             print()
 
 
-def _check_finalists(study: Study, hired: Team) -> list[Outcome]:
+def _check_finalists(study: Study, team_of_workers: Team) -> list[Outcome]:
     chosen = study.finalists()
     seeds = study.params.tune.seeds
     print(f"the {len(chosen) - 1} best and the present values, each with {seeds} other seeds:", flush=True)
-    return coordinator.train_again(study, hired, chosen)
+    return coordinator.train_again(study, team_of_workers, chosen)
 
 
 def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) -> Verdict:

@@ -16,12 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline import files, lockfile, recipe
+from pipeline import dvc_files, files, machine, recipe
+from pipeline.data import sources
+from pipeline.data.splits import read_dataset
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.images import sources
-from pipeline.images.splits import read_dataset
 from pipeline.params import read_params
-from pipeline.tracking import lineage
 
 DECIDING = ("torch", "numpy", "numba")  # packages of which another version may add up in another order
 GRACE_SECONDS = 10  # for a stage to end after SIGTERM
@@ -41,10 +40,10 @@ def main() -> None:
 def committed_outputs() -> dict[str, str]:
     """The hashes that the last commit's dvc.lock has; the file itself is that of the last `dvc repro`."""
     try:
-        return lockfile.outputs(content=_git("show", f"HEAD:./{lockfile.LOCK}"))
+        return dvc_files.outputs(content=_git("show", f"HEAD:./{dvc_files.LOCK}"))
     except Fault as fault:
         raise UserError(
-            f"there is no committed {lockfile.LOCK} to compare with ({fault}): run `dvc repro` and commit it"
+            f"there is no committed {dvc_files.LOCK} to compare with ({fault}): run `dvc repro` and commit it"
         ) from fault
 
 
@@ -68,7 +67,7 @@ def _built(folder: Path) -> dict[str, str]:
     code, told = _run_as_one([sys.executable, "-m", "dvc", "repro", "--quiet"], folder, _environment())
     if code != 0:
         raise Fault(f"dvc repro failed: {(told.strip().splitlines() or ['without a word'])[-1]}")
-    return lockfile.outputs(folder)
+    return dvc_files.outputs(folder)
 
 
 def tell_stand_in(folder: Path) -> None:
@@ -165,12 +164,12 @@ def _table(first: Mapping[str, str], second: Mapping[str, str], committed: Mappi
 
 def _reasons() -> Iterator[str]:
     yield "params.yaml or the code was changed after that file was written: `git diff HEAD` tells what is not committed"
-    for package, (here, wanted) in lockfile.versions().items():
+    for package, (here, wanted) in machine.versions().items():
         if package in DECIDING:
-            yield f"{package} is {here}" + ("" if here == wanted else f", {lockfile.REQUIREMENTS} has {wanted}")
-    machine = lineage.surroundings(recipe.device_for(read_params()))
+            yield f"{package} is {here}" + ("" if here == wanted else f", {machine.REQUIREMENTS} has {wanted}")
+    tags = machine.environment_tags(recipe.device_for(read_params()))
     for name in ("device", "cpu.capability", "cpu.threads"):
-        yield f"{name} is {machine[name]}; of the machine that wrote dvc.lock it may be another"
+        yield f"{name} is {tags[name]}; of the machine that wrote dvc.lock it may be another"
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from pipeline import files, gallery
+from pipeline import files
+from pipeline.data.splits import TEST, TRAIN, read_dataset, read_split
 from pipeline.errors import run_command
+from pipeline.explain import report
 from pipeline.figures.canvas import as_png
-from pipeline.images.splits import TEST, TRAIN, read_dataset, read_split
-from pipeline.network import model_file
+from pipeline.model import model_file
 from pipeline.params import read_params
 from pipeline.tracking import runs
 
@@ -18,7 +19,7 @@ def main() -> None:
     model = files.read(files.MODEL, made_by="train")
     saved = model_file.from_bytes(model, str(files.MODEL))
     runs.connect()  # before the drawing, which takes longer than to find that the store is closed
-    exhibit = gallery.Exhibit(
+    inputs = report.ReportInputs(
         saved.cnn,
         dataset,
         read_split(dataset, TRAIN),
@@ -29,18 +30,18 @@ def main() -> None:
         params.evaluate.calibration_bins,
     )
     pictures = []
-    for name, figure in gallery.figures(exhibit):
+    for name, figure in report.figures(inputs):
         pictures.append(files.FIGURES / f"{name}.png")
         files.write(pictures[-1], as_png(figure))
     tables = []
-    for name, rows in gallery.tables(exhibit).items():
+    for name, rows in report.tables(inputs).items():
         tables.append(files.PLOTS / f"{name}.csv")
         files.write_table(tables[-1], rows)
     _clear(files.FIGURES, pictures)
     _clear(files.PLOTS, tables)
 
-    runs.settle()
-    run_id = runs.find_or_restore(files.sha256(model), saved, dataset, exhibit.history)
+    runs.close_stale_runs()
+    run_id = runs.find_or_restore(files.sha256(model), saved, dataset, inputs.history)
     runs.log_files(run_id, pictures, "figures")
     print(f"{len(pictures)} figures of a model trained on {dataset.label} -> {files.FIGURES}")
 

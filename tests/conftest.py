@@ -21,9 +21,9 @@ import requests
 import torch
 
 from pipeline import evaluate, files, prepare, train, visualize
-from pipeline.images import splits
-from pipeline.network import model_file, training
-from pipeline.network.cnn import CNN
+from pipeline.data import splits
+from pipeline.model import model_file, training
+from pipeline.model.cnn import CNN
 from pipeline.params import with_values
 from pipeline.tracking import runs
 from tests import forked

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 # Not the commands themselves, which are run as `python -m` does: as a module that nobody has imported.
 LIBRARIES = [
-    *("pipeline.gallery", "pipeline.images.sources", "pipeline.recipe", "pipeline.tuning.plots"),
+    *("pipeline.explain.report", "pipeline.data.sources", "pipeline.recipe", "pipeline.tuning.plots"),
     *("pipeline.tracking.registry", "pipeline.tracking.serving", "mlflow.store.tracking.sqlalchemy_store"),
 ]
 _FORKS = multiprocessing.get_context("forkserver")

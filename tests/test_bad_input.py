@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from pipeline import files, prepare, train
+from pipeline.data.splits import SPLITS, TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.images.splits import SPLITS, TRAIN, VALIDATION, read_dataset, read_split
-from pipeline.network import model_file
+from pipeline.model import model_file
 from pipeline.params import flat, read_params
 from tests.conftest import PARAMS, write_params
-from tests.images.test_sources import publish, put, small_mnist
+from tests.data.test_sources import publish, put, small_mnist
 
 pytestmark = pytest.mark.faults
 LONGEST_LINE = 500  # characters

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import arithmetic, beside, images, pooling, recipes, rounds, speed, stages, tuning
+from bench import arithmetic, images, overhead, pooling, recipes, rounds, speed, stages, tuning
 from bench.bounds import Bound, conclude
 from bench.contenders import usual
+from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault
-from pipeline.images.splits import LabelledImages
-from pipeline.network.cnn import CNN, Architecture
+from pipeline.model.cnn import CNN, Architecture
 from tests.conftest import REPOSITORY
 
 PUBLISHED = Architecture((28, 28, 1), tuple("0123456789"), (32, 64))
@@ -57,7 +57,7 @@ def test_a_recipe_can_be_said_in_words_and_understood() -> None:
     params = recipes.published().changed(recipes.SHORT)
     assert (params.train.epochs, params.train.schedule, params.model.dropout) == (4, "one-cycle", 0.1)
     assert params.model.filters == recipes.published().model.filters
-    with pytest.raises(ValueError, match=r"train\.epoch is no knob"):
+    with pytest.raises(ValueError, match=r"train\.epoch is not a parameter"):
         params.changed({"train.epoch": 3})
 
 
@@ -168,13 +168,13 @@ def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, Lab
 def test_what_is_done_beside_an_epoch_is_told_in_shares_of_a_bare_one() -> None:
     rows = [(2.0, 0, 0.1), (2.2, 0.1, 0.3), (2.0, 0, 0.1), (2.0, 0.02, 0.1)]
     rows += [(2.0, 0, 0.1), (2.1, 0.3, 0.1), (4.0, 0, 0.1), (4.4, 0.02, 0.12), (4.0, 0, 0.1)]  # something else at work
-    ways = (*beside.TURN, *beside.TURN, beside.BARE)
-    epochs = [beside.Timed(way, *row) for way, row in zip(ways, rows, strict=True)]
+    ways = (*overhead.TURN, *overhead.TURN, overhead.BARE)
+    epochs = [overhead.Timed(way, *row) for way, row in zip(ways, rows, strict=True)]
     bare = 100 * 5 / (2 + 2 + 2 + 4 + 4)  # per cent a second
-    assert beside.costs(epochs, beside.LIVE) == pytest.approx([0.3 * bare, 0.3 * bare])
-    assert beside.costs(epochs, beside.CHECKPOINT) == pytest.approx([0.02 * bare, 0.04 * bare])
-    assert beside.longer(epochs, beside.LIVE) == pytest.approx([10, -30])
-    assert beside.longer(epochs, beside.CHECKPOINT) == pytest.approx([0, 10])
+    assert overhead.costs(epochs, overhead.LIVE) == pytest.approx([0.3 * bare, 0.3 * bare])
+    assert overhead.costs(epochs, overhead.CHECKPOINT) == pytest.approx([0.02 * bare, 0.04 * bare])
+    assert overhead.longer(epochs, overhead.LIVE) == pytest.approx([10, -30])
+    assert overhead.longer(epochs, overhead.CHECKPOINT) == pytest.approx([0, 10])
 
 
 @pytest.fixture
@@ -190,17 +190,17 @@ def test_checkpoints_and_live_images_are_timed_in_one_training(
     committed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name for path in committed.iterdir()}
-    monkeypatch.setattr(sys, "argv", ["beside", "--times", "2", "--output", "beside.json"])
-    monkeypatch.setattr(beside, "MOST", 1000)  # of epochs of a quarter of a second
-    beside.main()
-    found = json.loads(Path("beside.json").read_text())
-    assert [each["way"] for each in found["epochs"]] == [*beside.TURN, *beside.TURN, beside.BARE]
+    monkeypatch.setattr(sys, "argv", ["overhead", "--times", "2", "--output", "overhead.json"])
+    monkeypatch.setattr(overhead, "MOST", 1000)  # of epochs of a quarter of a second
+    overhead.main()
+    found = json.loads(Path("overhead.json").read_text())
+    assert [each["way"] for each in found["epochs"]] == [*overhead.TURN, *overhead.TURN, overhead.BARE]
     for each in found["epochs"]:
-        assert (each["waited"] > 0) == (each["way"] != beside.BARE)
+        assert (each["waited"] > 0) == (each["way"] != overhead.BARE)
         assert each["seconds"] > max(each["waited"], each["sent"]) > 0
-    assert [bound["what"] for bound in found["bounds"]] == [f"{way} after each epoch" for way in beside.TURN[1::2]]
+    assert [bound["what"] for bound in found["bounds"]] == [f"{way} after each epoch" for way in overhead.TURN[1::2]]
     assert re.search(r"live images after each epoch: .* % \+- .* of it, n = 2\n", capsys.readouterr().out)
-    assert {path.name for path in committed.iterdir()} == before | {"beside.json"}
+    assert {path.name for path in committed.iterdir()} == before | {"overhead.json"}
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
         return {alias: str(number) for alias, number in registered.aliases.items()}
 
     def champion(*words: str) -> str:
-        return succeed(sys.executable, "-m", "pipeline.champion", *words, folder=clone)
+        return succeed(sys.executable, "-m", "pipeline.models", *words, folder=clone)
 
     write_params(clone, ONE_EPOCH | {"train.epochs": 2})
     succeed("dvc", "repro", folder=clone)
@@ -305,7 +305,7 @@ def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path, tmp_path:
     assert version.run_id == restored.info.run_id
     assert version.tags["restored"] == "true"
     assert "DVC brought it back from a cache" in str(version.description)
-    printed = succeed(sys.executable, "-m", "pipeline.champion", folder=clone)
+    printed = succeed(sys.executable, "-m", "pipeline.models", folder=clone)
     assert printed.endswith("would make the same model: DVC brought it back from a cache.\n")
 
 

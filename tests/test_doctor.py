@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 
 from pipeline import doctor, evaluate, files, train
 from pipeline.errors import run_command
-from pipeline.network import model_file
-from pipeline.network.training import Epoch
+from pipeline.model import model_file
+from pipeline.model.training import Epoch
 from pipeline.tracking import delivery, runs
 from tests.conftest import REPOSITORY, say_of_the_data
 from tests.test_clone import succeed
@@ -151,8 +151,8 @@ def _checkpoint(folder: Path) -> None:
 
 def _undelivered(folder: Path) -> None:
     run_id = MlflowClient().create_run(runs._experiment_id(), tags=DEAD).info.run_id
-    letter = delivery.Letter(run_id, {1: {"loss": 0.5}}, {1: 1}, status="FINISHED", ended=2)
-    files.write_json(folder / f"checkpoints/{run_id}.undelivered.json", asdict(letter))
+    updates = delivery.PendingUpdates(run_id, {1: {"loss": 0.5}}, {1: 1}, status="FINISHED", ended=2)
+    files.write_json(folder / f"checkpoints/{run_id}.undelivered.json", asdict(updates))
 
 
 def _damaged_letter(folder: Path) -> None:
@@ -266,8 +266,8 @@ def _flip(path: Path) -> None:
         (_store, "tracking store", "mlflow.db failed: "),
         (_champion, "registry", "cannot be had"),
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
-        (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.champion 2 --rollback`"),
-        (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.champion 1 --rollback`"),
+        (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),
+        (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.models 1 --rollback`"),
         (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): make it a file"),
         (_no_split_but_a_folder, "images", "data/prepared/train.safetensors cannot be read (Is a directory)"),
         (_no_letter_but_a_folder, "tracking store", "abc.undelivered.json cannot be read (Is a directory)"),

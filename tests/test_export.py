@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from pipeline.images.splits import TEST, read_dataset, read_split
+from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry
 from tests.conftest import run_command
 

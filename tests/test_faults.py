@@ -244,9 +244,9 @@ def test_fault_8_odd_paths_and_surroundings(workspace: Path, tmp_path: Path) -> 
     assert process.returncode == 0, told
     assert "epoch 2/2" in out
     # Python asks for LC_ALL when it starts.
-    surroundings = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(tmp_path / "link"), "LC_ALL": "C"}
+    environment_tags = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(tmp_path / "link"), "LC_ALL": "C"}
     command = [sys.executable, "-m", "pipeline.evaluate"]
-    evaluated = subprocess.run(command, cwd=tmp_path / "link", env=surroundings, capture_output=True, check=True)
+    evaluated = subprocess.run(command, cwd=tmp_path / "link", env=environment_tags, capture_output=True, check=True)
     assert evaluated.stderr == b""
 
 

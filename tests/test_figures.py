@@ -91,8 +91,8 @@ def drawings() -> dict[str, Callable[[], Figure]]:
         "nothing found": lambda: network.explanations(
             images[:1], ["cat"], {"Grad-CAM": Heat(np.zeros((1, 28, 28)), False)}, "title"
         ),
-        "everywhere": lambda: network.everywhere(images[:3], np.abs(noise(3, 26, 26)), CLASSES, "title"),
-        "sharing": lambda: network.sharing({"conv2d": (320, 17_000_000), "conv2d_1": (18_496, 42_000_000)}),
+        "everywhere": lambda: network.equivariance(images[:3], np.abs(noise(3, 26, 26)), CLASSES, "title"),
+        "sharing": lambda: network.parameter_sharing({"conv2d": (320, 17_000_000), "conv2d_1": (18_496, 42_000_000)}),
         "per class": lambda: scores.per_class(
             {"precision": [(0.9, 0.8, 1.0)] * 3, "recall": [(0.0, 0.0, 1.0)] * 3}, CLASSES
         ),

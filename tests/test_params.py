@@ -67,7 +67,7 @@ def test_every_knob_has_a_comment() -> None:
         ("dropout: 0.5", "dropout: a lot", "model.dropout is 'a lot'; allowed: a number >= 0 and < 1"),
         ("dropout: 0.5", "dropout: 1", "model.dropout is 1; allowed: a number >= 0 and < 1"),
         ("dropout: 0.5", "dropout: .nan", "model.dropout is nan; allowed: a number >= 0 and < 1"),
-        ("dropout: 0.5", "dropuot: 0.5", "model.dropuot is no knob; did you mean dropout?"),
+        ("dropout: 0.5", "dropuot: 0.5", "model.dropuot is not a parameter; did you mean dropout?"),
         ("[32, 64]", "[32, -4]", "model.filters.1 is -4; allowed: an integer >= 1 and <= 1024"),
         ("[32, 64]", "[1000000000]", "model.filters.0 is 1000000000; allowed: an integer >= 1 and <= 1024"),
         ("[32, 64]", "[32, 3.5]", "model.filters.1 is 3.5; allowed: an integer >= 1 and <= 1024"),
@@ -78,7 +78,7 @@ def test_every_knob_has_a_comment() -> None:
         ("threads: null", "threads: 0", "train.threads is 0; allowed: an integer >= 1 and <= 1024 or null"),
         ("device: auto", "device: tpu", "train.device is 'tpu'; allowed: auto | cpu | cuda"),
         ("\nseed: 0", "\nseed: -1", "seed is -1; allowed: an integer >= 0 and <= 4294967295"),
-        ("\ntrain:", "\ntain:", "tain is no knob; did you mean train?"),
+        ("\ntrain:", "\ntain:", "tain is not a parameter; did you mean train?"),
         (
             "low: 8, high: 96",
             "low: 100, high: 96",
@@ -89,9 +89,9 @@ def test_every_knob_has_a_comment() -> None:
             "[1, 1, 1, 1, 1, 1, 1, 1, 1]",
             "model.filters is [1, 1, 1, 1, 1, 1, ...]; allowed: a list of 1 to 8, each an integer >= 1 and <= 1024",
         ),
-        ("\nseed: 0", "\n1: 2\nseed: 0", "1 is no knob; the names of knobs are text"),
-        ("model.dropout: {", "model.dropuot: {", "tune.space names model.dropuot, which is no knob"),
-        ("model.filters.1: {", "model.filters.2: {", "tune.space names model.filters.2, which is no knob"),
+        ("\nseed: 0", "\n1: 2\nseed: 0", "1 is not a parameter; the names of knobs are text"),
+        ("model.dropout: {", "model.dropuot: {", "tune.space names model.dropuot, which is not a parameter"),
+        ("model.filters.1: {", "model.filters.2: {", "tune.space names model.filters.2, which is not a parameter"),
         (
             "{low: 8, high: 96, step: 8}",
             "{low: 8, high: 96, step: 0.5}",
@@ -211,7 +211,7 @@ def test_values_are_written_and_nothing_else_changes() -> None:
     ]
     assert all(old.split("#")[1] == new.split("#")[1] for old, new in changed)  # the comments, in their places
     assert with_values(PUBLISHED, {}) == PUBLISHED
-    with pytest.raises(ValueError, match=r"^model\.filters\.2 is no knob"):
+    with pytest.raises(ValueError, match=r"^model\.filters\.2 is not a parameter"):
         with_values(PUBLISHED, {"model.filters.2": 1})
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline import predict
-from pipeline.images import pictures
-from pipeline.images.splits import TEST, read_dataset, read_split
+from pipeline.data import image_files
+from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry, runs
 from tests.conftest import run_command
 from tests.drawn import all_of_them, drawn
@@ -29,7 +29,7 @@ def test_digits_from_outside_come_out_right(folder: Path) -> None:
     model = registry.load(registry.find("champion"))
     answers = []
     for name, digit, picture in all_of_them():
-        image = pictures.centred_strokes(picture, model.image_shape, name)
+        image = image_files.centred_strokes(picture, model.image_shape, name)
         answers.append(int(model.classify(image[None].numpy()).argmax()) == digit)
     assert sum(answers) >= 0.85 * len(answers)
 

@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 
-from bench import beside, recipes
+from bench import overhead, recipes
 from bench.bounds import Bound
-from pipeline.network.cnn import Architecture, parameter_count
+from pipeline.model.cnn import Architecture, parameter_count
 from tests.conftest import PARAMS, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -63,7 +63,7 @@ def test_the_table_of_bounds_is_that_of_the_measurement(section: str, file: str)
     assert said == ", ".join(bound["what"] for bound in bounds if not bound["holds"])
 
 
-@pytest.mark.parametrize("file", ["results.json", "tuning.json", "beside.json"])
+@pytest.mark.parametrize("file", ["results.json", "tuning.json", "overhead.json"])
 def test_every_bound_holds(file: str) -> None:
     rows = json.loads((REPOSITORY / "bench" / file).read_text())["bounds"]
     fields = ("what", "figures", "bound", "aim", "unit", "low")
@@ -84,15 +84,17 @@ def test_the_table_of_epochs_is_that_of_the_measurement() -> None:
 
 
 def test_what_live_images_and_checkpoints_cost_is_that_of_the_measurement() -> None:
-    epochs = [beside.Timed(**each) for each in json.loads((REPOSITORY / "bench/beside.json").read_text())["epochs"]]
+    epochs = [overhead.Timed(**each) for each in json.loads((REPOSITORY / "bench/overhead.json").read_text())["epochs"]]
     told = []
-    for way in (beside.LIVE, beside.CHECKPOINT):
-        costs = beside.costs(epochs, way)
+    for way in (overhead.LIVE, overhead.CHECKPOINT):
+        costs = overhead.costs(epochs, way)
         assert len(costs) == 20
         told.append(f"{statistics.fmean(costs):.2f} % ± {statistics.stdev(costs) / math.sqrt(20):.2f}")
     live, checkpoint = told
     said = " ".join(README.split())
-    assert f"They take {live} of an epoch's time (n = 20; the checkpoint after it {checkpoint}: `make beside`)" in said
+    assert (
+        f"They take {live} of an epoch's time (n = 20; the checkpoint after it {checkpoint}: `make overhead`)" in said
+    )
 
 
 def test_the_table_of_studies_is_that_of_the_measurement() -> None:
@@ -144,7 +146,9 @@ def test_every_picture_and_every_file_of_the_pipeline_that_is_named_exists() -> 
 def test_the_walk_shows_every_picture_that_is_drawn_and_no_other() -> None:
     walk = (REPOSITORY / "docs/what-the-cnn-learned.md").read_text()
     shown = set(re.findall(r"\]\((\w+)\.png\)", walk)) | {"learning_curves"}  # that one is the README's
-    drawn = set(re.findall(r'^    yield (?:\(\s*)?"(\w+)"', (REPOSITORY / "pipeline/gallery.py").read_text(), re.M))
+    drawn = set(
+        re.findall(r'^    yield (?:\(\s*)?"(\w+)"', (REPOSITORY / "pipeline/explain/report.py").read_text(), re.M)
+    )
     assert shown == drawn | {"accuracy_after_shifts"}  # that one is of make pooling
     assert all((REPOSITORY / f"docs/{name}.png").exists() for name in shown)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import recipe
+from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import UserError
-from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.params import read_params
 
 

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from pipeline import evaluate, files, prepare, results, train, visualize
+from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.images import sources, splits
-from pipeline.network import model_file
+from pipeline.model import model_file
 from tests.conftest import QUICK, REPOSITORY, run_stage, say_of_the_data, write_params
 
 

@@ -23,8 +23,8 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline import tune
+from pipeline.data.splits import read_dataset
 from pipeline.errors import UserError
-from pipeline.images.splits import read_dataset
 from pipeline.params import read_params
 from pipeline.tracking import runs, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judged
@@ -60,7 +60,7 @@ def study_folder(workspace: Path) -> Path:
 
 def run(*arguments: str, **environment: str) -> str:
     """`python -m pipeline.tune` in the current folder; what it printed."""
-    done = run_command("tune", *arguments, folder=Path.cwd(), stdin=b"", **surroundings(**environment))
+    done = run_command("tune", *arguments, folder=Path.cwd(), stdin=b"", **environment_tags(**environment))
     assert done.returncode == 0, done.stderr
     assert done.stderr == b""
     return done.stdout.decode()
@@ -68,7 +68,7 @@ def run(*arguments: str, **environment: str) -> str:
 
 def refused(*arguments: str, code: int = 2, **environment: str) -> str:
     """The one line with which it refuses."""
-    done = run_command("tune", *arguments, folder=Path.cwd(), stdin=b"", **surroundings(**environment))
+    done = run_command("tune", *arguments, folder=Path.cwd(), stdin=b"", **environment_tags(**environment))
     assert done.returncode == code, done.stderr
     (line,) = done.stderr.decode().splitlines()
     return line.removeprefix("error: ")
@@ -78,7 +78,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipeline.tune", *arguments]
 
 
-def surroundings(**more: str) -> dict[str, str]:
+def environment_tags(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(REPOSITORY)} | more
 
 
@@ -288,7 +288,7 @@ def test_fault_16_an_interrupt_while_the_journal_is_written_keeps_nobody_waiting
     trial = study.next()
     JOURNAL.with_name(JOURNAL.name + ".lock").symlink_to(JOURNAL.resolve())  # what is interrupted may not let it go
     started = time.monotonic()
-    study.lose_all([trial])
+    study.requeue_all([trial])
     assert time.monotonic() - started < 5
     assert [each.state.name for each in trials()] == ["FAIL", "WAITING"]
 
@@ -530,7 +530,9 @@ def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
 def start(stderr: int | None = None) -> "subprocess.Popen[bytes]":
     # What a shell runs in the background inherits that it ignores interrupts, and would hand it on.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(command(), env=surroundings(), stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed)
+    return subprocess.Popen(
+        command(), env=environment_tags(), stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed
+    )
 
 
 def wait_for_lines(count: int) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from pipeline import verify
+from pipeline.data import sources
 from pipeline.errors import Fault, run_command
-from pipeline.images import sources
 from tests.conftest import PARAMS, say_of_the_data, write_params
-from tests.images.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
+from tests.data.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
 from tests.test_clone import ONE_EPOCH, environment, run, succeed
 
 COMMITTED = {"models/model.safetensors": "a" * 32, "reports/figures": "b" * 32 + ".dir"}

@@ -10,7 +10,7 @@ import sys
 from bench import recipes
 from bench.contenders import reporting
 from pipeline import recipe
-from pipeline.images.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
+from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 
 
 def main() -> None:

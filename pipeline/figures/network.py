@@ -200,7 +200,7 @@ def explanations(images: Array, titles: Sequence[str], heats: Mapping[str, Heat]
     return figure
 
 
-def everywhere(images: Array, maps: Array, titles: Sequence[str], title: str) -> Figure:
+def equivariance(images: Array, maps: Array, titles: Sequence[str], title: str) -> Figure:
     """Images (N, H, W, C) in [0, 255] above one filter's maps (N, H', W') of them, on one scale."""
     figure = canvas.of_height(0.9 + 2 * canvas.WIDTH * 0.92 / len(images))
     grid = figure.subplots(2, len(images), squeeze=False)
@@ -232,7 +232,7 @@ def shifts(alike: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def sharing(parameters: Mapping[str, tuple[int, int]]) -> Figure:
+def parameter_sharing(parameters: Mapping[str, tuple[int, int]]) -> Figure:
     """For each convolution: its parameters, and those of a dense layer with the same inputs and outputs, as bars."""
     figure = canvas.of_height(1.2 + 0.75 * len(parameters))
     axes = figure.subplots()

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import Fault
-from pipeline.tracking.faults import STORE_ERRORS, one_line
+from pipeline.tracking.store import STORE_ERRORS, one_line
 
 PATIENCE = 10.0  # seconds for which the end of a training waits for the store
 SUFFIX = ".undelivered.json"
@@ -31,7 +31,7 @@ NUMBERS, PICTURES = "numbers", "pictures"  # what is sent
 
 
 @dataclass
-class Letter:
+class PendingUpdates:
     """All that a run is still to be told: rows of metrics by their epoch, and how it ended.
 
     ``times`` are those of the rows, in milliseconds since 1970, as is ``ended``.
@@ -54,11 +54,11 @@ class Letter:
         return [Metric(name, value, self.times[epoch], epoch) for name, value in self.rows[epoch].items()]
 
 
-class Courier:
+class AsyncLogger:
     """Sends the rows of an open run while the training goes on, as long as the store answers."""
 
     def __init__(self, run_id: str) -> None:
-        self.letter = Letter(run_id)
+        self.updates = PendingUpdates(run_id)
         self._waiting: queue.SimpleQueue[tuple[str, Callable[[MlflowClient], object]] | None] = queue.SimpleQueue()
         self._given_up: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="tracking", daemon=True)
@@ -66,14 +66,14 @@ class Courier:
 
     def send(self, epoch: int, row: Mapping[str, float]) -> None:
         """Does not wait for the store."""
-        self.letter.add(epoch, row)
-        metrics = self.letter.metrics(epoch)
-        self._waiting.put((NUMBERS, lambda client: client.log_batch(self.letter.run_id, metrics=metrics)))
+        self.updates.add(epoch, row)
+        metrics = self.updates.metrics(epoch)
+        self._waiting.put((NUMBERS, lambda client: client.log_batch(self.updates.run_id, metrics=metrics)))
 
     def show(self, epoch: int, name: str, picture: NDArray[np.uint8]) -> None:
         """An image (H, W, 3) that the run's page plays. Unlike a row it is lost where the store does not take it."""
         self._waiting.put(
-            (PICTURES, lambda client: client.log_image(self.letter.run_id, picture, key=name, step=epoch))
+            (PICTURES, lambda client: client.log_image(self.updates.run_id, picture, key=name, step=epoch))
         )
 
     def _send_all(self) -> None:
@@ -92,7 +92,7 @@ class Courier:
 
     def end(self, status: str) -> None:
         """Tell the run all that it does not know yet, and how it ended; put it down where that cannot be told."""
-        self.letter.status, self.letter.ended = status, _now()
+        self.updates.status, self.updates.ended = status, _now()
         self._waiting.put(None)
         self._thread.join(PATIENCE / 2)
         self._given_up.add(PICTURES)  # they must not hold up the numbers
@@ -100,66 +100,66 @@ class Courier:
         try:
             if self._thread.is_alive():
                 raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
-            deliver(self.letter)
+            deliver(self.updates)
         except STORE_ERRORS as error:
-            _warn(f"the tracking store failed ({one_line(error)}): {self._put_down()}")
+            _warn(f"the tracking store failed ({one_line(error)}): {self._save()}")
 
-    def _put_down(self) -> str:
-        """What becomes of a letter that nobody takes."""
-        path = _path(self.letter.run_id)
+    def _save(self) -> str:
+        """What becomes of a updates that nobody takes."""
+        path = _path(self.updates.run_id)
         try:
-            files.write_json(path, asdict(self.letter))
+            files.write_json(path, asdict(self.updates))
         except Fault as fault:  # must not hide why the run ended
             return f"the end of the run is not told, {fault}"
         return f"nothing is lost, what the run is still to be told is in {path}, and the next `dvc repro` sends it"
 
 
-def deliver(letter: Letter) -> None:
+def deliver(updates: PendingUpdates) -> None:
     """Tell a run what it does not know. Done twice, it is as if it had been done once."""
     client = MlflowClient()
     with quick_answers():
         known: set[int] = set()
-        if letter.rows:
-            name = next(iter(next(iter(letter.rows.values()))))
-            known = {metric.step for metric in client.get_metric_history(letter.run_id, name)}
-        for epoch in sorted(set(letter.rows) - known):
-            client.log_batch(letter.run_id, metrics=letter.metrics(epoch))
-        params = [Param(*each) for each in letter.params.items()]
-        client.log_batch(letter.run_id, params=params, tags=[RunTag(*each) for each in letter.tags.items()])
-        client.set_terminated(letter.run_id, letter.status, letter.ended)
+        if updates.rows:
+            name = next(iter(next(iter(updates.rows.values()))))
+            known = {metric.step for metric in client.get_metric_history(updates.run_id, name)}
+        for epoch in sorted(set(updates.rows) - known):
+            client.log_batch(updates.run_id, metrics=updates.metrics(epoch))
+        params = [Param(*each) for each in updates.params.items()]
+        client.log_batch(updates.run_id, params=params, tags=[RunTag(*each) for each in updates.tags.items()])
+        client.set_terminated(updates.run_id, updates.status, updates.ended)
 
 
 def deliver_all() -> None:
     """Send what earlier trainings could not. What is of a run that this store does not know stays where it is."""
     for path in undelivered():
         try:
-            letter = read(path)
+            updates = read(path)
         except DamagedError as error:
             _warn(f"{path} is damaged ({error}): its run is not told the rest, delete it")
             continue
         try:
-            deliver(letter)
+            deliver(updates)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             _warn(f"{path} is of a run that this tracking store does not have")
             continue
         path.unlink()
-        print(f"the tracking store has now been told the rest of run {letter.run_id}")
+        print(f"the tracking store has now been told the rest of run {updates.run_id}")
 
 
 class DamagedError(Exception):
-    """A file that holds no letter."""
+    """A file that holds no updates."""
 
 
-def read(path: Path) -> Letter:
-    """A letter that was put down. Raises DamagedError."""
+def read(path: Path) -> PendingUpdates:
+    """A updates that was put down. Raises DamagedError."""
     content = path.read_bytes()
     try:
         fields = json.loads(content)
         for numbered in ("rows", "times"):  # JSON has text for keys
             fields[numbered] = {int(epoch): value for epoch, value in fields[numbered].items()}
-        return Letter(**fields)
+        return PendingUpdates(**fields)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(one_line(error)) from error
 

@@ -18,13 +18,13 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.types import Schema, TensorSpec
 
 from pipeline import files
+from pipeline.data.splits import Dataset
 from pipeline.errors import Fault
-from pipeline.images.splits import Dataset
-from pipeline.network import model_file
-from pipeline.network.cnn import CNN, Architecture, Classifier
-from pipeline.network.model_file import Saved
-from pipeline.tracking.faults import one_line, store_faults
+from pipeline.model import model_file
+from pipeline.model.cnn import CNN, Architecture, Classifier
+from pipeline.model.model_file import TrainedModel
 from pipeline.tracking.runs import MODEL_SHA256
+from pipeline.tracking.store import one_line, store_faults
 
 ROOM = 1_000_000  # bytes that a logged model takes beside its weights, at most
 MODEL_FILE = f"extra_files/{files.MODEL.name}"  # in a logged model, where MLflow puts it
@@ -73,7 +73,7 @@ def _example(architecture: Architecture) -> "np.ndarray[tuple[int, ...], np.dtyp
     return np.zeros((2, *architecture.image_shape), dtype=np.uint8)  # two rows leave the batch size free
 
 
-def read(artifact_uri: str, model_sha256: str) -> Saved:
+def read(artifact_uri: str, model_sha256: str) -> TrainedModel:
     """The model file of a logged model. It may come from anybody, and nothing in it can run.
 
     Raises Fault where it cannot be had, or is not the file with this hash.

@@ -19,23 +19,23 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.errors import Fault, UserError, shown
-from pipeline.images.splits import TEST, Dataset, LabelledImages, read_dataset
-from pipeline.network import scoring
-from pipeline.network.cnn import CNN
+from pipeline.data.splits import TEST, Dataset, LabelledImages, read_dataset
+from pipeline.errors import Fault, UserError, printable
+from pipeline.model import metrics
+from pipeline.model.cnn import CNN
 from pipeline.params import Promotion
 from pipeline.tracking import gate, models, runs
-from pipeline.tracking.faults import store_faults
 from pipeline.tracking.gate import CHALLENGER, CHAMPION, Decision, Scored
 from pipeline.tracking.lineage import RECIPE
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
+from pipeline.tracking.store import store_faults
 
 TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
 LONGEST_DESCRIPTION = 5000  # characters, in the databases of MLflow
 WAS_CHAMPION = "it was the champion already"
-BARRED = "gate.barred"  # since when a version that was rolled back is kept from coming back by itself
-REIGN = "champion."  # tags of the registered model: when, and who became champion
+ROLLED_BACK = "gate.barred"  # since when a version that was rolled back is kept from coming back by itself
+CHAMPION_RECORD = "champion."  # tags of the registered model: when, and who became champion
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promot
         version = _update(present, tags, entry.card) if present else _create(name, entry, entry.origin() | tags)
         _link(entry.model_id, version)
         if decision.alias == CHAMPION:
-            _crown(version, decision.reason)
+            _set_champion(version, decision.reason)
         else:
             MlflowClient().set_registered_model_alias(name, CHALLENGER, version.version)
     return Registration(name, str(version.version), decision)
@@ -174,8 +174,8 @@ def _decide(
         return Decision(CHAMPION, WAS_CHAMPION)
     if champion.tags.get(MODEL_SHA256) == entry.model_sha256 and not _is_whole(champion):
         return Decision(CHAMPION, f"it is the model of version {number}, whose file is gone or damaged")
-    if present is not None and BARRED in present.tags:
-        return Decision(CHALLENGER, f"it was rolled back on {present.tags[BARRED]}")
+    if present is not None and ROLLED_BACK in present.tags:
+        return Decision(CHALLENGER, f"it was rolled back on {present.tags[ROLLED_BACK]}")
     try:
         before = Scored(_right(champion, dataset, test), int(champion.tags[PARAMETERS]))
     except _CannotCompareError as error:
@@ -271,19 +271,19 @@ def _link(model_id: str, version: ModelVersion) -> None:
     MlflowClient().set_logged_model_tags(model_id, {"mlflow.modelVersions": linked})
 
 
-def _crown(version: ModelVersion, reason: str) -> None:
+def _set_champion(version: ModelVersion, reason: str) -> None:
     """Make a version the champion. An entry of the history that is not written is seen to be missing."""
     client = MlflowClient()
     aliases = _aliases(version.name)
     if aliases.get(CHAMPION) != str(version.version):
         client.set_registered_model_alias(version.name, CHAMPION, version.version)
-        client.set_registered_model_tag(version.name, REIGN + _now(), f"version {version.version}: {reason}")
+        client.set_registered_model_tag(version.name, CHAMPION_RECORD + _now(), f"version {version.version}: {reason}")
     if aliases.get(CHALLENGER) == str(version.version):
         client.delete_registered_model_alias(version.name, CHALLENGER)
 
 
 @dataclass(frozen=True)
-class Reign:
+class ChampionRecord:
     """An entry of the history of champions: when (UTC), which version, and why."""
 
     since: str
@@ -292,36 +292,38 @@ class Reign:
 
 
 @store_faults()
-def history(name: str) -> list[Reign]:
+def history(name: str) -> list[ChampionRecord]:
     """The champions from the first to the present one."""
     written = _written_history(name)
     return [*written, *_unwritten(written, _champion(name))]
 
 
-def _written_history(name: str) -> list[Reign]:
-    reigns = []
+def _written_history(name: str) -> list[ChampionRecord]:
+    records = []
     tags = MlflowClient().get_registered_model(name).tags
-    for key in sorted(key for key in tags if key.startswith(REIGN)):
+    for key in sorted(key for key in tags if key.startswith(CHAMPION_RECORD)):
         version, _, reason = tags[key].removeprefix("version ").partition(": ")
-        reigns.append(Reign(key.removeprefix(REIGN)[:19], version, reason))
-    return reigns
+        records.append(ChampionRecord(key.removeprefix(CHAMPION_RECORD)[:19], version, reason))
+    return records
 
 
-def _unwritten(written: Sequence[Reign], champion: ModelVersion | None) -> list[Reign]:
+def _unwritten(written: Sequence[ChampionRecord], champion: ModelVersion | None) -> list[ChampionRecord]:
     """The last entry, where it is missing: its gate was killed, or somebody set the alias elsewhere."""
     if champion is None or (written and written[-1].version == str(champion.version)):
         return []
     decided = champion.tags.get("gate.decision") == CHAMPION
     reason = champion.tags["gate.reason"] if decided else "the alias was set by hand"
-    return [Reign(_now()[:19], str(champion.version), reason)]
+    return [ChampionRecord(_now()[:19], str(champion.version), reason)]
 
 
 def _complete_history(name: str) -> None:
     """Write the entry that is missing, if one is."""
     champion = _champion(name)
     if champion is not None:  # else there may be no such model yet, and no history
-        for reign in _unwritten(_written_history(name), champion):
-            MlflowClient().set_registered_model_tag(name, REIGN + _now(), f"version {reign.version}: {reign.reason}")
+        for record in _unwritten(_written_history(name), champion):
+            MlflowClient().set_registered_model_tag(
+                name, CHAMPION_RECORD + _now(), f"version {record.version}: {record.reason}"
+            )
 
 
 @store_faults()
@@ -341,10 +343,10 @@ def roll_back(reference: str | None) -> ModelVersion:
             raise UserError(f"{version.name} version {number} is the champion already")
         load(version)
         if number is not None:
-            client.set_model_version_tag(version.name, number, BARRED, _now())
-        _crown(version, "by hand" if number is None else f"by hand, in the place of version {number}")
-        if BARRED in version.tags:
-            client.delete_model_version_tag(version.name, version.version, BARRED)
+            client.set_model_version_tag(version.name, number, ROLLED_BACK, _now())
+        _set_champion(version, "by hand" if number is None else f"by hand, in the place of version {number}")
+        if ROLLED_BACK in version.tags:
+            client.delete_model_version_tag(version.name, version.version, ROLLED_BACK)
     return version
 
 
@@ -352,7 +354,7 @@ def _champion_before(present: ModelVersion) -> ModelVersion:
     """The last of the earlier champions that is still there and was not itself rolled back."""
     there = _not_rolled_back(present.name)
     there.pop(str(present.version), None)
-    earlier = [reign.version for reign in history(present.name) if reign.version in there]
+    earlier = [record.version for record in history(present.name) if record.version in there]
     if not earlier:
         raise UserError(f"{present.name} has had no other champion to go back to; name a version before --rollback")
     return there[earlier[-1]]
@@ -366,7 +368,7 @@ def to_go_back_to() -> ModelVersion | None:
     """
     name = _default_name()
     there = _not_rolled_back(name)
-    champions = [reign.version for reign in history(name) if reign.version in there] if there else []
+    champions = [record.version for record in history(name) if record.version in there] if there else []
     last_first = [there[number] for number in reversed([*sorted(there, key=int), *champions])]
     return next((version for version in last_first if _is_whole(version)), None)
 
@@ -374,7 +376,7 @@ def to_go_back_to() -> ModelVersion | None:
 def _not_rolled_back(name: str) -> dict[str, ModelVersion]:
     """The versions that may become champion, by their numbers."""
     found = MlflowClient().search_model_versions(f"name = '{name}'")
-    return {str(version.version): version for version in found if BARRED not in version.tags}
+    return {str(version.version): version for version in found if ROLLED_BACK not in version.tags}
 
 
 def _now() -> str:
@@ -398,12 +400,12 @@ def find(reference: str) -> ModelVersion:
             raise
         registered = ", ".join(names())
         there = f"registered: {registered}" if registered else "run `dvc repro` first"
-        raise UserError(f"no model {shown(name)} is registered here; {there}") from error
+        raise UserError(f"no model {printable(name)} is registered here; {there}") from error
     numbers = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
     number = aliases.get(rest, rest)
     if number not in numbers:
         there = ", ".join([*sorted(numbers, key=int), *sorted(aliases)])
-        raise UserError(f"{name} has no version {shown(rest)}; it has: {there}")
+        raise UserError(f"{name} has no version {printable(rest)}; it has: {there}")
     return client.get_model_version(name, number)
 
 
@@ -441,7 +443,7 @@ class Loaded:
 
     def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (N, classes) of images (N, H, W, C), as `evaluate` has them."""
-        probabilities = scoring.predict_logits(self.cnn, torch.from_numpy(images)).softmax(dim=1).numpy()
+        probabilities = metrics.predict_logits(self.cnn, torch.from_numpy(images)).softmax(dim=1).numpy()
         return cast(NDArray[np.float32], probabilities)
 
 

@@ -26,16 +26,17 @@ from mlflow.entities import DatasetInput, InputTag, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from pipeline import files
+from pipeline import files, machine
+from pipeline.data.splits import Dataset
 from pipeline.errors import without_password
-from pipeline.images.splits import Dataset
-from pipeline.network.cnn import CNN, parameter_count
-from pipeline.network.model_file import Saved
-from pipeline.network.training import Epoch
+from pipeline.explain import live_images
+from pipeline.model.cnn import CNN, parameter_count
+from pipeline.model.model_file import TrainedModel
+from pipeline.model.training import Epoch
 from pipeline.params import MACHINE, Params, digest, flat
-from pipeline.tracking import delivery, lineage, live
-from pipeline.tracking.faults import STORE_ERRORS, store_faults
+from pipeline.tracking import delivery, lineage
 from pipeline.tracking.lineage import PARAMS_SHA256
+from pipeline.tracking.store import STORE_ERRORS, store_faults
 
 EXPERIMENT = "convtrack"
 MODEL_SHA256 = "model.sha256"
@@ -125,7 +126,7 @@ def _create_experiment(artifact_location: str | None) -> None:
 
 
 @store_faults()
-def settle() -> None:
+def close_stale_runs() -> None:
     """Before a command writes into the store: send what earlier ones could not, and close the runs they left open."""
     delivery.deliver_all()
     client = MlflowClient()
@@ -164,29 +165,29 @@ class TrainingRun:
     """An open run, told of a training while it goes on."""
 
     def __init__(self, run_id: str) -> None:
-        self.run_id, self._courier = run_id, delivery.Courier(run_id)
+        self.run_id, self._logger = run_id, delivery.AsyncLogger(run_id)
 
     def log_epoch(self, epoch: Epoch) -> None:
         """One row of metrics."""
         row = asdict(epoch)
-        self._courier.send(row.pop("epoch"), row)
+        self._logger.send(row.pop("epoch"), row)
 
-    def show(self, epoch: int, pictures: Mapping[str, live.Picture]) -> None:
+    def show(self, epoch: int, pictures: Mapping[str, live_images.Picture]) -> None:
         """Images of an epoch by their names."""
         for name, picture in pictures.items():
-            self._courier.show(epoch, name, picture)
+            self._logger.show(epoch, name, picture)
 
     def describe_model(self, cnn: CNN, dataset: Dataset, model_sha256: str) -> None:
         """What the model that it gave is known by. Told when the run ends."""
         params, tags = _model_facts(cnn, dataset, model_sha256)
-        self._courier.letter.params |= params
-        self._courier.letter.tags |= tags
+        self._logger.updates.params |= params
+        self._logger.updates.tags |= tags
 
     def end(self, status: str, failure: str = "") -> None:
-        """See delivery.Courier."""
+        """See delivery.AsyncLogger."""
         if failure:
-            self._courier.letter.tags["failure"] = failure
-        self._courier.end(status)
+            self._logger.updates.tags["failure"] = failure
+        self._logger.end(status)
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def training_run(
     """
     tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code(), FINGERPRINT: fingerprint}
     with store_faults():
-        run_id = _begin(dataset, tags | lineage.surroundings(device))
+        run_id = _begin(dataset, tags | machine.environment_tags(device))
         facts = params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE}
         mlflow.log_params(facts, run_id=run_id)
         if continues:
@@ -314,10 +315,10 @@ def has_given(fingerprint: str, model_sha256: str) -> str | None:
     return _finished(f"tags.{FINGERPRINT} = '{fingerprint}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
 
 
-def _finished(known_by: str) -> str | None:
+def _finished(fingerprint: str) -> str | None:
     """The id of the newest finished run of which this filter holds."""
     found = mlflow.search_runs(
-        filter_string=f"{known_by} and attributes.status = 'FINISHED'",
+        filter_string=f"{fingerprint} and attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
         max_results=1,
         output_format="list",
@@ -326,7 +327,9 @@ def _finished(known_by: str) -> str | None:
 
 
 @store_faults()
-def find_or_restore(model_sha256: str, saved: Saved, dataset: Dataset, history: Sequence[Mapping[str, str]]) -> str:
+def find_or_restore(
+    model_sha256: str, saved: TrainedModel, dataset: Dataset, history: Sequence[Mapping[str, str]]
+) -> str:
     """The id of the newest finished run whose model has this hash.
 
     Where there is none, because DVC took the model from its cache, a run is opened from what the files tell and

@@ -18,9 +18,9 @@ from mlflow.pyfunc import scoring_server
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 
-from pipeline.network.cnn import MOST_IMAGES
+from pipeline.model.cnn import MOST_IMAGES
 from pipeline.tracking import models, registry
-from pipeline.tracking.faults import store_faults
+from pipeline.tracking.store import store_faults
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -14,10 +14,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from pipeline.images.splits import Dataset
+from pipeline import machine
+from pipeline.data.splits import Dataset
 from pipeline.params import Params
 from pipeline.tracking import lineage, runs
-from pipeline.tracking.faults import store_faults
+from pipeline.tracking.store import store_faults
 from pipeline.tuning.records import TrialRecord
 
 STUDY, TRIAL = "study.id", "trial.number"
@@ -127,7 +128,7 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
             assert experiment is not None
             experiment_id = experiment.experiment_id
             run_id = _found(study_id) or _made(study_id, experiment_id, name, params)
-            tags = lineage.surroundings() | {lineage.PARAMS_SHA256: params.sha256}
+            tags = machine.environment_tags() | {lineage.PARAMS_SHA256: params.sha256}
             stack.enter_context(runs.open_run(dataset, tags, name, run_id))
         yield StudyRun(run_id, experiment_id, params, dataset.tags | tags)
 

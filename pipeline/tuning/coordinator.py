@@ -10,7 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from pipeline.errors import Fault
-from pipeline.network.training import Epoch
+from pipeline.model.training import Epoch
 from pipeline.params import Params
 from pipeline.tuning.finalists import Finalist, Outcome
 from pipeline.tuning.messages import Done, Failed, Lost, Message
@@ -41,10 +41,10 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
         while at_work or study.counted() < total:
             _give_work(study, team, at_work, total)
             if study.wants_another(total):
-                team.draw_in()
+                team.reclaim()
             else:
                 team.spread()
-            study.beat(work.trial for work in at_work.values())
+            study.heartbeat(work.trial for work in at_work.values())
             if not at_work:
                 on_change()  # others, elsewhere, may be at the last trials
             for task, message in team.messages(WAIT):
@@ -54,7 +54,7 @@ def run_trials(study: Study, team: Team, total: int, on_change: Callable[[], Non
                     on_change()
     except BaseException:
         with suppress(Fault, OSError, *STORAGE_ERRORS):  # a storage that is gone must not hide why this ended
-            study.lose_all(work.trial for work in at_work.values())
+            study.requeue_all(work.trial for work in at_work.values())
         raise
 
 
@@ -90,7 +90,7 @@ def _taken_in(study: Study, team: Team, work: _AtWork, message: Message) -> bool
         case Failed(reason):
             study.fail(trial, work.history, reason)
         case Lost() if retries_of(trial) < MOST_RETRIES:
-            study.lose(trial, blamed=True)
+            study.requeue(trial, blamed=True)
         case Lost(reason):
             study.fail(trial, work.history, f"{reason}, {retries_of(trial) + 1} times")
     return True
@@ -116,7 +116,7 @@ def train_again(study: Study, team: Team, finalists: Sequence[Finalist]) -> list
             knobs = {**finalists[index].values, "train.epochs": tune.epochs, "seed": seed}
             team.give((index, seed), study.params.changed(knobs))
         if waiting:
-            team.draw_in()
+            team.reclaim()
         else:
             team.spread()
         for task, message in team.messages(WAIT):

@@ -6,7 +6,7 @@ waits to be told whether to go on. On how many threads it shall be may be told a
 
 from dataclasses import dataclass
 
-from pipeline.network.training import Epoch
+from pipeline.model.training import Epoch
 
 
 @dataclass(frozen=True)

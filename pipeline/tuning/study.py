@@ -16,10 +16,10 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from pipeline.data.splits import Dataset
 from pipeline.errors import UserError
-from pipeline.images.splits import Dataset
-from pipeline.network.cnn import multiply_adds, parameter_count
-from pipeline.network.training import Epoch
+from pipeline.model.cnn import multiply_adds, parameter_count
+from pipeline.model.training import Epoch
 from pipeline.params import MACHINE, Params
 from pipeline.recipe import architecture
 from pipeline.tuning.finalists import Finalist
@@ -53,7 +53,7 @@ class Study:
         self.optuna, self.params, self.dataset, self.space = study, params, dataset, space_of(params)
         self.present = present_values(params, self.space)  # None where they are outside the space
         self.asked = set[int]()  # numbers of the trials that this process has begun
-        self._seen, self._beaten = set[int](), -math.inf
+        self._seen, self._last_heartbeat = set[int](), -math.inf
 
     @classmethod
     @storage_faults()
@@ -83,7 +83,7 @@ class Study:
                 f"and now it is {wanted.get(key, 'none')}: change it back, or start another study with --study NAME"
             )
         opened = cls(study, params, dataset)
-        opened._lose_unfinished()
+        opened._requeue_unfinished()
         return opened
 
     @property
@@ -213,7 +213,7 @@ class Study:
         trial.set_user_attr(FAILURE, reason)
         self.optuna.tell(trial, state=TrialState.FAIL)
 
-    def lose(self, trial: Trial | FrozenTrial, blamed: bool = False) -> None:
+    def requeue(self, trial: Trial | FrozenTrial, blamed: bool = False) -> None:
         """End a trial that its process did not. The same values wait to be tried again.
 
         ``blamed`` where they may be why their worker died; then they are not tried for ever.
@@ -225,20 +225,20 @@ class Study:
             self.optuna.enqueue_trial(values, user_attrs={RETRIES: retries_of(stored) + blamed})
             self.optuna.tell(trial.number, state=TrialState.FAIL)
 
-    def lose_all(self, trials: Iterable[Trial]) -> None:
+    def requeue_all(self, trials: Iterable[Trial]) -> None:
         """Lose these, and one that was begun and interrupted before anybody knew of it."""
         if self._in_journal:
             # An interrupt can come between any two steps of Optuna: its lock may be left, for which it would wait half
             # a minute, and the journal be half read. So it is opened as after a kill.
             self.optuna = optuna.load_study(study_name=self.optuna.study_name, storage=open_storage())
         for trial in trials:
-            self.lose(trial)
-        self._lose_unfinished()
+            self.requeue(trial)
+        self._requeue_unfinished()
 
-    def beat(self, trials: Iterable[Trial]) -> None:
+    def heartbeat(self, trials: Iterable[Trial]) -> None:
         """Where others can be at the same study: say that these trials are alive, and give up those that are not."""
         storage = self.optuna._storage
-        if isinstance(storage, BaseHeartbeat) and time.monotonic() - self._beaten > HEARTBEAT:
+        if isinstance(storage, BaseHeartbeat) and time.monotonic() - self._last_heartbeat > HEARTBEAT:
             # One whose process died before the first sign of life would never be given up, so each gets one from here.
             unknown = {trial._trial_id for trial in self.trials(TrialState.RUNNING)} - self._seen
             for identifier in unknown.union(trial._trial_id for trial in trials):
@@ -246,7 +246,7 @@ class Study:
             self._seen |= unknown
             with as_it_is():
                 optuna.storages.fail_stale_trials(self.optuna)
-            self._beaten = time.monotonic()
+            self._last_heartbeat = time.monotonic()
 
     def has_accuracy(self, values: Mapping[str, object], seed: int) -> bool:
         """Whether these values have been trained with another seed."""
@@ -260,13 +260,13 @@ class Study:
         """Remember it."""
         self.optuna.set_user_attr(_accuracy_name(values, seed), validation_accuracy)
 
-    def _lose_unfinished(self) -> None:
+    def _requeue_unfinished(self) -> None:
         """In a journal no other process can be at a trial, so those that seem to be at work were killed.
 
         In a database others may be; there a trial without a heartbeat is given up.
         """
         for trial in self.trials(TrialState.RUNNING) if self._in_journal else ():
-            self.lose(trial)
+            self.requeue(trial)
 
     @property
     def _in_journal(self) -> bool:

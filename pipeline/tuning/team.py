@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeAlias
 
 from pipeline.errors import Fault
-from pipeline.network.training import Epoch
-from pipeline.network.workers import most_threads
+from pipeline.model.cpu_threads import most_threads
+from pipeline.model.training import Epoch
 from pipeline.params import Params
 from pipeline.tuning.messages import Lost, Message, Ready, Threads
 
@@ -106,7 +106,7 @@ class Team:
         try:
             message: Message | Ready = line.recv()
         except (EOFError, OSError):
-            silent, code = line in self._silent, self._buried(line)
+            silent, code = line in self._silent, self._reap(line)
             self._never_ready += silent
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             if silent and (0 <= code < SIGNALS or self._never_ready > MOST_NEVER_READY):
@@ -126,7 +126,7 @@ class Team:
         while self._free and (narrow := [task for task in self._at.values() if task.threads < task.most]):
             self._tell(min(narrow, key=lambda task: task.threads), more=1)
 
-    def draw_in(self) -> None:
+    def reclaim(self) -> None:
         """Take back what was spread: there is something to do again."""
         for task in self._at.values():
             if task.threads > self._share:
@@ -137,27 +137,27 @@ class Team:
         with suppress(OSError):
             task.line.send(Threads(task.threads))
 
-    def _buried(self, line: Line) -> int:
+    def _reap(self, line: Line) -> int:
         """The exit code of a worker that ends, or minus the number of the signal that killed it."""
         process = self._processes.pop(line)
         line.close()
         self._silent.discard(line)
         return process.wait()
 
-    def dismiss(self) -> None:
+    def terminate(self) -> None:
         """End all workers at once, whatever they are at."""
         for process in self._processes.values():
             process.kill()
         for line in list(self._processes):
-            self._buried(line)
+            self._reap(line)
         self._at.clear()
 
 
 @contextmanager
 def team(workers: int, cores: int) -> Iterator[Team]:
     """Workers that are gone afterwards, however it ends."""
-    hired = Team(workers, cores)
+    team_of_workers = Team(workers, cores)
     try:
-        yield hired
+        yield team_of_workers
     finally:
-        hired.dismiss()
+        team_of_workers.terminate()

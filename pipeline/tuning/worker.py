@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline import recipe
+from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import UserError, run_command
-from pipeline.images.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network.training import DivergedError, Step, set_up
-from pipeline.network.workers import use_threads
+from pipeline.model.cpu_threads import use_threads
+from pipeline.model.training import DivergedError, Step, set_up
 from pipeline.params import Params
 from pipeline.tuning.messages import STOP, Done, Failed, Lost, Ready, Threads
 

@@ -19,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import evaluate, files
-from pipeline.network import model_file
+from pipeline.model import model_file
 from pipeline.tracking import registry, runs
 
 STEPS = (
@@ -57,7 +57,7 @@ def _met(register: Callable[..., Any], meeting_point: Path, number: int, side: i
     return call
 
 
-def change_model(saved: model_file.Saved, seed: int, noise: float = 0.5) -> None:
+def change_model(saved: model_file.TrainedModel, seed: int, noise: float = 0.5) -> None:
     """Another model in the place of the trained one, with more errors the more noise there is on its biases."""
     other = model_file.from_bytes(model_file.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
     with torch.no_grad():

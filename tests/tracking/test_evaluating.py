@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline import evaluate, files
-from pipeline.network import model_file
+from pipeline.model import model_file
 from pipeline.tracking import registry, runs
 from tests.conftest import QUICK, REPOSITORY, write_params
 from tests.tracking.evaluating import change_model
@@ -81,14 +81,14 @@ def test_fault_23_two_that_evaluate_at_once_leave_one_champion_and_lose_none(
     assert len(found) == 2 * ROUNDS
     errors_of = {number: int(each.tags["test.error_count"]) for number, each in found.items()}
     assert errors_of[champion()] == min(errors_of.values())
-    reigns = [reign.version for reign in registry.history(NAME)]
-    assert reigns[-1] == champion()
-    assert len(reigns) > 5  # the models get better, from round to round
-    for before, after in itertools.pairwise(reigns):  # each took over from the one before, and nobody else
+    records = [record.version for record in registry.history(NAME)]
+    assert records[-1] == champion()
+    assert len(records) > 5  # the models get better, from round to round
+    for before, after in itertools.pairwise(records):  # each took over from the one before, and nobody else
         assert found[after].tags["gate.against"] == f"version {before}"
         assert errors_of[after] < errors_of[before]
     promoted = {number for number, each in found.items() if each.tags["gate.decision"] == "champion"}
-    assert promoted == set(reigns)
+    assert promoted == set(records)
 
 
 NOTHING_PASSES = QUICK | {"evaluate.promotion.max_parameters": 1}
@@ -147,7 +147,7 @@ def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
     better = files.MODEL.read_bytes()
     change_model(model_file.from_bytes(better), seed=3)
     situation(better, files.MODEL.read_bytes())
-    before, after, reigns = SITUATIONS[situation]
+    before, after, records = SITUATIONS[situation]
     what = "back" if situation is _a_way_back else "evaluate"
     step = 0
     while True:
@@ -173,6 +173,6 @@ def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
             registry.roll_back(None)
         assert aliases() == after
         assert len(versions()) == max(map(int, [*before.values(), *after.values()]))
-        assert [reign.version for reign in registry.history(NAME)] == reigns
+        assert [record.version for record in registry.history(NAME)] == records
     assert aliases() == after
     assert step > 3

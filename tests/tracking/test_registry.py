@@ -20,10 +20,10 @@ from mlflow.entities.model_registry import ModelVersion
 from PIL import Image
 
 from pipeline import evaluate, files
+from pipeline.data.splits import TEST, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, UserError
-from pipeline.images.splits import TEST, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.network import model_file
-from pipeline.network.scoring import wilson_interval
+from pipeline.model import model_file
+from pipeline.model.metrics import wilson_interval
 from pipeline.params import Promotion
 from pipeline.tracking import gate, registry, runs, serving
 from pipeline.tracking.gate import Decision
@@ -168,7 +168,7 @@ def test_the_champion_is_who_makes_fewer_errors_on_the_same_images(entrance: Ent
     assert float(version(3).tags["gate.p_value"]) == pytest.approx(2 / 2**10)
     assert version(3).tags["gate.against"] == "version 1"
     assert aliases() == {"champion": "3", "challenger": "2"}
-    assert [(reign.version, reign.reason) for reign in registry.history(NAME)] == [
+    assert [(record.version, record.reason) for record in registry.history(NAME)] == [
         ("1", "there was no champion"),
         ("3", "40 test errors against 50 of version 1 (p = 0.002)"),
     ]
@@ -241,7 +241,7 @@ def test_a_champion_that_was_rolled_back_does_not_come_back_by_itself(entrance: 
         registry.roll_back("3")
     registry.roll_back("2")  # it takes a person
     assert aliases() == {"champion": "2"}
-    assert [reign.version for reign in registry.history(NAME)] == ["1", "2", "1", "3", "2"]
+    assert [record.version for record in registry.history(NAME)] == ["1", "2", "1", "3", "2"]
     assert "gate.barred" not in version(2).tags
 
 
@@ -400,16 +400,16 @@ def test_fault_23_a_tracking_database_from_a_backup_is_completed(finished_copy: 
     evaluate.main()
     assert aliases() == {"champion": "2"}
     assert version(2).tags["model.sha256"] == files.sha256(better)
-    assert [reign.version for reign in registry.history(NAME)] == ["1", "2"]
+    assert [record.version for record in registry.history(NAME)] == ["1", "2"]
 
 
 def test_an_alias_that_was_set_elsewhere_is_part_of_the_history(entrance: Entrance) -> None:
     entrance.enter("1", 50)
     entrance.enter("2", 60)
     MlflowClient().set_registered_model_alias(NAME, "champion", "2")  # as on MLflow's own page
-    assert [reign.version for reign in registry.history(NAME)] == ["1", "2"]
+    assert [record.version for record in registry.history(NAME)] == ["1", "2"]
     entrance.enter("3", 40)
-    assert [(reign.version, reign.reason) for reign in registry.history(NAME)][1:] == [
+    assert [(record.version, record.reason) for record in registry.history(NAME)][1:] == [
         ("2", "the alias was set by hand"),
         ("3", "40 test errors against 60 of version 2 (p = 1.9e-06)"),
     ]

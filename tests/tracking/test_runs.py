@@ -17,13 +17,13 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Run
 
-from pipeline import evaluate, files, train, visualize
+from pipeline import evaluate, files, machine, train, visualize
+from pipeline.data.splits import read_dataset
 from pipeline.errors import Fault
-from pipeline.images.splits import read_dataset
-from pipeline.network import model_file
-from pipeline.network.cnn import Classifier
+from pipeline.model import model_file
+from pipeline.model.cnn import Classifier
 from pipeline.params import read_params
-from pipeline.tracking import delivery, lineage, models, registry, runs
+from pipeline.tracking import delivery, models, registry, runs
 from pipeline.tracking.runs import TrainingRun
 from tests.conftest import (
     OWN_MOUNTS,
@@ -337,14 +337,14 @@ def test_what_could_not_be_sent_is_sent_once_also_when_that_is_interrupted(
 def test_a_damaged_letter_stops_nothing_and_stays(
     finished_copy: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
-    letter = files.checkpoints_folder() / f"abc{delivery.SUFFIX}"
-    files.write(letter, content)
-    runs.settle()
+    updates = files.checkpoints_folder() / f"abc{delivery.SUFFIX}"
+    files.write(updates, content)
+    runs.close_stale_runs()
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert told.startswith(f"warning: {letter} is damaged (")
+    assert told.startswith(f"warning: {updates} is damaged (")
     assert told.endswith("): its run is not told the rest, delete it\n")
-    assert letter.read_bytes() == content
+    assert updates.read_bytes() == content
 
 
 @needs_own_mounts
@@ -399,7 +399,7 @@ def test_a_run_whose_process_was_killed_is_closed_and_one_that_lives_is_not(work
     }
     for name, tags in processes.items():
         MlflowClient().create_run(experiment, tags=tags, run_name=name)
-    runs.settle()
+    runs.close_stale_runs()
     statuses = {str(run.info.run_name): run.info.status for run in every_run()}
     assert statuses == {
         "dead": "FAILED",
@@ -423,18 +423,18 @@ def test_the_experiment_of_dvc_names_the_run(workspace: Path, monkeypatch: pytes
 
 def test_the_commit_is_in_the_tags_where_there_is_one(workspace: Path) -> None:
     def git(*words: str) -> str:
-        return lineage._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
+        return machine._git("-c", "user.name=n", "-c", "user.email=e@x", *words) or ""
 
-    assert {"git.commit", "git.dirty"} & set(lineage.surroundings()) == set()
+    assert {"git.commit", "git.dirty"} & set(machine.environment_tags()) == set()
     git("init")
     git("add", ".")
     git("commit", "-m", "x")
-    tags = lineage.surroundings()
+    tags = machine.environment_tags()
     assert tags["git.commit"] == git("rev-parse", "HEAD")
     assert len(tags["git.commit"]) == 40
     assert tags["git.dirty"] == "false"
     write_params(workspace, {"seed": 7})
-    assert lineage.surroundings()["git.dirty"] == "true"
+    assert machine.environment_tags()["git.dirty"] == "true"
 
 
 def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:

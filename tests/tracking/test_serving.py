@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from pipeline import files
-from pipeline.images.splits import TEST, read_dataset, read_split
+from pipeline.data.splits import TEST, read_dataset, read_split
 from tests.conftest import REPOSITORY, free_port, run_command
 
 JSON = {"Content-Type": "application/json"}

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.tracking import runs
 from pipeline.tuning.study import counts
 from tests.conftest import free_port, write_params
-from tests.test_tune import PRESENT, SMALL, command, surroundings
+from tests.test_tune import PRESENT, SMALL, command, environment_tags
 
 PASSWORD = "not to be seen"
 
@@ -99,7 +99,7 @@ def start(machine: Path, database: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command("--workers", "1"),
         cwd=machine,
-        env=surroundings(OPTUNA_STORAGE=database, DVC_ROOT=str(machine)),
+        env=environment_tags(OPTUNA_STORAGE=database, DVC_ROOT=str(machine)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

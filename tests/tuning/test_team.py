@@ -14,9 +14,9 @@ import psutil
 import pytest
 import torch
 
+from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import Fault
-from pipeline.images.splits import TRAIN, VALIDATION, read_dataset, read_split
-from pipeline.network.training import Epoch
+from pipeline.model.training import Epoch
 from pipeline.params import read_params
 from pipeline.tuning import worker
 from pipeline.tuning.messages import GO_ON, Done, Failed, Lost, Message, Threads
@@ -29,31 +29,31 @@ def _workers_find_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the tests run in other folders
 
 
-def said(hired: Team, answers: bool = True) -> list[tuple[Hashable, Message]]:
+def said(team_of_workers: Team, answers: bool = True) -> list[tuple[Hashable, Message]]:
     """All that the workers say until each has said its last word."""
     heard = []
-    while hired.tasks:
-        for task, message in hired.messages(1):
+    while team_of_workers.tasks:
+        for task, message in team_of_workers.messages(1):
             heard.append((task, message))
             if not isinstance(message, Done | Failed | Lost):
-                hired.answer(task, answers)
+                team_of_workers.answer(task, answers)
     return heard
 
 
 def test_two_workers_train_and_say_each_epoch(workspace: Path) -> None:
     params = read_params()
-    with team(2, cores=2) as hired:
-        hired.give("a", params)
-        hired.give("b", params.changed({"seed": 1}))
-        assert not hired.has_idle
-        heard = said(hired)
-        assert hired.has_idle
-        hired.give("again", params)
-        again = said(hired)
-        hired.give("stopped", params)
-        stopped = said(hired, answers=False)
-        hired.give("does not fit", params.changed({"model.kernel_size": 15}))
-        failed = said(hired)
+    with team(2, cores=2) as team_of_workers:
+        team_of_workers.give("a", params)
+        team_of_workers.give("b", params.changed({"seed": 1}))
+        assert not team_of_workers.has_idle
+        heard = said(team_of_workers)
+        assert team_of_workers.has_idle
+        team_of_workers.give("again", params)
+        again = said(team_of_workers)
+        team_of_workers.give("stopped", params)
+        stopped = said(team_of_workers, answers=False)
+        team_of_workers.give("does not fit", params.changed({"model.kernel_size": 15}))
+        failed = said(team_of_workers)
     assert sorted(str(task) for task, _ in heard) == ["a", "a", "a", "b", "b", "b"]
     accuracies = {
         task: [
@@ -84,22 +84,22 @@ def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
 ) -> None:
     params = read_params().changed({"train.epochs": 4} | changed)
     found, idle, accuracies = list[int](), list[bool](), list[float]()
-    with team(2, cores=2) as hired:
-        hired.give("a", params)
-        hired.give("b", params.changed({"seed": 1}))
-        narrow = [message for task, message in said(hired) if task == "a" and isinstance(message, Epoch)]
-        hired.give("a", params)
-        while hired.tasks:
-            for task, message in hired.messages(1):
+    with team(2, cores=2) as team_of_workers:
+        team_of_workers.give("a", params)
+        team_of_workers.give("b", params.changed({"seed": 1}))
+        narrow = [message for task, message in said(team_of_workers) if task == "a" and isinstance(message, Epoch)]
+        team_of_workers.give("a", params)
+        while team_of_workers.tasks:
+            for task, message in team_of_workers.messages(1):
                 if isinstance(message, Epoch):
                     accuracies.append(message.validation_accuracy)
-                    hired.answer(task, go_on=True)
+                    team_of_workers.answer(task, go_on=True)
                     if len(found) % 2 == 1:
-                        hired.spread()
+                        team_of_workers.spread()
                     else:
-                        hired.draw_in()
-                    found.append(hired.threads(task))
-                    idle.append(hired.has_idle)
+                        team_of_workers.reclaim()
+                    found.append(team_of_workers.threads(task))
+                    idle.append(team_of_workers.has_idle)
     assert found == threads
     assert idle == [count == 1 for count in threads]  # a worker without work must not begin on a core that is in use
     assert accuracies == [epoch.validation_accuracy for epoch in narrow]
@@ -107,16 +107,16 @@ def test_idle_cores_go_to_those_at_work_where_no_bit_changes(
 
 @pytest.mark.slow
 def test_two_at_work_on_two_cores_keep_one_each(workspace: Path) -> None:
-    with team(2, cores=2) as hired:
-        hired.give("a", read_params().changed({"train.batch_size": 128}))
-        hired.give("b", read_params().changed({"train.batch_size": 128}))
-        while len(hired.tasks) == 2:
-            for task, message in hired.messages(1):
+    with team(2, cores=2) as team_of_workers:
+        team_of_workers.give("a", read_params().changed({"train.batch_size": 128}))
+        team_of_workers.give("b", read_params().changed({"train.batch_size": 128}))
+        while len(team_of_workers.tasks) == 2:
+            for task, message in team_of_workers.messages(1):
                 if isinstance(message, Epoch):
-                    hired.answer(task, go_on=True)
-                    hired.spread()
-                    assert sum(map(hired.threads, hired.tasks)) <= 2
-                    assert hired.threads(task) == 1 or len(hired.tasks) == 1
+                    team_of_workers.answer(task, go_on=True)
+                    team_of_workers.spread()
+                    assert sum(map(team_of_workers.threads, team_of_workers.tasks)) <= 2
+                    assert team_of_workers.threads(task) == 1 or len(team_of_workers.tasks) == 1
 
 
 def test_a_worker_trains_on_as_many_threads_as_it_is_told(workspace: Path, prepared: Path) -> None:
@@ -148,23 +148,23 @@ def test_a_worker_trains_on_as_many_threads_as_it_is_told(workspace: Path, prepa
 
 def test_a_worker_that_is_killed_is_told_of_and_replaced(workspace: Path) -> None:
     params = read_params()
-    with team(1, cores=1) as hired:
-        hired.give("a", params.changed({"train.epochs": 1000}))
-        hired.messages(60)
+    with team(1, cores=1) as team_of_workers:
+        team_of_workers.give("a", params.changed({"train.epochs": 1000}))
+        team_of_workers.messages(60)
         (killed,) = workers_of(os.getpid())
         os.kill(killed, signal.SIGKILL)
-        (heard,) = [message for message in said(hired) if isinstance(message[1], Lost)]
+        (heard,) = [message for message in said(team_of_workers) if isinstance(message[1], Lost)]
         assert heard == ("a", Lost("its worker was killed by signal 9"))
-        hired.give("b", params)
-        assert isinstance(said(hired)[-1][1], Done)
+        team_of_workers.give("b", params)
+        assert isinstance(said(team_of_workers)[-1][1], Done)
     assert workers_of(os.getpid()) == []
 
 
 def test_a_worker_that_cannot_begin_ends_the_study_and_not_one_trial_after_the_other(tmp_path: Path) -> None:
-    with chdir(tmp_path), team(1, cores=1) as hired:
-        hired.give("a", read_params(PARAMS))
+    with chdir(tmp_path), team(1, cores=1) as team_of_workers:
+        team_of_workers.give("a", read_params(PARAMS))
         with pytest.raises(Fault, match=r"a worker could not begin: it ended with exit code 2"):
-            said(hired)
+            said(team_of_workers)
 
 
 def test_workers_end_when_nobody_is_left_to_hear_them(workspace: Path) -> None:

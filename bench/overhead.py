@@ -1,0 +1,160 @@
+"""What a training does beside learning: the time that checkpoints and live images take of an epoch.
+
+    python -m bench.overhead [--times 20] [--output FILE] [knob=value ...]
+
+Needs Linux and the prepared splits (`dvc repro prepare`). One training goes through epochs that are bare, with live
+images, bare, and with a checkpoint, in turn. What counts is how long the training waits for each, and what the thread
+that sends to the store computes for it, as if the training had waited for that too. By how much such epochs took longer
+than the bare ones before and after is printed too; that is all of it, but no epoch is as long as the next. The run is
+written into a store of its own. `make overhead` writes bench/overhead.json.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench import recipes
+from bench.bounds import Bound, conclude
+from bench.machine import code, machine, today
+from pipeline import checkpoints, files, recipe
+from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
+from pipeline.errors import run_command
+from pipeline.explain.live_images import LiveImages
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.training import Epoch
+from pipeline.params import Params, read_params
+from pipeline.tracking import runs
+
+BARE, LIVE, CHECKPOINT = "bare", "live images", "a checkpoint"
+TURN = (BARE, LIVE, BARE, CHECKPOINT)
+MOST = 2  # per cent
+
+
+@dataclass(frozen=True)
+class Timed:
+    """From the end of one epoch to that of the next: in seconds, all of it; what the training waited for what is done
+    this ``way`` between them; and what the thread computed that sends to the store."""
+
+    way: str
+    seconds: float
+    waited: float
+    sent: float
+
+
+def main() -> None:
+    """Train, print the figures, write the output; exit 1 where one is too large."""
+    arguments = _arguments()
+    params = read_params().changed(recipes.from_words(arguments.knobs))
+    dataset = read_dataset()
+    device = recipe.device_for(params)
+    train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        os.environ |= {"DVC_ROOT": folder, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        epochs = _epochs(params, dataset, train, validation, arguments.times)
+    bounds = []
+    for way in (LIVE, CHECKPOINT):
+        mean, error = _mean_and_error(costs(epochs, way))
+        print(f"{way} after each epoch: {mean:.2f} % +- {error:.2f} of it, n = {arguments.times}")
+        mean_longer, error = _mean_and_error(longer(epochs, way))
+        print(f"  such epochs took {mean_longer:.2f} % +- {error:.2f} longer than the bare ones beside them")
+        bounds.append(Bound(f"{way} after each epoch", (mean,), MOST, 0, "%", low=True))
+    facts = {"dataset": dataset.name, "knobs": arguments.knobs, "machine": machine(), "date": today(), "code": code()}
+    told = {"epochs": [asdict(each) for each in epochs], "bounds": [bound.as_row() for bound in bounds]}
+    files.write_json(arguments.output, facts | told)
+    conclude(bounds)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The time that checkpoints and live images take of an epoch.")
+    parser.add_argument("--times", type=int, default=20, help="how often each; 2 or more (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("bench/overhead.json"), help="(default: %(default)s)")
+    parser.add_argument("knobs", nargs="*", metavar="knob=value", help="other values for some knobs of the recipe")
+    arguments = parser.parse_args()
+    if arguments.times < 2:
+        parser.error("an error needs 2 times or more")
+    arguments.output = arguments.output.resolve()
+    return arguments
+
+
+def _epochs(
+    params: Params, dataset: Dataset, train: LabelledImages, validation: LabelledImages, times: int
+) -> list[Timed]:
+    """A TURN so many times, and a bare epoch, so that each has a bare one after it.
+
+    One before all of them, which sets things up, is not told of.
+    """
+    count = len(TURN) * times + 1
+    params = params.changed({"train.epochs": count + 1})
+    cnn = recipe.build(params, dataset)
+    history, found = list[Epoch](), list[Timed]()
+    files.checkpoints_folder().mkdir()
+    runs.connect()
+    with runs.training_run(params, dataset, train.images.device, "bench") as run:
+        (sender,) = [thread for thread in threading.enumerate() if thread.name == "tracking"]
+        assert sender.ident is not None
+        clock = time.pthread_getcpuclockid(sender.ident)
+        pictures = LiveImages(cnn, params.visualize.maximisation)
+        waited = [0.0]
+
+        def way() -> str:
+            return TURN[(len(history) - 1) % len(TURN)]
+
+        def keep(reached: Checkpoint) -> None:
+            if way() == CHECKPOINT:
+                with _added_to(waited):
+                    checkpoints.keep("bench", reached, history, run.run_id)
+
+        began = None
+        for epoch in recipe.fit(cnn, train, validation, params, keep=keep):
+            now, sent = time.perf_counter(), time.clock_gettime(clock)
+            if began:
+                found.append(Timed(way(), now - began[0], waited[0], sent - began[1]))
+            began, waited[0] = (now, sent), 0.0
+            history.append(epoch)
+            run.log_epoch(epoch)
+            if way() == LIVE:
+                with _added_to(waited):
+                    run.show(epoch.epoch, pictures.after_epoch())
+    return found
+
+
+@contextmanager
+def _added_to(total: list[float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    total[0] += time.perf_counter() - started
+
+
+def costs(epochs: Sequence[Timed], way: str) -> list[float]:
+    """Per cent of a bare epoch that each of this way was waited for and computed on beside it.
+
+    A bare epoch has numbers to send; that is not counted.
+    """
+    bare = [each for each in epochs if each.way == BARE]
+    seconds, numbers = (statistics.fmean(values) for values in zip(*((b.seconds, b.sent) for b in bare), strict=True))
+    return [100 * (each.waited + each.sent - numbers) / seconds for each in epochs if each.way == way]
+
+
+def longer(epochs: Sequence[Timed], way: str) -> list[float]:
+    """By how many per cent each of this way took longer than the bare ones before and after it."""
+    found = []
+    for before, each, after in zip(epochs, epochs[1:], epochs[2:], strict=False):
+        if each.way == way:
+            found.append(100 * (2 * each.seconds / (before.seconds + after.seconds) - 1))
+    return found
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,131 @@
+"""The model card: what a registered model is, in Markdown (Mitchell et al., 2019). Facts in, text out."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.data.splits import SPLITS, TEST, Dataset
+from pipeline.model.cnn import summary
+from pipeline.model.metrics import wilson_interval
+from pipeline.model.model_file import TrainedModel
+
+
+def model_card(dataset: Dataset, saved: TrainedModel, metrics: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    """The card of a model: ``metrics`` is the content of metrics.json, ``tags`` are those of the run that made it."""
+    return "\n\n".join(
+        [
+            *_purpose(dataset),
+            "## Data",
+            *_data(dataset),
+            "## Recipe",
+            _table(("knob", "value"), saved.recipe.items()),
+            "## Architecture",
+            f"```text\n{summary(saved.cnn.architecture)}\n```",
+            f"## How good it is, on the {dataset.splits[TEST].count:,} test images",
+            *_figures(dataset, metrics),
+            "## Limits",
+            _limits(dataset),
+            "## How to make it again",
+            _reproduction(tags),
+        ]
+    )
+
+
+def _purpose(dataset: Dataset) -> list[str]:
+    height, width, channels = dataset.image_shape
+    colours = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
+    return [
+        f"A convolutional network that tells {len(dataset.class_names)} classes apart in {colours} images of "
+        f"{height} x {width} pixels: {', '.join(map(_text, dataset.class_names))}.",
+        "It takes images (N, H, W, C) as bytes, 0 is black and 255 white, and answers a probability for each class.",
+    ]
+
+
+def _data(dataset: Dataset) -> list[str]:
+    rows = [
+        (
+            split,
+            f"{facts.count:,}",
+            f"{min(facts.per_class.values()):,} ... {max(facts.per_class.values()):,}",
+            f"`{facts.sha256[:16]}`",
+        )
+        for split, facts in ((split, dataset.splits[split]) for split in SPLITS)
+    ]
+    return [
+        f"{_text(dataset.label)}, from {_text(dataset.source)}; SHA-256 `{dataset.sha256}`.",
+        _table(("split", "images", "a class", "SHA-256 of its file"), rows),
+    ]
+
+
+def _figures(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
+    test, count = metrics["test"], dataset.splits[TEST].count
+    rows = [
+        ("accuracy", f"{test['accuracy']:.2%}", _interval(count - test["error_count"], count)),
+        ("cross-entropy", f"{test['loss']:.4f} nats", ""),
+        ("expected calibration error", f"{test['ece']:.4f}", ""),
+        *(
+            (f"accuracy, {change.replace('_', ' ')}", f"{accuracy:.2%}", _interval(round(accuracy * count), count))
+            for change, accuracy in test["robustness"].items()
+        ),
+    ]
+    per_class = dataset.splits[TEST].per_class
+    recalls = [
+        (
+            _text(name),
+            f"{per_class[name]:,}",
+            f"{score['recall']:.2%}",
+            _interval(round(score["recall"] * per_class[name]), per_class[name]),
+        )
+        for name, score in test["per_class"].items()
+    ]
+    return [
+        _table(("", "measured", "95 % confidence"), rows),
+        _table(("class", "images", "recall", "95 % confidence"), recalls),
+        "The intervals are Wilson's: what another draw of as many test images may give.",
+    ]
+
+
+def _interval(right: int, count: int) -> str:
+    low, high = wilson_interval(right, count)
+    return f"{low:.2%} ... {high:.2%}"
+
+
+def _limits(dataset: Dataset) -> str:
+    lines = [
+        "It knows nothing but these classes: any other image gets one of them too, and often with confidence.",
+        "It expects images like those that it was trained on, in size, framing and contrast; the rows above that begin "
+        "with *accuracy,* tell how much it loses on others.",
+        "It comes from one training; another seed makes other mistakes.",
+    ]
+    if dataset.name != dataset.requested:
+        lines.insert(0, f"**{_text(dataset.name)} stood in for {_text(dataset.requested)}**, which could not be had.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _reproduction(tags: Mapping[str, str]) -> str:
+    if "git.commit" not in tags:
+        return (
+            "DVC brought it back from a cache, or there was no git: of its code and its machine nothing is known. "
+            "`dvc repro` with the recipe above."
+        )
+    dirty = " There were changes that nobody committed." if tags.get("git.dirty") == "true" else ""
+    machine = ", ".join(
+        f"{key} {tags[key]}"
+        for key in ("torch.version", "numba.version", "cpu.capability", "cpu.threads")
+        if key in tags
+    )
+    return (
+        f"`git checkout {tags['git.commit']}`, the recipe above in params.yaml, then `dvc repro`.{dirty} "
+        f"The same bytes come out on the same machine: {machine}."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _text(name: str) -> str:
+    """A name from outside as Markdown shows it, whatever is in it."""
+    escaped = html.escape(" ".join(name.split()))
+    return "".join(f"\\{character}" if character in "\\`*_{}[]()#+!|~" else character for character in escaped)

@@ -1,0 +1,379 @@
+"""The loops of the CNN that PyTorch has no single operation for, compiled for the CPU.
+
+A small CNN waits for memory more than it computes: as separate operations the first convolution, its pooling and its
+ReLU move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; what the
+convolution gives before pooling never exists. Other convolutions are computed pooling window by pooling window, where
+that is possible with less than half the multiplications. The backward pass follows only the argmax of each window.
+
+Numba compiles the loops, once for each set of sizes: with these known, the innermost loop becomes vector instructions.
+The machine code is kept in __pycache__. All arrays are contiguous; results are written into the last arguments.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Set
+from typing import NamedTuple, TypeVar, cast
+
+import numpy as np
+from numba import config, njit
+from numba.core.codegen import get_host_cpu_features
+from numpy.typing import NDArray
+
+Loop = Callable[..., None]
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Drawn = NDArray[np.int8] | NDArray[np.int16]
+
+DEAD = 255  # in place of a best_place's number: ReLU let nothing through
+
+
+Factory = TypeVar("Factory", bound=Callable[..., object])
+_one_at_a_time = threading.Lock()
+
+
+def _built_once(factory: Factory) -> Factory:
+    """Each set of sizes is built once, also when several threads ask for it at the same time."""
+    cached = functools.cache(factory)
+
+    @functools.wraps(factory)
+    def build(*sizes: object) -> object:
+        with _one_at_a_time:
+            return cached(*sizes)
+
+    return cast(Factory, build)
+
+
+@functools.cache
+def _allow_whole_vectors() -> None:
+    """Have the compiler use all 512 bits of AVX-512.
+
+    It keeps to 256 on Intel's processors, since the first of them slowed down otherwise; an epoch takes 5 to 13 % less
+    with all of them on an Emerald Rapids.
+    """
+    if config.CPU_FEATURES is None and "+avx512f" in (features := get_host_cpu_features()):
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
+def _compiled(function: Loop, freedoms: Set[str] = frozenset({"contract"})) -> Loop:
+    # Without the interpreter's lock, so that several threads run it at once. A multiplication and the addition after it
+    # may become one instruction; more is reordered only where ``freedoms`` say so. The same inputs give the same bits.
+    _allow_whole_vectors()
+    loop: Loop = njit(nogil=True, cache=True, fastmath=set(freedoms), error_model="numpy")(function)
+    return loop
+
+
+def _called_in_loops(function: Factory) -> Factory:
+    _allow_whole_vectors()
+    return cast(Factory, njit(function))
+
+
+class Pair(NamedTuple):
+    """An operation and the backward pass through it."""
+
+    forward: Loop
+    backward: Loop
+
+
+@_built_once
+def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
+    """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
+
+    ``size`` is that of a filter, ``window`` that of the pooling; ``sign`` is 1 where the largest value of a window wins
+    and -1 where the smallest does. Weights are (size, size, channels, filters); maps, their gradients and the numbers
+    of the argmax' places are (N, H', W', filters). The loops over one filter and one window are unrolled.
+    """
+    zero, lowest = np.float32(0), np.float32(-np.inf)
+    span = (window - 1) * stride + size  # pixels that one pooling window sees, along each side
+
+    def forward(images: Bytes, weights: Floats, biases: Floats, maps: Floats, argmax: Bytes) -> None:
+        for n in range(maps.shape[0]):
+            for i in range(maps.shape[1]):
+                for j in range(maps.shape[2]):
+                    for f in range(filters):
+                        best = lowest
+                        best_place = 0
+                        for place in range(window * window):
+                            y, x = (i * window + place // window) * stride, (j * window + place % window) * stride
+                            total = biases[f]
+                            for a in range(size):
+                                for b in range(size):
+                                    for c in range(channels):
+                                        total += np.float32(images[n, y + a, x + b, c]) * weights[a, b, c, f]
+                            if sign * total > best or total != total:  # NaN wins, as in PyTorch, and is seen
+                                best = sign * total
+                                best_place = place
+                        best *= sign
+                        maps[n, i, j, f] = zero if best <= 0 else best
+                        argmax[n, i, j, f] = DEAD if best <= 0 else best_place
+
+    def backward(
+        images: Bytes, grad_maps: Floats, argmax: Bytes, grad_weights: Floats, grad_biases: Floats
+    ) -> None:  # adds to the last two
+        for n in range(grad_maps.shape[0]):
+            for i in range(grad_maps.shape[1]):
+                for j in range(grad_maps.shape[2]):
+                    y, x = i * window * stride, j * window * stride
+                    for f in range(filters):
+                        grad_biases[f] += grad_maps[n, i, j, f] if argmax[n, i, j, f] != DEAD else zero
+                    ink = np.uint8(0)
+                    for a in range(span):
+                        for b in range(span):
+                            for c in range(channels):
+                                ink |= images[n, y + a, x + b, c]
+                    if ink == 0:  # all would be multiplied by 0, as for half of the windows of a digit
+                        continue
+                    for a in range(size):
+                        for b in range(size):
+                            for c in range(channels):
+                                for f in range(filters):
+                                    gradient, best_place = grad_maps[n, i, j, f], argmax[n, i, j, f]
+                                    total = grad_weights[a, b, c, f]
+                                    for place in range(window * window):
+                                        down, right = place // window * stride + a, place % window * stride + b
+                                        pixel = np.float32(images[n, y + down, x + right, c])
+                                        total += pixel * (gradient if best_place == place else zero)
+                                    grad_weights[a, b, c, f] = total
+
+    return Pair(_compiled(forward), _compiled(backward))
+
+
+@_built_once
+def pool_relu(window: int, sign: int) -> Pair:
+    """Pooling and ReLU of maps (N, H, W, filters); what is left over at the right and bottom is cut off."""
+    zero, lowest = np.float32(0), np.float32(-np.inf)
+
+    def forward(maps: Floats, pooled: Floats, argmax: Bytes) -> None:
+        for n in range(pooled.shape[0]):
+            for i in range(pooled.shape[1]):
+                for j in range(pooled.shape[2]):
+                    for f in range(pooled.shape[3]):
+                        best = lowest
+                        best_place = 0
+                        for place in range(window * window):
+                            value = sign * maps[n, i * window + place // window, j * window + place % window, f]
+                            if value > best or value != value:
+                                best = value
+                                best_place = place
+                        best *= sign
+                        pooled[n, i, j, f] = zero if best <= 0 else best
+                        argmax[n, i, j, f] = DEAD if best <= 0 else best_place
+
+    def backward(grad_pooled: Floats, argmax: Bytes, grad_maps: Floats) -> None:
+        for n in range(grad_pooled.shape[0]):
+            for i in range(grad_pooled.shape[1]):
+                for j in range(grad_pooled.shape[2]):
+                    for place in range(window * window):
+                        for f in range(grad_pooled.shape[3]):
+                            grad_maps[n, i * window + place // window, j * window + place % window, f] = (
+                                grad_pooled[n, i, j, f] if argmax[n, i, j, f] == place else zero
+                            )
+
+    return Pair(_compiled(forward), _compiled(backward))
+
+
+DEPTH = 8  # products that are summed up at once; more would not fit into the registers
+IMAGES = 2  # images at a time: what is in work then stays in the core's own cache
+
+
+@_built_once
+def winograd(channels: int, filters: int, sign: int) -> Loop:
+    """Convolution by 3 x 3 filters without padding, pooling by 2 x 2 windows and ReLU, in 16 products instead of 36.
+
+    Two neighbouring outputs of a filter of three weights take four multiplications instead of six: those of sums of
+    inputs with sums of weights (Winograd, "Arithmetic complexity of computations", 1980). Along both sides, four
+    outputs take 16 instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016); here they
+    are the four that a pooling window chooses from. Inputs are (N, H, W, channels), the weights' sums (16, depth,
+    filters), with zeros from ``channels`` up to a multiple of DEPTH; pooled maps and the numbers of the argmax' places
+    are (N, H', W', filters).
+    """
+    zero, lowest = np.float32(0), np.float32(-np.inf)
+    depth = -(-channels // DEPTH) * DEPTH
+
+    def forward(inputs: Floats, factors: Floats, biases: Floats, pooled: Floats, argmax: Bytes) -> None:
+        count, height, width, _ = pooled.shape
+        most = IMAGES * height * width
+        sums = np.zeros((16, most + 1, depth), np.float32)  # windows are taken two by two, so one may be too many
+        products = np.empty((16, most + 1, filters), np.float32)
+        for start in range(0, count, IMAGES):
+            images = min(IMAGES, count - start)
+            for n in range(images):
+                for i in range(height):
+                    for j in range(width):
+                        y, x, window = 2 * i, 2 * j, (n * height + i) * width + j
+                        for c in range(channels):
+                            p = _parted_column(inputs, start + n, y, x, c)
+                            q = _parted_column(inputs, start + n, y, x + 1, c)
+                            r = _parted_column(inputs, start + n, y, x + 2, c)
+                            s = _parted_column(inputs, start + n, y, x + 3, c)
+                            for a in range(4):
+                                values = _parted(p[a], q[a], r[a], s[a])
+                                for b in range(4):
+                                    sums[4 * a + b, window, c] = values[b]
+            for g in range(16):
+                for i in range(0, images * height * width, 2):
+                    for f in range(filters):
+                        products[g, i, f] = zero
+                        products[g, i + 1, f] = zero
+                    for k in range(0, depth, DEPTH):
+                        a0, a1, a2, a3 = sums[g, i, k], sums[g, i, k + 1], sums[g, i, k + 2], sums[g, i, k + 3]
+                        a4, a5, a6, a7 = sums[g, i, k + 4], sums[g, i, k + 5], sums[g, i, k + 6], sums[g, i, k + 7]
+                        j = i + 1
+                        b0, b1, b2, b3 = sums[g, j, k], sums[g, j, k + 1], sums[g, j, k + 2], sums[g, j, k + 3]
+                        b4, b5, b6, b7 = sums[g, j, k + 4], sums[g, j, k + 5], sums[g, j, k + 6], sums[g, j, k + 7]
+                        for f in range(filters):
+                            w0, w1, w2 = factors[g, k, f], factors[g, k + 1, f], factors[g, k + 2, f]
+                            w3, w4, w5 = factors[g, k + 3, f], factors[g, k + 4, f], factors[g, k + 5, f]
+                            w6, w7 = factors[g, k + 6, f], factors[g, k + 7, f]
+                            products[g, i, f] += (
+                                a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3 + a4 * w4 + a5 * w5 + a6 * w6 + a7 * w7
+                            )
+                            products[g, j, f] += (
+                                b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3 + b4 * w4 + b5 * w5 + b6 * w6 + b7 * w7
+                            )
+            for n in range(images):
+                for i in range(height):
+                    for j in range(width):
+                        window = (n * height + i) * width + j
+                        for f in range(filters):
+                            p = _joined_column(products, 0, window, f)
+                            q = _joined_column(products, 1, window, f)
+                            r = _joined_column(products, 2, window, f)
+                            s = _joined_column(products, 3, window, f)
+                            best = lowest
+                            best_place = 0
+                            for place in range(4):
+                                a = place // 2
+                                value = sign * (_joined(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
+                                if value > best or value != value:
+                                    best = value
+                                    best_place = place
+                            best *= sign
+                            pooled[start + n, i, j, f] = zero if best <= 0 else best
+                            argmax[start + n, i, j, f] = DEAD if best <= 0 else best_place
+
+    return _compiled(forward)
+
+
+# Winograd's sums along one side: of four inputs, and of four products.
+
+
+@_called_in_loops
+def _parted(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
+    return a - c, b + c, c - b, b - d
+
+
+@_called_in_loops
+def _joined(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
+    return a + b + c, b - c - d
+
+
+@_called_in_loops
+def _parted_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
+    return _parted(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
+
+
+@_called_in_loops
+def _joined_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
+    return _joined(
+        products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
+    )
+
+
+@_built_once
+def conv_backward(size: int, stride: int, channels: int, window: int, inputs_learn: bool) -> Loop:
+    """From the gradients of pooled maps to those of the convolution before, without what pooling threw away.
+
+    In each window one value won, and the gradients of the others are zero; those of argmax that ReLU or dropout
+    stopped are zero too. What is left, a sixteenth of the gradients of the convolution's maps in the default network,
+    is taken one by one: each adds its multiple of the filter to the gradients of the inputs, and its multiple of the
+    inputs to the gradient of the filter. Inputs are (N, H, W * channels), weights (filters, size, size * channels).
+    """
+    row = size * channels
+
+    def backward(
+        inputs: Floats,
+        weights: Floats,
+        grad_pooled: Floats,
+        argmax: Bytes,
+        grad_inputs: Floats,
+        grad_weights: Floats,
+        grad_biases: Floats,
+    ) -> None:  # adds to the last three
+        count, height, width, filters = grad_pooled.shape
+        rows, columns = np.empty(height * width + 1, np.int64), np.empty(height * width + 1, np.int64)
+        learned = np.empty(height * width + 1, np.float32)
+        for n in range(count):
+            for f in range(filters):
+                length = 0
+                for i in range(height):
+                    for j in range(width):  # listed first: branches that cannot be foreseen are slow
+                        gradient, best_place = grad_pooled[n, i, j, f], argmax[n, i, j, f]
+                        rows[length] = (i * window + best_place // window) * stride
+                        columns[length] = (j * window + best_place % window) * stride * channels
+                        learned[length] = gradient
+                        length += (gradient != 0) & (best_place != DEAD)
+                for k in range(length):
+                    y, x, gradient = rows[k], columns[k], learned[k]
+                    grad_biases[f] += gradient
+                    for a in range(size):
+                        if inputs_learn:
+                            sums, values = grad_inputs[n, y + a, x : x + row], weights[f, a]
+                            for t in range(row):
+                                sums[t] += gradient * values[t]
+                        sums, values = grad_weights[f, a], inputs[n, y + a, x : x + row]
+                        for t in range(row):
+                            sums[t] += gradient * values[t]
+
+    return _compiled(backward)
+
+
+@_built_once
+def dropout_dense() -> Pair:
+    """Dropout and the dense layer after it: features (N, F), a number drawn for each, weights (C, F), logits (N, C).
+
+    A feature is kept, times ``scale``, where its number is ``lowest_kept`` or more.
+    """
+
+    def forward(
+        features: Floats,
+        drawn: Drawn,
+        lowest_kept: int,
+        scale: np.float32,
+        weights: Floats,
+        biases: Floats,
+        kept: Floats,
+        logits: Floats,
+    ) -> None:
+        for n in range(features.shape[0]):
+            for f in range(features.shape[1]):
+                kept[n, f] = features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
+            for c in range(weights.shape[0]):
+                total = np.float32(0)
+                for f in range(features.shape[1]):
+                    total += kept[n, f] * weights[c, f]
+                logits[n, c] = biases[c] + total
+
+    def backward(
+        grad_logits: Floats,
+        drawn: Drawn,
+        lowest_kept: int,
+        scale: np.float32,
+        weights: Floats,
+        kept: Floats,
+        grad_features: Floats,
+        grad_weights: Floats,
+        grad_biases: Floats,
+    ) -> None:  # adds to the last three
+        for n in range(kept.shape[0]):
+            for c in range(weights.shape[0]):
+                gradient = grad_logits[n, c]
+                grad_biases[c] += gradient
+                for f in range(kept.shape[1]):
+                    grad_weights[c, f] += gradient * kept[n, f]
+                for f in range(kept.shape[1]):
+                    grad_features[n, f] += gradient * weights[c, f]
+            for f in range(kept.shape[1]):
+                grad_features[n, f] = grad_features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
+
+    # A sum over the features becomes one of sixteen partial sums.
+    return Pair(_compiled(forward, {"contract", "reassoc"}), _compiled(backward))

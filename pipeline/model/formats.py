@@ -1,0 +1,46 @@
+"""The CNN as a file that needs neither this project nor MLflow."""
+
+import io
+import json
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from pipeline.model.cnn import CNN, MOST_IMAGES, Classifier
+
+CLASS_NAMES = "class_names"  # under which both formats hold them, as a JSON list
+
+
+def _program(cnn: CNN) -> ExportedProgram:
+    example = torch.zeros((2, *cnn.architecture.image_shape), dtype=torch.uint8)
+    images = {0: Dim("N", min=1, max=MOST_IMAGES)}
+    return torch.export.export(Classifier(cnn), (example,), dynamic_shapes={"images": images})
+
+
+def as_pt2(cnn: CNN) -> bytes:
+    """For torch.export.load, which gives the class names back in ``extra_files``."""
+    content = io.BytesIO()
+    names = json.dumps(cnn.architecture.class_names)
+    torch.export.save(_program(cnn), content, extra_files={f"{CLASS_NAMES}.json": names})
+    return content.getvalue()
+
+
+def as_onnx(cnn: CNN) -> bytes:
+    """ONNX: input ``images`` (N, H, W, C) uint8, output ``probabilities`` (N, classes), the names in its metadata.
+
+    Raises ImportError where the extra ``onnx`` is not installed.
+    """
+    exported = torch.onnx.export(
+        _program(cnn),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes={"images": {0: "N"}},
+        external_data=False,
+        verbose=False,
+    )
+    assert exported is not None
+    model = exported.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = CLASS_NAMES, json.dumps(cnn.architecture.class_names)
+    return bytes(model.SerializeToString())

@@ -1,0 +1,125 @@
+"""How good the CNN is: its probabilities, and the figures that are read off them."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.model import cpu_ops, cpu_threads
+from pipeline.model.cnn import CNN
+
+CHUNK = 250  # images at a time
+
+
+def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
+    """Logits (N, classes) float32 of images (N, H, W, C) uint8, on the images' device."""
+
+    @torch.no_grad()
+    def predict(chunk: Tensor) -> Tensor:
+        return cpu_ops.logits(cnn, chunk)
+
+    was_training = cnn.training
+    cnn.eval()
+    try:
+        with cpu_threads.thread_pool(cnn, images.device) as pool:
+            return torch.cat(list(pool.map(predict, torch.split(images, CHUNK))))
+    finally:
+        cnn.train(was_training)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """The share of images whose highest score (N, classes) is that of their label (N,)."""
+    return (scores.argmax(dim=1) == labels).double().mean().item()
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Between which shares the true one lies with 95 % confidence, after ``right`` of ``count`` (Wilson, 1927)."""
+    z = 1.959964  # of the normal distribution, 2.5 % lie above it
+    share, spread = right / count, z * z / count
+    middle = share + spread / 2
+    reach = z * math.sqrt((share * (1 - share) + spread / 4) / count)
+    return (middle - reach) / (1 + spread), (middle + reach) / (1 + spread)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """The mean of -log p(label) over all images, in nats."""
+    return F.cross_entropy(logits.double(), labels).item()
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int) -> float:
+    """How far confidence and accuracy lie apart, on average over images (Guo et al., 2017, equation 3).
+
+    Images are put into ``bins`` of equal width by their highest probability; each bin counts by its size.
+    """
+    confidence, predicted = probabilities.double().max(dim=1)
+    bin_of = _bins_of(confidence, bins)
+    surplus = confidence - (predicted == labels).double()
+    per_bin = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, surplus)
+    return (per_bin.abs().sum() / len(labels)).item()
+
+
+def _bins_of(confidence: Tensor, bins: int) -> Tensor:
+    """In which of so many bins of equal width each is; one on an edge is in the lower bin."""
+    return (confidence * bins).ceil().long().clamp(1, bins) - 1
+
+
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Counts (classes, classes): row = actual class, column = predicted class."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Of the images predicted as this class, and of the images of this class: the share that is right."""
+
+    precision: float
+    recall: float
+
+
+def per_class(confusion: Tensor) -> list[ClassScore]:
+    """Precision and recall of each class; 0 where nothing was predicted or nothing belongs to the class."""
+    found = shares(confusion)
+    pairs = zip(found["precision"], found["recall"], strict=True)
+    return [ClassScore(precision, recall) for (precision, *_), (recall, *_) in pairs]
+
+
+Shares = dict[str, list[tuple[float, float, float]]]
+
+
+def shares(confusion: Tensor) -> Shares:
+    """Precision and recall of each class with their 95 % intervals, as (share, low, high)."""
+    right = confusion.diag().tolist()
+    of = {"precision": confusion.sum(dim=0).tolist(), "recall": confusion.sum(dim=1).tolist()}
+    return {
+        fact: [
+            (hits / max(count, 1), *(wilson_interval(hits, count) if count else (0.0, 1.0)))
+            for hits, count in zip(right, counts, strict=True)
+        ]
+        for fact, counts in of.items()
+    }
+
+
+class Bin(NamedTuple):
+    """Images that the network is about equally sure of: the mean of that, the share that is right, its interval."""
+
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+    images: int
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int) -> list[Bin]:
+    """How sure and how often right: those of ``bins`` of equal width that have images."""
+    confidence, predicted = probabilities.double().max(dim=1)
+    bin_of = _bins_of(confidence, bins)
+    counts = torch.bincount(bin_of, minlength=bins)
+    sure, right = (
+        torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, each).tolist()
+        for each in (confidence, (predicted == labels).double())
+    )
+    rows = zip(sure, right, counts.tolist(), strict=True)
+    return [Bin(total / n, hits / n, *wilson_interval(int(hits), n), n) for total, hits, n in rows if n]

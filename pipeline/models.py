@@ -1,0 +1,97 @@
+"""The registered models: where one comes from, who was champion when, and the way back.
+
+    python -m pipeline.models [MODEL]              where it comes from; would this checkout make it again?
+    python -m pipeline.models [MODEL] --history    who was champion when, and why
+    python -m pipeline.models [MODEL] --rollback   MODEL, or the champion before the present one, is champion again
+
+MODEL is an alias or a version, with or without its name: champion (the default), challenger, 3, NAME@champion, NAME/3.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+
+from pipeline import files, machine, recipe
+from pipeline.data.splits import read_dataset
+from pipeline.errors import run_command
+from pipeline.params import read_params
+from pipeline.tracking import lineage, registry, runs
+from pipeline.tracking.gate import CHAMPION
+
+NEEDED = (
+    lineage.RECIPE,
+    "model.sha256",
+    "data.sha256",
+    "data.name",
+    "params.sha256",
+    "test.accuracy",
+    "test.error_count",
+)
+
+
+def main() -> None:
+    """Look the model up in the registry, and print, or set the alias."""
+    arguments = _arguments()
+    runs.connect()
+    if arguments.rollback:
+        version = registry.roll_back(arguments.model)
+        print(f"{version.name} version {version.version} is the champion")
+    elif arguments.history:
+        for record in registry.history(registry.find(arguments.model or CHAMPION).name):
+            print(f"{record.since}  version {record.version}: {record.reason}")
+    else:
+        version = registry.find(arguments.model or CHAMPION)
+        registry.require(version, *NEEDED)
+        print(f"{version.name} version {version.version}\n")
+        print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags).items()))
+        print()
+        print("\n".join(_verdict(version.tags)))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.models", description="Where a registered model comes from."
+    )
+    parser.add_argument("model", nargs="?", help="an alias, a version, NAME@alias or NAME/version (default: champion)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--history", action="store_true", help="who was champion when, and why (UTC)")
+    what.add_argument("--rollback", action="store_true", help="make it champion again; without MODEL: the one before")
+    return parser.parse_args()
+
+
+def _facts(tags: Mapping[str, str]) -> dict[str, str]:
+    """What the tags of a version say, in words. A tag that is not there is nothing that anybody knows."""
+    known = {key: tags.get(key, "unknown") for key in (*machine.FACTS, "git.commit", "gate.decision", "gate.reason")}
+    dirty = " and changes that were not committed" if tags.get("git.dirty") == "true" else ""
+    experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
+    return {
+        "model": f"SHA-256 {tags['model.sha256']}",
+        "test": f"{float(tags['test.accuracy']):.2%} accuracy, {tags['test.error_count']} errors",
+        "gate": f"{known['gate.decision']}: {known['gate.reason']}",
+        "commit": f"{known['git.commit']}{dirty}{experiment}",
+        "data": f"{tags['data.name']}, SHA-256 {tags['data.sha256']}",
+        "parameters": f"SHA-256 {tags['params.sha256']}",
+        **{f"  {knob}": str(value) for knob, value in json.loads(tags[lineage.RECIPE]).items()},
+        "machine": ", ".join(f"{key} {known[key]}" for key in machine.FACTS),
+    }
+
+
+def _verdict(tags: Mapping[str, str]) -> list[str]:
+    params = read_params()
+    differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, params.recipe, _data_here())]
+    if differences:
+        return ["This checkout would make another model:", *differences]
+    if lineage.CODE not in tags:
+        return ["Nobody knows whether this checkout would make the same model: DVC brought it back from a cache."]
+    others = [f"  {what}" for what in lineage.other_machine(tags, recipe.device_for(params))]
+    if others:
+        return ["This checkout would make the same model but for the last bits, since the machine is another:", *others]
+    return ["This checkout would make the same model again."]
+
+
+def _data_here() -> str | None:
+    return read_dataset().sha256 if (files.PREPARED / "dataset.json").exists() else None
+
+
+if __name__ == "__main__":
+    run_command(main)

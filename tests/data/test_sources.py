@@ -1,0 +1,305 @@
+"""Downloads over a real HTTP server on this machine, of small data sets in the published formats."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import pickle
+import socket
+import struct
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+
+from pipeline.data import sources
+from pipeline.errors import UserError
+
+TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
+CLOSED_PORT = "http://127.0.0.1:9/"  # discard: nothing answers there
+
+
+def idx(values: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """Bytes in the format of the MNIST files: magic number, sizes, values."""
+    header = struct.pack(f">{1 + values.ndim}I", 0x0800 | values.ndim, *values.shape)
+    return gzip.compress(header + values.tobytes(), mtime=0)
+
+
+def small_mnist() -> dict[str, bytes]:
+    """The four files with 30 training and 10 test images of noise."""
+    noise = np.random.default_rng(0)
+    found = {}
+    for prefix, count in (("train", 30), ("t10k", 10)):
+        found[f"{prefix}-images-idx3-ubyte.gz"] = idx(noise.integers(256, size=(count, 28, 28), dtype=np.uint8))
+        found[f"{prefix}-labels-idx1-ubyte.gz"] = idx((np.arange(count) % 10).astype(np.uint8))
+    return found
+
+
+def publish(patch: pytest.MonkeyPatch, files: dict[str, bytes], name: str = "mnist", mirror: str = CLOSED_PORT) -> None:
+    """Make ``files`` the published ones, to be had at ``mirror`` only."""
+    published = sources.PUBLISHED[name]
+    patch.setitem(
+        sources.PUBLISHED,
+        name,
+        sources.Published(
+            published.dataset,
+            {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+            (mirror,),
+            published.unpacked,
+            published.class_names,
+        ),
+    )
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the URL under which a server of this machine hands it out."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty repository's root; no mirror is set and none of the published ones is asked."""
+    root = tmp_path / "clone"
+    root.mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.delenv(sources.MIRROR_VARIABLE, raising=False)
+    publish(monkeypatch, small_mnist())
+    return root
+
+
+def raw(clone: Path, name: str = "mnist") -> list[str]:
+    folder = clone / "data/raw" / name
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def is_small_mnist(source: sources.Source) -> bool:
+    images = gzip.decompress(small_mnist()[TRAIN_IMAGES])[16:]
+    return bool(source.train.images.numpy().tobytes() == images) and source.train.labels.tolist() == [*range(10)] * 3
+
+
+def test_the_own_mirror_is_asked_first(clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, url = mirror
+    put(folder, small_mnist())
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, url)
+    source = sources.load("mnist")
+    assert is_small_mnist(source)
+    assert source.train.images.shape == (30, 28, 28, 1)
+    assert source.train.images.dtype == torch.uint8
+    assert source.train.labels.dtype == torch.int64
+    assert source.test is not None
+    assert len(source.test) == 10
+    assert source.class_names == tuple("0123456789")
+    assert raw(clone) == sorted(small_mnist())
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative to the root", "several data sets"])
+def test_a_mirror_may_be_a_folder(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    put(tmp_path / "files/mnist", small_mnist())
+    own = {"absolute": str(tmp_path / "files/mnist"), "relative to the root": "../files/mnist"}
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, own.get(form, str(tmp_path / "files")))
+    assert is_small_mnist(sources.load("mnist"))
+
+
+def test_the_published_mirrors_follow_when_the_own_one_has_something_else(
+    mirror: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url = mirror
+    put(folder, small_mnist())
+    publish(monkeypatch, small_mnist(), mirror=url)
+    own = put(tmp_path / "own", small_mnist() | {TRAIN_IMAGES: b"<html>Please log in</html>"})
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, str(own))
+    assert is_small_mnist(sources.load("mnist"))
+
+
+def test_files_that_are_there_are_not_downloaded_again(clone: Path) -> None:
+    put(clone / "data/raw/mnist", small_mnist())
+    assert is_small_mnist(sources.load("mnist"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],  # truncated
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),  # one bit flipped
+        lambda content: b"<html>404</html>",
+        lambda content: gzip.compress(b"\x00" * 1_000_000),  # another file, or a bomb
+        lambda content: b"",
+    ],
+)
+def test_fault_19_a_damaged_file_is_refused_by_name_with_the_remedy(clone: Path, damage: Any) -> None:
+    content = small_mnist()
+    put(clone / "data/raw/mnist", content | {TRAIN_IMAGES: damage(content[TRAIN_IMAGES])})
+    with pytest.raises(UserError, match=rf"{TRAIN_IMAGES} is not the published file .* delete it and run again"):
+        sources.load("mnist", "mnist-5k")  # the fall-back is for silent mirrors, not for damaged files
+
+
+@pytest.mark.parametrize("answer", ["nothing", "an HTML page", "404"])
+def test_no_mirror_is_one_line_that_names_each_and_leaves_nothing(
+    clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    folder, url = mirror
+    if answer == "an HTML page":
+        put(folder, small_mnist() | {TRAIN_IMAGES: b"<html>Please log in</html>"})
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, CLOSED_PORT if answer == "nothing" else url)
+    with pytest.raises(sources.NoMirrorError) as error:
+        sources.load("mnist", None)
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"{TRAIN_IMAGES} could not be downloaded" in message
+    assert CLOSED_PORT in message
+    assert {"nothing": "refused", "an HTML page": "its SHA-256 differs", "404": "404"}[answer] in message
+    assert sources.MIRROR_VARIABLE in message
+    assert raw(clone) == []
+
+
+def test_a_mirror_that_accepts_and_never_answers_does_not_hang_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIRROR_TIMEOUT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(sources.MIRROR_VARIABLE, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(sources.NoMirrorError, match="timed out"):
+            sources.load("mnist")
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("nonsense", ["http://127.0.0.1:9/my files/", "nonsense://host/"])
+def test_a_mirror_that_makes_no_sense_is_a_mirror_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, nonsense: str
+) -> None:
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, nonsense)
+    with pytest.raises(sources.NoMirrorError, match=nonsense):
+        sources.load("mnist")
+
+
+def test_a_folder_that_is_not_there_is_a_mistake_and_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, "/no/such/folder")
+    with pytest.raises(UserError, match="PIPELINE_DATA_MIRROR is /no/such/folder, which is neither a URL nor a folder"):
+        sources.load("mnist", "mnist-5k")
+
+
+def test_a_server_that_speaks_something_else_is_a_mirror_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(2):
+                with server.accept()[0] as connection:
+                    connection.recv(100)
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setenv(sources.MIRROR_VARIABLE, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        with pytest.raises(sources.NoMirrorError, match="SSH-2"):
+            sources.load("mnist")
+
+
+def test_the_fall_back_is_used_with_a_warning_nobody_can_miss(capsys: pytest.CaptureFixture[str]) -> None:
+    source = sources.load("mnist", "mnist-5k")
+    assert source.name == "mnist-5k"
+    assert len(source.train) == 5000
+    assert source.train.labels.bincount().tolist() == [500] * 10
+    warning = capsys.readouterr().err
+    assert warning.startswith("!!!!!")
+    assert "WARNING: mnist could not be had, so mnist-5k is used in its place" in warning
+    assert "data.offline_fallback: null" in warning
+
+
+def test_digits_never_stand_in_for_other_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(monkeypatch, small_mnist(), name="fashion-mnist")
+    with pytest.raises(
+        sources.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, whose classes are others"
+    ):
+        sources.load("fashion-mnist", "mnist-5k")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("mnits", None),
+            "params.yaml: data.dataset is 'mnits'; allowed: mnist, fashion-mnist, kmnist, cifar10, mnist-5k",
+        ),
+        (("mnist", "kmnist"), "params.yaml: data.offline_fallback is 'kmnist'; allowed: mnist-5k or null"),
+    ],
+)
+def test_an_unknown_name_is_refused(arguments: tuple[str, str | None], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        sources.load(*arguments)
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(("name", "label"), [("fashion-mnist", "Sandal"), ("kmnist", "ha")])
+def test_the_other_data_sets_of_the_format_come_with_their_class_names(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: str
+) -> None:
+    publish(monkeypatch, small_mnist(), name=name)
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, str(put(tmp_path / "files", small_mnist())))
+    source = sources.load(name)
+    assert is_small_mnist(source)
+    assert source.class_names[5] == label
+    assert raw(clone, name) == sorted(small_mnist())
+
+
+def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0)
+    batches = {
+        name: pickle.dumps({"data": noise.integers(256, size=(4, 3072), dtype=np.uint8), "labels": [0, 1, 8, 9]})
+        for name in ("data_batch_1", "test_batch")
+    }
+    batches["batches.meta"] = pickle.dumps({"label_names": ["airplane"]})
+    digest = {name: hashlib.md5(content).hexdigest() for name, content in batches.items()}
+
+    for attribute, value in {
+        "train_list": [["data_batch_1", digest["data_batch_1"]]],
+        "test_list": [["test_batch", digest["test_batch"]]],
+        "meta": {"filename": "batches.meta", "key": "label_names", "md5": digest["batches.meta"]},
+    }.items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, attribute, value)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in batches.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    files = {"cifar-10-python.tar.gz": archive.getvalue()}
+    publish(monkeypatch, files, name="cifar10")
+    monkeypatch.setenv(sources.MIRROR_VARIABLE, str(put(tmp_path / "files", files)))
+
+    source = sources.load("cifar10")
+    assert source.train.images.shape == (4, 32, 32, 3)
+    assert source.train.labels.tolist() == [0, 1, 8, 9]
+    assert source.class_names[8] == "ship"
+    pixels = pickle.loads(batches["data_batch_1"])["data"]
+    assert source.train.images[2, 5, 7].tolist() == [
+        int(pixels[2, channel * 1024 + 5 * 32 + 7]) for channel in range(3)
+    ]
+
+
+def test_every_published_file_has_a_sha256() -> None:
+    digests = [digest for source in sources.PUBLISHED.values() for digest in source.files.values()]
+    assert len(digests) == 13
+    assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in digests)

@@ -1,0 +1,156 @@
+"""The prepared splits: their sizes, that they are disjoint, that damage is noticed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.data import splits
+from pipeline.data.splits import LabelledImages
+from pipeline.errors import Fault, UserError
+
+
+def cut(
+    train: LabelledImages,
+    test: LabelledImages | None = None,
+    *,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> dict[str, LabelledImages]:
+    return splits.cut(train, test, validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed)
+
+
+def numbered(count: int) -> LabelledImages:
+    """Images whose first pixels tell their number."""
+    images = torch.zeros(count, 2, 2, 1, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(count) % 256
+    images[:, 0, 1, 0] = torch.arange(count) // 256
+    return LabelledImages(images, torch.arange(count) % 3)
+
+
+def numbers(split: LabelledImages) -> list[int]:
+    return (split.images[:, 0, 0, 0].long() + 256 * split.images[:, 0, 1, 0].long()).tolist()
+
+
+def fingerprints(split: LabelledImages) -> set[bytes]:
+    return {hashlib.sha256(image.numpy().tobytes()).digest() for image in split.images}
+
+
+def test_validation_is_the_last_part_of_the_published_training_images() -> None:
+    made = cut(numbered(60_000), numbered(10_000))
+    assert numbers(made["train"]) == list(range(54_000))
+    assert numbers(made["validation"]) == list(range(54_000, 60_000))
+    assert numbers(made["test"]) == list(range(10_000))
+
+
+def test_a_fraction_that_leaves_no_image_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.validation_fraction is 0\.0001, less than one of 480 images"):
+        cut(numbered(600), validation_fraction=0.0001)
+    with pytest.raises(UserError, match=r"data\.test_fraction is 0\.0001, less than one of 600 images"):
+        cut(numbered(600), test_fraction=0.0001)
+
+
+def test_without_a_published_test_split_the_images_are_shuffled_and_cut() -> None:
+    made = cut(numbered(600))
+    assert [len(made[name]) for name in splits.SPLITS] == [432, 48, 120]
+    assert sorted(numbers(made["train"]) + numbers(made["validation"]) + numbers(made["test"])) == list(range(600))
+    assert numbers(made["test"]) != sorted(numbers(made["test"]))
+    again = cut(numbered(600))
+    other = cut(numbered(600), seed=1)
+    assert numbers(again["test"]) == numbers(made["test"]) != numbers(other["test"])
+
+
+def test_the_splits_of_the_packaged_digits_are_disjoint(digits: dict[str, LabelledImages]) -> None:
+    assert [len(digits[name]) for name in splits.SPLITS] == [3600, 400, 1000]
+    train, validation, test = (fingerprints(digits[name]) for name in splits.SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def write(folder: Path, count: int = 600) -> splits.Dataset:
+    return splits.write_splits(
+        cut(numbered(count)),
+        folder,
+        name="numbers",
+        requested="letters",
+        source="a test",
+        class_names=("a", "b", "c"),
+    )
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    assert splits.read_dataset(tmp_path) == written
+    expected = cut(numbered(600))
+    for name in splits.SPLITS:
+        read = splits.read_split(written, name, tmp_path)
+        assert torch.equal(read.images, expected[name].images)
+        assert torch.equal(read.labels, expected[name].labels)
+
+
+def test_dataset_json_tells_what_was_used(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    assert content["name"] == "numbers"
+    assert content["requested"] == "letters"
+    assert content["class_names"] == ["a", "b", "c"]
+    assert content["image_shape"] == [2, 2, 1]
+    pixels = splits.read_split(written, "train", tmp_path).images.double() / 255
+    assert content["mean"] == [pytest.approx(pixels.mean().item(), abs=1e-6)]
+    assert content["std"] == [pytest.approx(pixels.std().item(), abs=1e-6)]
+    for name in splits.SPLITS:
+        facts = content["splits"][name]
+        assert sum(facts["per_class"].values()) == facts["count"]
+        assert facts["sha256"] == hashlib.sha256((tmp_path / f"{name}.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_same_data_has_the_same_digest_and_other_data_another(tmp_path: Path) -> None:
+    first, again, other = write(tmp_path / "1"), write(tmp_path / "2"), write(tmp_path / "3", count=601)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert (tmp_path / "1/dataset.json").read_bytes() == (tmp_path / "2/dataset.json").read_bytes()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    dataset = write(tmp_path)
+    path = tmp_path / "train.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Fault, match=r"train\.safetensors is damaged .* run `dvc repro -f prepare`"):
+        splits.read_split(dataset, "train", tmp_path)
+
+
+def test_a_split_that_is_not_there_names_the_stage(tmp_path: Path) -> None:
+    dataset = write(tmp_path)
+    (tmp_path / "test.safetensors").unlink()
+    with pytest.raises(UserError, match=r"test\.safetensors does not exist: run `dvc repro prepare` first"):
+        splits.read_split(dataset, "test", tmp_path)
+
+
+@pytest.mark.faults
+def test_fault_20_labels_that_are_no_class_and_a_class_without_images_are_refused() -> None:
+    names = ("a", "b", "c")
+    made = cut(numbered(600))
+    assert splits.check(made, "it", names) == []
+    with pytest.raises(UserError, match=r"it: 145 labels of the train split are no class, 2 for one; allowed: 0 to 1"):
+        splits.check(made, "it", names[:2])
+    made["train"].labels[7] = -1
+    with pytest.raises(UserError, match=r"it: 1 labels of the train split are no class, -1 for one; allowed: 0 to 2"):
+        splits.check(made, "it", names)
+    with pytest.raises(UserError, match=r"it: the train split has no image of class d"):
+        splits.check(cut(numbered(600)), "it", (*names, "d"))
+
+
+@pytest.mark.faults
+def test_fault_20_the_same_image_in_two_splits_is_reported() -> None:
+    made = cut(numbered(600))
+    made["test"] = LabelledImages(torch.cat([made["test"].images, made["train"].images[:3]]), torch.zeros(123).long())
+    assert splits.check(made, "it", ("a", "b", "c")) == [
+        "the test split has no image of class b",
+        "the test split has no image of class c",
+        "3 images of the train split are in the test split too",
+    ]

@@ -1,0 +1,112 @@
+"""A fit that goes on from a checkpoint gives the bits of one that never stopped."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.data.splits import LabelledImages
+from pipeline.model import checkpoint, model_file, training
+from pipeline.model.checkpoint import Checkpoint, DamagedError
+from pipeline.model.cnn import CNN, Architecture
+from tests.model.test_training import ARCHITECTURE
+from tests.model.test_training import RECIPE as PLAIN
+
+RECIPE = PLAIN | {"epochs": 3, "batch_size": 128, "weight_decay": 0.01}
+Fitted = tuple[bytes, list[training.Epoch], list[bytes]]
+
+
+def fit(digits: dict[str, LabelledImages], start: bytes | None, architecture: Architecture, **changed: Any) -> Fitted:
+    """The model, the epochs, and a checkpoint at every epoch and at some steps between."""
+    cnn = CNN(architecture, torch.Generator().manual_seed(0))
+    kept: list[bytes] = []
+
+    def keep(reached: Checkpoint) -> None:
+        if reached.step % 3 == 0:
+            kept.append(checkpoint.to_bytes(reached, {"reached": [reached.epoch, reached.step]}))
+
+    epochs = training.fit(
+        cnn,
+        (digits["train"].images, digits["train"].labels),
+        (digits["validation"].images, digits["validation"].labels),
+        generator=torch.Generator().manual_seed(0),
+        start=checkpoint.from_bytes(start)[0] if start else None,
+        keep=keep,
+        checkpoint_seconds=1e-9,
+        **RECIPE | changed,
+    )
+    history = list(epochs)
+    return model_file.to_bytes(cnn), history, kept
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changed"),
+    [
+        (ARCHITECTURE, {}),
+        (ARCHITECTURE, {"optimizer": "adamw", "schedule": "one-cycle", "max_shift": 1}),
+        (ARCHITECTURE, {"optimizer": "sgd", "learning_rate": 0.05, "label_smoothing": 0.1}),
+        (replace(ARCHITECTURE, batch_norm=True), {}),
+        (replace(ARCHITECTURE, filters=(8, 6, 5), kernel_size=2), {}),
+    ],
+)
+def test_going_on_from_any_checkpoint_gives_the_same_bits(
+    digits: dict[str, LabelledImages], architecture: Architecture, changed: dict[str, Any]
+) -> None:
+    digits = {name: split[:1000] for name, split in digits.items()}
+    whole, history, kept = fit(digits, None, architecture, **changed)
+    reached = [tuple(checkpoint.from_bytes(each)[1]["reached"]) for each in kept]
+    assert reached == [*((epoch, step) for epoch in range(3) for step in (0, 3, 6)), (3, 0)][1:]
+    for at, each in zip(reached, kept, strict=True):
+        again, rest, _ = fit(digits, each, architecture, **changed)
+        assert again == whole, at
+        assert [replace(epoch, seconds=0) for epoch in rest] == [
+            replace(epoch, seconds=0) for epoch in history[int(at[0]) :]
+        ], at
+
+
+def test_a_checkpoint_may_be_gone_on_from_again_and_again(digits: dict[str, LabelledImages]) -> None:
+    digits = {name: split[:1000] for name, split in digits.items()}
+    whole, _, kept = fit(digits, None, ARCHITECTURE)
+    for _ in range(3):
+        model, _, after = fit(digits, kept[0], ARCHITECTURE)
+        assert model == whole
+        assert len(after) == len(kept) - 1
+        kept = after
+
+
+def test_a_checkpoint_of_a_pass_that_has_not_begun_is_small(digits: dict[str, LabelledImages]) -> None:
+    digits = {name: split[:1000] for name, split in digits.items()}
+    _, _, kept = fit(digits, None, ARCHITECTURE, epochs=1)
+    within, between = kept[0], kept[-1]
+    parameters = sum(each.numel() for each in CNN(ARCHITECTURE, torch.Generator()).parameters())
+    assert len(between) < 3 * 4 * parameters + 20_000  # weights and Adam's two moments
+    assert len(within) - len(between) > 4 * 10 * len(digits["train"])  # and the logits of the pass so far
+
+
+class Attack:
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, ("open('PWNED', 'w')",)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["nothing", "half", "a flipped bit", "code", "another file"])
+def test_fault_26_what_is_no_checkpoint_is_refused_and_never_run(
+    digits: dict[str, LabelledImages], damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = fit({name: split[:200] for name, split in digits.items()}, None, ARCHITECTURE, epochs=1)[2][-1]
+    digest = checkpoint.DIGEST_SIZE
+    damaged = {
+        "nothing": b"",
+        "half": content[: len(content) // 2],
+        "a flipped bit": content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
+        "code": checkpoint._signed(pickle.dumps(Attack())),
+        "another file": checkpoint._signed(b"x" * 100),
+    }[damage]
+    with pytest.raises(DamagedError):
+        checkpoint.from_bytes(damaged)
+    assert len(content) > digest
+    assert not Path("PWNED").exists()

@@ -1,0 +1,230 @@
+"""The fused operations against the plain network in float64: the same logits, the same gradients."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.data.splits import LabelledImages
+from pipeline.model import cpu_ops, training
+from pipeline.model.cnn import CNN, Architecture, Block, as_input, seen_sides
+from tests.conftest import REPOSITORY, needs_a_gpu, needs_bfloat16
+
+DIGITS = tuple("0123456789")
+PUBLISHED = Architecture(image_shape=(28, 28, 1), class_names=DIGITS, filters=(32, 64))
+ARCHITECTURES = [
+    PUBLISHED,
+    replace(PUBLISHED, pool="min"),
+    replace(PUBLISHED, pool="mean"),
+    replace(PUBLISHED, filters=(20, 5, 7)),
+    replace(PUBLISHED, filters=(8, 16), dropout=0.3),
+    replace(PUBLISHED, filters=(16, 8), kernel_size=5),
+    replace(PUBLISHED, filters=(16, 8), kernel_size=5, padding=2),
+    replace(PUBLISHED, filters=(24, 8), kernel_size=4, stride=2),
+    replace(PUBLISHED, filters=(24, 8), kernel_size=2, stride=2, pool_size=2),
+    replace(PUBLISHED, filters=(24, 8), pool_size=1, stride=3),
+    replace(PUBLISHED, filters=(24, 8), pool_size=3, dropout=0.0),
+    replace(PUBLISHED, filters=(16, 8), kernel_size=1, pool_size=4),
+    replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3)),
+    replace(PUBLISHED, filters=(32, 40), image_shape=(20, 31, 3)),
+    replace(PUBLISHED, filters=(33, 37)),
+    replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3), padding=1, pool="min"),
+]
+
+
+def trained_a_little(architecture: Architecture) -> CNN:
+    """With biases that are not zero, as after some steps of training."""
+    generator = torch.Generator().manual_seed(1)
+    cnn = CNN(architecture, generator)
+    for name, parameter in cnn.named_parameters():
+        if name.endswith("bias"):
+            nn.init.uniform_(parameter, -0.1, 0.1, generator=generator)
+    return cnn
+
+
+def images_for(architecture: Architecture, digits: dict[str, LabelledImages]) -> LabelledImages:
+    """Digits where they fit, with their black, white and flat places, else noise."""
+    some = digits["train"][:99]
+    if architecture.image_shape == (28, 28, 1):
+        return some
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randint(256, (99, *architecture.image_shape), dtype=torch.uint8, generator=generator)
+    return LabelledImages(noise, some.labels)
+
+
+def logits_and_gradients(cnn: CNN, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*cnn.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(F.cross_entropy(logits, labels), parameters)
+    return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def errors(some: LabelledImages, plain: CNN, cnn: CNN, precision: cpu_ops.Precision) -> dict[str, float]:
+    """Of the fused logits and gradients of ``cnn`` against those of ``plain`` in float64."""
+    plain = copy.deepcopy(plain).double()
+    found = cpu_ops.logits(cnn, some.images, torch.Generator().manual_seed(3), precision)
+    exact = plain(as_input(some.images).double(), torch.Generator().manual_seed(3))
+    pairs = logits_and_gradients(cnn, found, some.labels), logits_and_gradients(plain, exact, some.labels)
+    return {name: relative_error(pairs[0][name], pairs[1][name]) for name in pairs[1]}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_float32_gives_the_logits_and_gradients_of_the_plain_network(
+    architecture: Architecture, digits: dict[str, LabelledImages]
+) -> None:
+    cnn = trained_a_little(architecture)
+    found = errors(images_for(architecture, digits), cnn, cnn, "float32")
+    assert max(found.values()) < 1e-5, found
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_a_gpu_gives_them_too(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
+    device = training.set_up("cuda", None, "float32")
+    cnn = trained_a_little(replace(architecture, dropout=0.0)).to(device)  # it would draw other masks
+    found = errors(images_for(architecture, digits).to(device), cnn, cnn, "float32")
+    assert max(found.values()) < 1e-5, found
+
+
+class Rounding(CNN):
+    """The plain network with numbers of 8 significant bits where bfloat16 has them: around all convolutions but one."""
+
+    def __init__(self, cnn: CNN) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(copy.deepcopy(cnn).__dict__)
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As the CNN; rounding is passed over on the way back."""
+        maps = images
+        for index, block in enumerate(self.block_list()):
+            if index or not cpu_ops._can_read_bytes(block):
+                weight = rounded(block.convolution.weight)
+                convolution = block.convolution
+                maps = F.conv2d(
+                    rounded(maps), weight, rounded(convolution.bias), convolution.stride, convolution.padding
+                )
+                maps = after_convolution(block, rounded(maps))
+            else:
+                maps = block(maps)
+        logits: Tensor = self.dense(self.dropout(maps.permute(0, 2, 3, 1).flatten(1), generator))
+        return logits
+
+
+def rounded(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values + (values.bfloat16().double() - values).detach()
+
+
+def after_convolution(block: Block, maps: Tensor) -> Tensor:
+    bare = copy.copy(block)
+    bare._modules = {**block._modules, "convolution": nn.Identity()}
+    pooled: Tensor = bare(maps)
+    return pooled
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_bfloat16_gives_them_within_its_digits(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
+    some, cnn = images_for(architecture, digits), trained_a_little(architecture)
+    assert 1e-5 < errors(some, cnn, cnn, "bfloat16")["logits"] < 1e-2
+    # Which value of a window is the largest can change when all are rounded, and the gradient goes another way; so the
+    # gradients are held against those of a network that rounds in the same places.
+    found = errors(some, Rounding(cnn), cnn, "bfloat16")
+    assert max(found.values()) < 1e-2, found
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"pool": "mean"}, {"padding": 1, "pool": "min"}, {"filters": (20, 5, 7)}], ids=str
+)
+def test_a_network_with_batch_normalisation_is_that_of_pytorch(
+    changed: dict[str, Any], digits: dict[str, LabelledImages]
+) -> None:
+    # Not held to float64: over channels_last maps PyTorch adds up in float32, and its own plain network is 1e-4 off.
+    architecture = replace(PUBLISHED, batch_norm=True, **changed)
+    fast, plain = trained_a_little(architecture), trained_a_little(architecture)
+    some = digits["train"][:99]
+    for train in (True, False):
+        found = cpu_ops.logits(fast.train(train), some.images, torch.Generator().manual_seed(3))
+        expected = plain.train(train)(as_input(some.images), torch.Generator().manual_seed(3))
+        pairs = logits_and_gradients(fast, found, some.labels), logits_and_gradients(plain, expected, some.labels)
+        for name, exact in pairs[1].items():
+            # A convolution's bias is taken off again by the mean: its gradient is nothing but rounding.
+            if not name.endswith("convolution.bias"):
+                assert relative_error(pairs[0][name], exact.double()) < 1e-5, name
+    statistics = {name: values for name, values in fast.state_dict().items() if "running" in name}
+    assert len(statistics) == 2 * len(architecture.filters)
+    for name, values in statistics.items():
+        torch.testing.assert_close(values, plain.state_dict()[name])
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 20, 20, 1), torch.zeros(2, 32, 32, 1), torch.zeros(2, 28, 28, 3)])
+def test_images_of_another_shape_are_refused(images: Tensor) -> None:
+    cnn = trained_a_little(PUBLISHED)
+    with pytest.raises(ValueError, match=r"images are \(2, .*; the network takes N x 28 x 28 x 1 torch.uint8"):
+        cpu_ops.logits(cnn, images.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"torch.float32; the network takes"):
+        cpu_ops.logits(cnn, torch.zeros(2, 28, 28, 1))
+
+
+@pytest.mark.slow
+def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> None:
+    code = "\n".join(
+        [
+            "import torch",
+            "from pipeline.model import cpu_ops",
+            "from pipeline.model.cnn import CNN, Architecture",
+            "for filters in ((16, 8), (32, 64)):",
+            "    cnn = CNN(Architecture((28, 28, 1), ('a', 'b'), filters), torch.Generator())",
+            "    images, draws = torch.ones(2, 28, 28, 1, dtype=torch.uint8), torch.Generator()",
+            "    cpu_ops.logits(cnn, images, draws).sum().backward()",
+        ]
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "NUMBA_CACHE_DIR": str(tmp_path)}
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        kept.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")})
+    assert len([path for path in kept[0] if path.suffix == ".nbc"]) == 10
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("broken", ["blocks.0.convolution.weight", "blocks.1.convolution.bias", "dense.bias"])
+def test_a_weight_that_is_no_number_is_seen_in_the_logits(broken: str, digits: dict[str, LabelledImages]) -> None:
+    cnn = trained_a_little(PUBLISHED).eval()
+    with torch.no_grad():
+        cnn.get_parameter(broken).view(-1)[0] = torch.nan
+        assert cpu_ops.logits(cnn, digits["train"].images[:5]).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "image", "maps"),
+    [
+        (PUBLISHED, (26, 26), [(12, 12), (5, 5)]),
+        (replace(PUBLISHED, padding=1), (28, 28), [(14, 14), (7, 7)]),
+        (replace(PUBLISHED, batch_norm=True), (28, 28), [(13, 13), (5, 5)]),
+        (replace(PUBLISHED, kernel_size=4, stride=2), (26, 26), [(6, 6), (1, 1)]),
+        (replace(PUBLISHED, image_shape=(31, 20, 1)), (30, 18), [(14, 8), (6, 3)]),
+    ],
+)
+def test_what_reaches_no_logit_is_left_out_and_nothing_else(
+    architecture: Architecture, image: tuple[int, int], maps: list[tuple[int, int]]
+) -> None:
+    assert seen_sides(architecture) == (image, *maps)
+    cnn = trained_a_little(architecture).double().eval()
+    images = torch.rand(2, 1, *architecture.image_shape[:2], dtype=torch.float64, requires_grad=True)
+    cnn(images).sum().backward()
+    assert images.grad is not None
+    seen = [int(images.grad.sum(dim=(0, 1, 3 - side)).nonzero().max()) + 1 for side in (0, 1)]
+    if not architecture.batch_norm:
+        assert all(0 <= most - side <= 1 for most, side in zip(image, seen, strict=True))  # a loser of a window is dark

@@ -1,0 +1,249 @@
+"""The training loop on real digits."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.splits import LabelledImages
+from pipeline.model import cpu_ops, cpu_threads, metrics, model_file, training
+from pipeline.model.cnn import CNN, Architecture, as_input
+from tests.conftest import needs_a_gpu, needs_bfloat16
+
+ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
+RECIPE: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "learning_rate": 0.002,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "max_shift": 0,
+    "precision": "float32",
+}
+
+
+ARCHITECTURE_WITHOUT_DROPOUT = replace(ARCHITECTURE, dropout=0.0)
+
+
+def fit(
+    digits: dict[str, LabelledImages], seed: int = 0, architecture: Architecture = ARCHITECTURE, **changed: Any
+) -> tuple[CNN, list[training.Epoch]]:
+    train, validation = digits["train"], digits["validation"]
+    cnn = CNN(architecture, torch.Generator().manual_seed(seed))
+    epochs = training.fit(
+        cnn,
+        (train.images, train.labels),
+        (validation.images, validation.labels),
+        generator=torch.Generator().manual_seed(seed),
+        **RECIPE | changed,
+    )
+    return cnn, list(epochs)
+
+
+def test_it_learns_and_tells_of_every_epoch(digits: dict[str, LabelledImages]) -> None:
+    taken: list[training.Step] = []
+    cnn, history = fit(digits, epochs=3, on_step=taken.append)
+    assert [epoch.epoch for epoch in history] == [1, 2, 3]
+    assert history[0].train_loss > history[1].train_loss > history[2].train_loss
+    assert history[-1].validation_accuracy > 0.9
+    images = [step.images for step in taken]
+    assert images == [*[64] * 56, 16] * 3
+    assert all(0 < step.loss() < 10 and 0 <= step.accuracy() <= 1 for step in taken)
+    for of_epoch, of_step in (("train_loss", training.Step.loss), ("train_accuracy", training.Step.accuracy)):
+        mean = sum(of_step(step) * step.images for step in taken[-57:]) / len(digits["train"])
+        assert getattr(history[-1], of_epoch) == pytest.approx(mean)
+    assert all(epoch.seconds > 0 for epoch in history)
+    # The last row is what the returned network really does.
+    logits = metrics.predict_logits(cnn, digits["validation"].images)
+    assert metrics.accuracy(logits, digits["validation"].labels) == history[-1].validation_accuracy
+    assert metrics.cross_entropy(logits, digits["validation"].labels) == history[-1].validation_loss
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict[str, LabelledImages]) -> None:
+    first, again, other = (model_file.to_bytes(fit(digits, seed, epochs=1)[0]) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("changed", [{}, {"padding": 1}, {"pool": "mean"}, {"filters": (5, 6, 7)}])
+def test_its_steps_are_those_of_the_textbook(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
+    architecture = replace(ARCHITECTURE_WITHOUT_DROPOUT, **changed)
+    some = {name: split[:400] for name, split in digits.items()}
+    fast, _ = fit(some, architecture=architecture, epochs=1, batch_size=150)
+
+    generator = torch.Generator().manual_seed(0)
+    plain = CNN(architecture, torch.Generator().manual_seed(0)).double()
+    adam = torch.optim.Adam(plain.parameters(), 0.002, eps=1e-7)
+    for rows in torch.split(torch.randperm(400, generator=generator), 150):
+        adam.zero_grad()
+        logits = plain(as_input(some["train"].images[rows]).double())
+        torch.autograd.backward(F.cross_entropy(logits, some["train"].labels[rows]))
+        adam.step()
+    for name, weights in plain.named_parameters():
+        torch.testing.assert_close(fast.get_parameter(name).double(), weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_shift", [0, 1])
+def test_one_thread_and_two_give_the_same_bytes(digits: dict[str, LabelledImages], max_shift: int) -> None:
+    models = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        models.add(model_file.to_bytes(fit(digits, epochs=1, batch_size=128, max_shift=max_shift)[0]))
+        assert torch.get_num_threads() == threads
+    assert len(models) == 1
+
+
+def test_threads_that_come_and_go_within_an_epoch_change_no_bit(digits: dict[str, LabelledImages]) -> None:
+    taken: list[int] = []
+
+    def on_step(step: training.Step) -> None:
+        taken.append(step.images)
+        cpu_threads.use_threads(1 + len(taken) // 5 % 2)
+
+    torch.set_num_threads(1)
+    steady = model_file.to_bytes(fit(digits, epochs=2, batch_size=128)[0])
+    assert model_file.to_bytes(fit(digits, epochs=2, batch_size=128, on_step=on_step)[0]) == steady
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optimizer": "adam", "weight_decay": 0.01},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 0.001},
+        {"optimizer": "sgd", "learning_rate": 0.05},
+        {"schedule": "one-cycle", "learning_rate": 0.01},
+        {"label_smoothing": 0.1},
+        {"max_shift": 2},
+    ],
+)
+def test_every_choice_of_the_recipe_learns(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
+    _, history = fit(digits, **changed)
+    assert history[-1].validation_accuracy > 0.85
+    for knob in changed:  # no choice is ignored
+        if changed[knob] != RECIPE[knob]:
+            other = fit(digits, epochs=1, **changed | {knob: RECIPE[knob]})[1]
+            assert other[0].train_loss != history[0].train_loss, knob
+
+
+def test_one_cycle_goes_up_and_then_down_to_nothing(digits: dict[str, LabelledImages]) -> None:
+    _, history = fit(digits, epochs=5, schedule="one-cycle", learning_rate=0.01)
+    rates = [epoch.learning_rate for epoch in history]
+    assert max(rates) == rates[1] > 0.009
+    assert rates[-1] < 1e-6
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages], batch_norm: bool) -> None:
+    _, history = fit(digits, architecture=replace(ARCHITECTURE, batch_norm=batch_norm), epochs=3, precision="bfloat16")
+    assert history[-1].validation_accuracy > 0.9
+
+
+def test_nothing_that_is_drawn_is_drawn_twice(
+    digits: dict[str, LabelledImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[bytes] = []
+    steps: list[training.Step] = []
+
+    def spy(cnn: CNN, images: Tensor, generator: torch.Generator | None = None, *others: Any) -> Tensor:
+        if generator is not None:  # none where validation images are scored
+            draws.append(generator.get_state().numpy().tobytes())
+        return logits(cnn, images, generator, *others)
+
+    logits = cpu_ops.logits
+    monkeypatch.setattr(cpu_ops, "logits", spy)
+    torch.set_num_threads(2)
+    fit(digits, batch_size=128, on_step=steps.append)
+    chunks = 28 * 2 + 1  # of an epoch: 28 batches of two chunks, and 16 images
+    assert len(draws) == len(set(draws)) == 2 * chunks
+    one, other = (torch.cat([step.labels for step in each]) for each in (steps[:29], steps[29:]))
+    assert one.bincount().tolist() == other.bincount().tolist()
+    assert not torch.equal(one, other)
+
+
+def test_the_training_loss_is_the_mean_over_images_not_over_batches(digits: dict[str, LabelledImages]) -> None:
+    untrained = CNN(ARCHITECTURE_WITHOUT_DROPOUT, torch.Generator().manual_seed(0))
+    expected = metrics.cross_entropy(metrics.predict_logits(untrained, digits["train"].images), digits["train"].labels)
+    _, history = fit(digits, architecture=ARCHITECTURE_WITHOUT_DROPOUT, batch_size=3500, epochs=1, learning_rate=1e-12)
+    assert history[0].train_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_last_step_that_breaks_the_network_is_noticed(digits: dict[str, LabelledImages]) -> None:
+    with pytest.raises(training.DivergedError, match=r"the validation loss is nan in epoch 1"):
+        fit(digits, batch_size=5000, learning_rate=1e30, epochs=1)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("learning_rate", [1e6, 1e30])
+def test_a_loss_beyond_recovery_ends_the_training(
+    digits: dict[str, LabelledImages], optimizer: str, learning_rate: float
+) -> None:
+    with pytest.raises(training.DivergedError, match=r"the training loss is (nan|[\d.]+e\+\d+) in epoch 1"):
+        fit(digits, optimizer=optimizer, learning_rate=learning_rate)
+
+
+def test_shifted_images_are_moved_and_what_comes_into_view_is_black() -> None:
+    image = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 5, 5, 1)
+    shifts = training.shifted(image.expand(500, 5, 5, 1), 1, torch.Generator().manual_seed(0))
+    by_hand = set()
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            moved = torch.zeros(7, 7, dtype=torch.uint8)
+            moved[1 + down : 6 + down, 1 + right : 6 + right] = image[0, :, :, 0]
+            by_hand.add(tuple(moved[1:6, 1:6].flatten().tolist()))
+    assert {tuple(each.flatten().tolist()) for each in shifts} == by_hand
+
+
+def test_the_threads_asked_for_are_the_threads_used() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert training.set_up("cpu", 1, "float32") == torch.device("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_gpu_learns_and_is_never_waited_for_within_an_epoch(
+    digits: dict[str, LabelledImages], batch_norm: bool
+) -> None:
+    device = training.set_up("cuda", None, "float32")
+    train, validation = digits["train"].to(device), digits["validation"].to(device)
+    steps = []
+
+    def forbid_waiting(step: training.Step) -> None:
+        steps.append(step)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) % 57 else "default")  # until the epoch's last step
+
+    cnn = CNN(replace(ARCHITECTURE, batch_norm=batch_norm), torch.Generator().manual_seed(0))
+    splits = (train.images, train.labels), (validation.images, validation.labels)
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        recipe = RECIPE | {"max_shift": 1}
+        history = list(training.fit(cnn, *splits, generator=generator, on_step=forbid_waiting, **recipe))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 2 * 57
+    assert history[-1].validation_accuracy > 0.9
+
+
+@needs_a_gpu
+def test_a_gpu_gives_the_same_bytes_twice(digits: dict[str, LabelledImages]) -> None:
+    device = training.set_up("cuda", None, "float32")
+    on_gpu = {name: split.to(device) for name, split in digits.items()}
+    models = []
+    for _ in range(2):
+        cnn = CNN(ARCHITECTURE, torch.Generator().manual_seed(0))
+        train, validation = on_gpu["train"], on_gpu["validation"]
+        generator = torch.Generator(device).manual_seed(0)
+        splits = (train.images, train.labels), (validation.images, validation.labels)
+        list(training.fit(cnn, *splits, generator=generator, **RECIPE))
+        models.append(model_file.to_bytes(cnn))
+    assert models[0] == models[1]

@@ -1,0 +1,268 @@
+"""Trainings that are killed and go on: real processes, real signals, the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from pipeline import files, train
+from pipeline.model.training import Epoch
+from pipeline.tracking import runs
+from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
+
+EPOCHS = 12
+LONG = QUICK | {"train.epochs": EPOCHS}
+
+
+def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """The stage `train`, as DVC starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.train"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder), "DVC_STAGE": "train"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+
+
+def after_epoch(process: subprocess.Popen[str], epoch: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"epoch {epoch:>2}/"):
+            return
+    raise AssertionError(process.communicate())
+
+
+def every_run() -> list[Run]:
+    runs.connect()
+    return list(mlflow.search_runs(output_format="list", order_by=["attributes.start_time"]))
+
+
+def outputs() -> tuple[bytes, bytes]:
+    return files.MODEL.read_bytes(), files.HISTORY.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """What a training gives that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_params(folder, LONG)
+    (folder / "data").symlink_to(prepared / "data")
+    done = run_command("train", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return (folder / files.MODEL).read_bytes(), (folder / files.HISTORY).read_bytes()
+
+
+@pytest.mark.usefixtures("either_store")
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("by", "status", "code"),
+    [
+        ("SIGKILL", "FAILED", -9),
+        pytest.param("SIGINT", "KILLED", 130, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "KILLED", 143, marks=pytest.mark.slow),
+    ],
+)
+def test_fault_1_and_2_an_interrupted_training_goes_on_to_the_same_bytes(
+    workspace: Path, uninterrupted: tuple[bytes, bytes], by: str, status: str, code: int
+) -> None:
+    write_params(workspace, LONG)
+    with start(workspace) as process:
+        after_epoch(process, 5)
+        process.send_signal(getattr(signal, by))
+        _, told = process.communicate()
+    assert process.returncode == code
+    assert "Traceback" not in told
+    assert not files.MODEL.exists()
+    with start(workspace) as process:
+        out, told = process.communicate()
+    assert process.returncode == 0, told
+    assert "an interrupted training goes on after epoch" in out
+    assert "epoch  3/12" not in out
+    assert outputs() == uninterrupted
+    first, second = every_run()
+    assert (first.info.status, second.info.status) == (status, "FINISHED")
+    assert first.data.tags["continued.by"] == second.info.run_id
+    assert second.data.tags["continues"] == first.info.run_id
+    if by == "SIGKILL":
+        assert first.data.tags["failure"] == "its process was killed, or its machine went down"
+    points = mlflow.MlflowClient().get_metric_history(second.info.run_id, "train_loss")
+    assert [point.step for point in points] == list(range(1, EPOCHS + 1))
+    assert not list(files.checkpoints_folder().iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_fault_1_whenever_it_is_killed(workspace: Path, uninterrupted: tuple[bytes, bytes]) -> None:
+    """Twenty times, at any moment, and each time a little after it has gone on."""
+    write_params(workspace, LONG | {"train.checkpoint_seconds": 0.05})
+    generator = random.Random(0)
+    kills = 0
+    while kills < 20:
+        with start(workspace) as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if line.startswith("total"))  # the libraries are there
+            time.sleep(generator.uniform(0, 2))
+            process.kill()
+            process.communicate()
+        if process.returncode == 0:  # it has come to its end: from the beginning
+            assert outputs() == uninterrupted
+            files.MODEL.unlink()
+        kills += process.returncode == -signal.SIGKILL
+    with start(workspace) as process:
+        process.communicate()
+    assert outputs() == uninterrupted
+    assert "RUNNING" not in {run.info.status for run in every_run()}
+
+
+def _stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the training off in this process."""
+    taken: list[Epoch] = []
+    whole = runs.TrainingRun.log_epoch
+
+    def log_epoch(run: runs.TrainingRun, epoch: Epoch) -> None:
+        taken.append(epoch)
+        if len(taken) > epochs:
+            raise KeyboardInterrupt
+        whole(run, epoch)
+
+    monkeypatch.setattr(runs.TrainingRun, "log_epoch", log_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    monkeypatch.setattr(runs.TrainingRun, "log_epoch", whole)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip,
+        pytest.param(lambda path: path.write_bytes(b""), marks=pytest.mark.slow),
+        pytest.param(lambda path: path.write_bytes(b"x" * 999), marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_is_said_and_the_training_begins_anew(
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+) -> None:
+    write_params(workspace, QUICK | {"train.epochs": 3})
+    _stop_after(2, monkeypatch)
+    (path,) = files.checkpoints_folder().iterdir()
+    damage(path)
+    train.main()
+    told = capsys.readouterr()
+    assert f"warning: {path} is damaged (" in told.err
+    assert "goes on after epoch" not in told.out
+    assert every_run()[-1].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"model.dropout": 0.4}, {"train.epochs": 4})),
+        pytest.param({"train.threads": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_with_other_knobs_never_goes_on_from_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, object]
+) -> None:
+    knobs = QUICK | {"train.epochs": 3, "train.threads": 2}
+    write_params(workspace, knobs)
+    _stop_after(2, monkeypatch)
+    capsys.readouterr()
+    write_params(workspace, knobs | changed)
+    train.main()
+    assert "goes on after epoch" not in capsys.readouterr().out
+    write_params(workspace, knobs)
+    train.main()
+    assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+
+
+def test_a_knob_that_decides_nothing_does_not_begin_it_anew(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knobs = QUICK | {"train.epochs": 3}
+    write_params(workspace, knobs)
+    _stop_after(2, monkeypatch)
+    write_params(workspace, knobs | {"train.checkpoint_seconds": None, "evaluate.calibration_bins": 5})
+    train.main()
+    assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("either_store")
+def test_a_training_that_ended_before_dvc_knew_of_it_is_not_done_again(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "train")
+    train.main()
+    first = outputs()
+    train.main()  # DVC was killed, and has no dvc.lock with this model
+    assert "was trained by the MLflow run" in capsys.readouterr().out
+    assert len(every_run()) == 1
+    assert outputs() == first
+    write_params(workspace, QUICK | {"seed": 1})
+    train.main()  # of other knobs
+    assert len(every_run()) == 2
+    write_params(workspace, QUICK)
+    files.write(files.MODEL, first[0])
+    (workspace / "dvc.lock").write_text(f"- md5: {_md5(first[0])}\n")
+    train.main()  # DVC knows this model, so somebody wants it trained again: `dvc repro --force`
+    assert [run.info.status for run in every_run()] == ["FINISHED"] * 3
+
+
+def _md5(content: bytes) -> str:
+    done = subprocess.run(["md5sum"], input=content, capture_output=True, check=True)
+    return done.stdout.split()[0].decode()
+
+
+def test_checkpoints_that_nobody_wants_go_after_a_month(workspace: Path) -> None:
+    folder = files.checkpoints_folder()
+    folder.mkdir()
+    for name, days in (("old", 31), ("young", 29)):
+        path = folder / f"{name}.checkpoint"
+        path.touch()
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    train.main()
+    assert [path.name for path in folder.iterdir()] == ["young.checkpoint"]
+
+
+@pytest.mark.faults
+@needs_own_mounts
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["models", "reports", "checkpoints"])
+def test_fault_4_outputs_that_cannot_be_written_are_said_before_the_training(workspace: Path, folder: str) -> None:
+    """A read-only disk in the folder's place, in a mount of the process's own."""
+    (workspace / folder).mkdir(exist_ok=True)
+    mount = f"mount -t tmpfs -o ro tmpfs {folder} && exec {sys.executable} -m pipeline.train"
+    done = subprocess.run(
+        [*OWN_MOUNTS, "sh", "-c", mount],
+        cwd=workspace,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert folder in done.stderr
+    assert done.stderr.endswith("cannot be written (Read-only file system): make the folder writable, then run again\n")
+    assert "epoch 1" not in done.stdout
+    assert every_run() == []
