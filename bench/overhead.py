@@ -113,7 +113,7 @@ def _epochs(
                     checkpoints.keep("bench", reached, history, run.run_id)
 
         began = None
-        for epoch in recipe.fit(cnn, train, validation, params, keep=keep):
+        for epoch in recipe.fit(cnn, train, validation, params, save_checkpoint=keep):
             now, sent = time.perf_counter(), time.clock_gettime(clock)
             if began:
                 found.append(Timed(way(), now - began[0], waited[0], sent - began[1]))

@@ -1,12 +1,14 @@
 """What params.yaml says of the network and its training, carried out. For the stages and for the tuning study."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import torch
 
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
 from pipeline.model import training
+from pipeline.model.augment import AUGMENTATIONS
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, Architecture, layers
 from pipeline.params import Params
@@ -33,19 +35,27 @@ def build(params: Params, dataset: Dataset) -> CNN:
         raise UserError(f"params.yaml: model: {error}") from None
 
 
+def settings(params: Params) -> training.Settings:
+    """How ``train`` says that the network is trained."""
+    given = params.train.model_dump()
+    own = {each.name for each in fields(training.Settings)}
+    augmentations = {name: given[name] for name in AUGMENTATIONS}
+    return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=augmentations)
+
+
 def fit(
     cnn: CNN,
     train: LabelledImages,
     validation: LabelledImages,
     params: Params,
     on_step: Callable[[training.Step], object] = lambda step: None,
-    start: Checkpoint | None = None,
-    keep: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    resume_from: Checkpoint | None = None,
+    save_checkpoint: Callable[[Checkpoint], object] = lambda checkpoint: None,
 ) -> Iterator[training.Epoch]:
-    """Train ``cnn`` in place as ``train`` says, on the device of the images; an Epoch after each pass.
+    """Train ``cnn`` in place as ``train`` says, on the device of the images; yields an Epoch after each pass.
 
-    The functions and ``start`` are those of training.fit. A UserError where a batch would be too small for batch
-    normalisation.
+    The functions and ``resume_from`` are those of training.fit. Raises UserError where a batch would be too small for
+    batch normalisation.
     """
     size = params.train.batch_size
     of_one_pixel = any(layer.output_shape[:-1] == (1, 1) for layer in layers(cnn.architecture))
@@ -54,14 +64,13 @@ def fit(
             f"params.yaml: train.batch_size is {size}, which makes a batch of one of the "
             f"{len(train):,} images; over maps of one pixel model.batch_norm needs two: take another batch size"
         )
-    how = params.train.model_dump(exclude={"device", "threads", "live_images"})
     return training.fit(
         cnn,
         (train.images, train.labels),
         (validation.images, validation.labels),
+        settings(params),
         generator=torch.Generator(train.images.device).manual_seed(params.seed),
         on_step=on_step,
-        start=start,
-        keep=keep,
-        **how,
+        resume_from=resume_from,
+        save_checkpoint=save_checkpoint,
     )

@@ -46,7 +46,7 @@ def filter_sums(cnn: CNN, filters: Tensor) -> Score:
     before, last = cnn.blocks[:-1], cnn.block_list()[-1]
 
     def sums(images: Tensor) -> Tensor:
-        maps: Tensor = last.normalisation(last.convolution(before(images)))
+        maps = last.before("activation", before(images))
         return maps[torch.arange(len(filters)), filters].sum(dim=(1, 2))
 
     return sums

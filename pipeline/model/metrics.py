@@ -1,6 +1,7 @@
-"""How good the CNN is: its probabilities, and the figures that are read off them."""
+"""How good the CNN is: its logits, and the metrics computed from them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.model import cpu_ops, cpu_threads
+from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
 CHUNK = 250  # images at a time
@@ -19,7 +20,8 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
 
     @torch.no_grad()
     def predict(chunk: Tensor) -> Tensor:
-        return cpu_ops.logits(cnn, chunk)
+        logits: Tensor = cnn(chunk)
+        return logits
 
     was_training = cnn.training
     cnn.eval()
@@ -47,6 +49,10 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     """The mean of -log p(label) over all images, in nats."""
     return F.cross_entropy(logits.double(), labels).item()
+
+
+# Measured on the validation and test images, from logits (N, classes) and labels (N,), by the name in metrics.json.
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "loss": cross_entropy}
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int) -> float:

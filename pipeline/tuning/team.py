@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeAlias
 
 from pipeline.errors import Fault
-from pipeline.model.cpu_threads import most_threads
 from pipeline.model.training import Epoch
 from pipeline.params import Params
 from pipeline.tuning.messages import Lost, Message, Ready, Threads
@@ -81,7 +80,7 @@ class Team:
     def give(self, task: Hashable, params: Params) -> None:
         """Have an idle worker train the network of ``params``."""
         line = next(iter(self._idle - self._silent or self._idle))
-        most = max(self._share, most_threads(params.train.batch_size, params.model.batch_norm))
+        most = self._share
         self._at[task] = _Task(line, self._share, most)
         with suppress(OSError):  # it has died, which `messages` tells
             line.send(params.changed({"train.threads": self._share}))

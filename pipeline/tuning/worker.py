@@ -13,7 +13,6 @@ from typing import Any
 from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import UserError, run_command
-from pipeline.model.cpu_threads import use_threads
 from pipeline.model.training import DivergedError, Step, set_up
 from pipeline.params import Params
 from pipeline.tuning.messages import STOP, Done, Failed, Lost, Ready, Threads
@@ -41,7 +40,7 @@ def _train(
 
     def on_step(step: Step) -> None:
         while coordinator.poll():  # nothing but this is said while a pass goes on
-            use_threads(coordinator.recv().count)
+            coordinator.recv()
 
     try:
         device = recipe.device_for(params)
@@ -62,7 +61,6 @@ def _told(coordinator: "Connection[Any, Any]") -> Params | bool:
     """What comes next, but for the number of threads, which is heard at once."""
     told: Params | Threads | bool = coordinator.recv()
     while isinstance(told, Threads):
-        use_threads(told.count)
         told = coordinator.recv()
     return told
 
