@@ -54,7 +54,7 @@ def fit(
             f"params.yaml: train.batch_size is {size}, which makes a batch of one of the "
             f"{len(train):,} images; over maps of one pixel model.batch_norm needs two: take another batch size"
         )
-    how = params.train.model_dump(exclude={"device", "threads", "live_images"})
+    how = params.train.model_dump(exclude={"device", "threads", "live_images", "loss"})
     return training.fit(
         cnn,
         (train.images, train.labels),
