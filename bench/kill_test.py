@@ -26,7 +26,6 @@ from bench import recipes
 from bench.machine import code, machine, today
 from pipeline import files, verify
 from pipeline.errors import run_command
-from pipeline.params import with_values
 
 KILLS = 40
 EPOCHS = 30  # so that a good part of the kills meets the training
@@ -65,7 +64,7 @@ def main() -> None:
     with TemporaryDirectory(prefix="convtrack-") as temporary:
         clone = Path(temporary) / "clone"
         verify.copy_into(clone)
-        recipe = with_values(recipes.PUBLISHED.read_text(), {"data.dataset": "mnist-5k", "train.epochs": EPOCHS})
+        recipe = recipes.as_yaml({"data.dataset": "mnist-5k", "train.epochs": EPOCHS})
         (clone / "params.yaml").write_text(recipe)
         commit = ["-c", "user.name=sweep", "-c", "user.email=", "commit", "--quiet", "--message=sweep"]
         for words in (["add", "--all"], commit):

@@ -6,13 +6,11 @@ The short ones are the best of their candidates by validation accuracy (bench/ch
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline.params import Params, read_params
+from pipeline.params import Params, with_values
 
-PUBLISHED = Path("tests/params.yaml")
 SHORT: dict[str, object] = {
     "model.dropout": 0.1,
     "train.epochs": 4,
@@ -57,8 +55,13 @@ def candidates(epochs: int) -> list[dict[str, object]]:
 
 
 def published() -> Params:
-    """The published recipe, whatever params.yaml says."""
-    return read_params(PUBLISHED)
+    """The published recipe, whatever params.yaml says: the default of every parameter."""
+    return Params()
+
+
+def as_yaml(values: Mapping[str, object]) -> str:
+    """A params.yaml with the default of every parameter, except for some values by their dotted paths."""
+    return with_values("", {**Params().model_dump(mode="json"), **values})
 
 
 def as_words(knobs: Mapping[str, object]) -> list[str]:

@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from bench import recipes
 from pipeline import files
 from pipeline.data.splits import read_dataset
-from pipeline.params import with_values
 from pipeline.tracking import runs
 
 SHORT_PAIRS = 5  # a round
@@ -39,8 +38,7 @@ def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
     commit = ["-c", "user.name=bench", "-c", "user.email=", "commit", "--quiet", "--allow-empty", "--message=empty"]
     for words in (["init", "--quiet"], commit):  # what a run is tagged with comes from it
         subprocess.run(["git", *words], cwd=folder, check=True)
-    recipe = with_values(recipes.PUBLISHED.read_text(), knobs)
-    (folder / "params.yaml").write_text(recipe)
+    (folder / "params.yaml").write_text(recipes.as_yaml(knobs))
     mirror = files.raw_folder() / read_dataset().name
     in_folder(folder, "-m", "pipeline.prepare", PIPELINE_DATA_MIRROR=str(mirror.resolve()))
     in_folder(folder, "-c", "from pipeline.tracking import runs; runs.connect()")
@@ -111,7 +109,7 @@ def around_the_epochs(folder: Path) -> float:
     An epoch counts as the median one: what the first one takes longer, to set things up, is not training.
     """
     subprocess.run(["git", "clone", "--quiet", ".", folder], check=True)
-    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
+    (folder / "params.yaml").write_text(recipes.as_yaml({}))
     mirror = files.raw_folder() / read_dataset().name
     seconds, _ = timed(["dvc", "repro"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")

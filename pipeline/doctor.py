@@ -75,7 +75,7 @@ def _environment() -> Found:
 
 def _params() -> Found:
     params = read_params()
-    yield f"{len(params.knobs())} knobs"
+    yield f"{len(params.by_path())} parameters"
 
 
 def _raw() -> Found:

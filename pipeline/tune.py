@@ -37,6 +37,7 @@ def main() -> None:
     """Go on with the study to its number of trials, train the finalists, say which is the best, apply it if wanted."""
     arguments = _arguments()
     params = read_params()
+    params.check_space()
     dataset = read_dataset()
     total = arguments.trials or params.tune.trials
     workers, cores = _workers_and_cores(arguments.workers, params)

@@ -241,7 +241,7 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "line", "remedy"),
     [
-        (_params, "params.yaml", "seed is 'one'; allowed: an integer"),
+        (_params, "params.yaml", "seed is 'one': input should be a valid integer"),
         (_download, "downloads", "data/raw/mnist/train-labels-idx1-ubyte.gz is not the published file: delete it"),
         (_split, "images", "data/prepared/train.safetensors is damaged"),
         (_stand_in, "images", "mnist-5k stands in for mnist: set PIPELINE_DATA_MIRROR or mend the network"),

@@ -1,4 +1,4 @@
-"""The README says what is so: its knobs are those of params.yaml, its targets and files exist."""
+"""The README says what is so: its figures are those that were measured, its targets and files exist."""
 
 import json
 import math
@@ -10,32 +10,9 @@ import pytest
 from bench import overhead, recipes
 from bench.bounds import Bound
 from pipeline.model.cnn import Architecture, parameter_count
-from tests.conftest import PARAMS, REPOSITORY
+from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):\s*(?P<value>[^#]*?)\s*#\s*(?P<comment>.*)$")
-
-
-def knobs() -> list[str]:
-    """The rows of the README's table of knobs, read off the published recipe and its comments."""
-    rows, sections = [], list[str]()
-    for line in PARAMS.read_text().splitlines():
-        found = LINE.match(line)
-        if not line.strip() or line.startswith("#"):
-            continue
-        depth = (len(line) - len(line.lstrip())) // 2
-        sections[depth:] = [line.split(":")[0].strip()]
-        if found:
-            name = ".".join(sections)
-            value = f"`{found['value']}`" if found["value"] else ""
-            comment = found["comment"].replace("|", "\\|")
-            rows.append(f"| `{name}` | {value} | {comment} |")
-    return rows
-
-
-def test_the_table_of_knobs_is_that_of_params_yaml() -> None:
-    assert len(knobs()) > 25
-    assert "\n".join(knobs()) in README
 
 
 def test_the_short_recipes_are_those_that_were_measured() -> None:

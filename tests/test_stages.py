@@ -242,7 +242,7 @@ def test_a_bad_knob_is_one_line_and_nothing_is_written(workspace: Path) -> None:
     write_params(workspace, {"model.dropout": 5})
     for stage in ("prepare", "train"):
         code, line = run_stage(stage, workspace)
-        assert (code, line) == (2, "error: params.yaml: model.dropout is 5; allowed: a number >= 0 and < 1\n")
+        assert (code, line) == (2, "error: params.yaml: model.dropout is 5: input should be less than 1\n")
     assert contents(workspace) == before
 
 

@@ -17,7 +17,7 @@ import torch
 from pipeline import verify
 from pipeline.data import sources
 from pipeline.errors import Fault, run_command
-from tests.conftest import PARAMS, say_of_the_data, write_params
+from tests.conftest import say_of_the_data, write_params
 from tests.data.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
 from tests.test_clone import ONE_EPOCH, environment, run, succeed
 
@@ -42,7 +42,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     succeed("git", "init", "-q", folder=folder)
     write_lock(folder, COMMITTED)
-    shutil.copy(PARAMS, folder)
+    write_params(folder, {})
     (folder / "requirements.lock").write_text(f"numpy==0.0.1 \\\ntorch=={torch.__version__.split('+')[0]} \\\n")
     commit(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))

@@ -33,7 +33,7 @@ from pipeline.explain import live_images
 from pipeline.model.cnn import CNN, parameter_count
 from pipeline.model.model_file import TrainedModel
 from pipeline.model.training import Epoch
-from pipeline.params import MACHINE, Params, digest, flat
+from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
 from pipeline.tracking.lineage import PARAMS_SHA256
 from pipeline.tracking.store import STORE_ERRORS, store_faults
@@ -202,7 +202,7 @@ def training_run(
     tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code(), FINGERPRINT: fingerprint}
     with store_faults():
         run_id = _begin(dataset, tags | machine.environment_tags(device))
-        facts = params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE}
+        facts = params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE_PARAMETERS}
         mlflow.log_params(facts, run_id=run_id)
         if continues:
             _link(run_id, continues)

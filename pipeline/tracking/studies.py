@@ -153,4 +153,4 @@ def _made(study_id: str, experiment_id: str, name: str, params: Params) -> str:
 
 
 def _space(params: Params) -> dict[str, str]:
-    return {path: str(space.model_dump(exclude_unset=True)) for path, space in params.tune.space.items()}
+    return {path: str(space.model_dump(exclude_defaults=True)) for path, space in params.tune.space.items()}

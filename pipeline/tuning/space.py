@@ -9,7 +9,7 @@ Space = dict[str, BaseDistribution]
 
 def space_of(params: Params) -> Space:
     """A distribution for each knob of ``tune.space``, which params.yaml has checked against the knob."""
-    present = params.knobs()
+    present = params.by_path()
     return {path: _distribution(params.tune.space[path], present[path]) for path in sorted(params.tune.space)}
 
 
@@ -25,7 +25,7 @@ def _distribution(space: Range, present: object) -> BaseDistribution:
 
 def present_values(params: Params, space: Space) -> dict[str, object] | None:
     """The tuned knobs as params.yaml has them; None where one of them lies outside its range."""
-    knobs = params.knobs()
+    knobs = params.by_path()
     values = {path: knobs[path] for path in space}
     return values if all(_contains(space[path], value) for path, value in values.items()) else None
 

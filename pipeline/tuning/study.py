@@ -20,7 +20,7 @@ from pipeline.data.splits import Dataset
 from pipeline.errors import UserError
 from pipeline.model.cnn import multiply_adds, parameter_count
 from pipeline.model.training import Epoch
-from pipeline.params import MACHINE, Params
+from pipeline.params import MACHINE_PARAMETERS, Params
 from pipeline.recipe import architecture
 from pipeline.tuning.finalists import Finalist
 from pipeline.tuning.records import Status, TrialRecord
@@ -150,7 +150,7 @@ class Study:
 
     def finalists(self) -> list[Finalist]:
         """The best trials, and the present values."""
-        knobs = self.params.knobs()
+        knobs = self.params.by_path()
         present = {path: knobs[path] for path in self.space}
         return [
             Finalist(None, present, self._parameters(present)),
@@ -301,12 +301,14 @@ def _pruner(params: Params) -> BasePruner:
 def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
     """What must not change while a study goes on, as JSON gives it back."""
     tune = params.tune
-    free = {*tune.space, "train.epochs", *(f"train.{knob}" for knob in MACHINE)}
-    fixed = {path: value for path, value in params.knobs().items() if path.split(".")[0] in ("seed", "model", "train")}
+    free = {*tune.space, "train.epochs", *(f"train.{knob}" for knob in MACHINE_PARAMETERS)}
+    fixed = {
+        path: value for path, value in params.by_path().items() if path.split(".")[0] in ("seed", "model", "train")
+    }
     return {
         "data.sha256": dataset.sha256,
         "tune.epochs": tune.epochs,
         "tune.second_objective": tune.second_objective,
-        **{f"tune.space.{path}": space.model_dump(exclude_unset=True) for path, space in tune.space.items()},
+        **{f"tune.space.{path}": space.model_dump(exclude_defaults=True) for path, space in tune.space.items()},
         **{path: value for path, value in fixed.items() if path not in free},
     }

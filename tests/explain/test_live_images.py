@@ -14,8 +14,8 @@ from PIL import Image
 from pipeline import files, train
 from pipeline.explain import activation_maximization, live_images
 from pipeline.model.cnn import CNN, Architecture
-from pipeline.params import read_params
-from tests.conftest import PARAMS, QUICK, write_params
+from pipeline.params import Params
+from tests.conftest import QUICK, write_params
 
 LOGGED = re.compile(r"images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[\w-]+\.png")
 
@@ -67,7 +67,7 @@ def test_the_class_image_goes_on_from_the_epoch_before(image_shape: tuple[int, i
     cnn = CNN(Architecture(image_shape, ("a", "b"), (4, 8)), torch.Generator().manual_seed(0))
     state = {name: weights.clone() for name, weights in cnn.state_dict().items()}
     nothing_else = {"l1": 0.0, "total_variation": 0.0, "jitter": 0}
-    pictures = live_images.LiveImages(cnn, read_params(PARAMS).visualize.maximisation.model_copy(update=nothing_else))
+    pictures = live_images.LiveImages(cnn, Params().visualize.maximisation.model_copy(update=nothing_else))
     logit = activation_maximization.class_logits(cnn, torch.tensor([0]))
 
     def now() -> float:

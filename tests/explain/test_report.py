@@ -16,8 +16,7 @@ from pipeline.explain.report import ReportInputs
 from pipeline.figures import canvas
 from pipeline.model import metrics
 from pipeline.model.cnn import CNN, Architecture
-from pipeline.params import Params, read_params
-from tests.conftest import PARAMS
+from pipeline.params import Params
 from tests.layout import assert_readable
 
 FIGURES = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
@@ -45,7 +44,7 @@ def inputs(architecture: Architecture, count: int, right: float, **knobs: object
 
 
 def _params(**knobs: object) -> Params:
-    return read_params(PARAMS).changed({f"visualize.{knob}": value for knob, value in knobs.items()})
+    return Params().changed({f"visualize.{knob}": value for knob, value in knobs.items()})
 
 
 ODD = {

@@ -17,11 +17,11 @@ import torch
 from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import Fault
 from pipeline.model.training import Epoch
-from pipeline.params import read_params
+from pipeline.params import Params, read_params
 from pipeline.tuning import worker
 from pipeline.tuning.messages import GO_ON, Done, Failed, Lost, Message, Threads
 from pipeline.tuning.team import Team, team
-from tests.conftest import PARAMS, REPOSITORY
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_a_worker_that_is_killed_is_told_of_and_replaced(workspace: Path) -> Non
 
 def test_a_worker_that_cannot_begin_ends_the_study_and_not_one_trial_after_the_other(tmp_path: Path) -> None:
     with chdir(tmp_path), team(1, cores=1) as team_of_workers:
-        team_of_workers.give("a", read_params(PARAMS))
+        team_of_workers.give("a", Params())
         with pytest.raises(Fault, match=r"a worker could not begin: it ended with exit code 2"):
             said(team_of_workers)
 
