@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.explain import activation_maximization
 from pipeline.explain.activation_maximization import Ascent, Regularization
-from pipeline.figures.tiles import Array, mosaic, of_filters
+from pipeline.figures.tiles import Array, filter_tiles, mosaic
 from pipeline.model.cnn import CNN
 from pipeline.params import Maximisation
 
@@ -50,7 +50,7 @@ class LiveImages:
         weights = self._cnn.block_list()[0].convolution.weight.detach().cpu().numpy()
         grey = (self.image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
         return {
-            "filters": _enlarged(_framed(in_two_colours(of_filters(weights)))),
+            "filters": _enlarged(_framed(in_two_colours(filter_tiles(weights)))),
             "class image": _enlarged(np.broadcast_to(grey, (*grey.shape[:2], 3))),
         }
 
