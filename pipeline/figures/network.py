@@ -231,7 +231,7 @@ def shift_similarity(similarity: Mapping[str, Sequence[float]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9 if len(blocks) < 4 else 7)
-    figure.axes[0].set_ylabel("cosine similarity to the unshifted maps")
+    figure.axes[0].set_ylabel("cosine to the unshifted maps")
     figure.supxlabel("shift to the right (pixels)", fontsize=10)
     figure.suptitle("How similar each layer's maps stay when the image shifts", fontsize=11)
     return figure
