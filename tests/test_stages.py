@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline import evaluate, files, prepare, results, train, visualize
 from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
+from pipeline.explain import report
 from pipeline.model import model_file
 from tests.conftest import QUICK, REPOSITORY, run_stage, say_of_the_data, write_params
 
@@ -42,38 +43,11 @@ def test_the_stages_write_the_promised_files_and_no_others(finished: Path) -> No
         "data/prepared/train.safetensors",
         "data/prepared/validation.safetensors",
         "models/model.safetensors",
-        "reports/figures/class_images.png",
-        "reports/figures/confident_mistakes.png",
-        "reports/figures/confusion_matrix.png",
-        "reports/figures/doubtful_labels.png",
-        "reports/figures/explanations.png",
-        "reports/figures/feature_maps.png",
-        "reports/figures/filter_images.png",
-        "reports/figures/first_layer_filters.png",
-        "reports/figures/learning_curves.png",
-        "reports/figures/maps_of_classes.png",
-        "reports/figures/per_class.png",
-        "reports/figures/pooling_and_shifts.png",
-        "reports/figures/principal_components.png",
-        "reports/figures/reliability.png",
-        "reports/figures/robustness.png",
-        "reports/figures/same_pattern_everywhere.png",
-        "reports/figures/shared_weights.png",
-        "reports/figures/strongest_patches.png",
+        *(f"reports/figures/{name}.png" for name in sorted(report.FIGURES)),
         "reports/history.csv",
         "reports/metrics.json",
         "reports/model_card.md",
-        "reports/plots/accuracy_blur.csv",
-        "reports/plots/accuracy_contrast.csv",
-        "reports/plots/accuracy_noise.csv",
-        "reports/plots/accuracy_rotation.csv",
-        "reports/plots/accuracy_scale.csv",
-        "reports/plots/accuracy_shift.csv",
-        "reports/plots/class_images.csv",
-        "reports/plots/per_class.csv",
-        "reports/plots/pooling_and_shifts.csv",
-        "reports/plots/reliability.csv",
-        "reports/plots/shared_weights.csv",
+        *(f"reports/plots/{name}.csv" for name in sorted(report.TABLES)),
         "reports/predictions.csv",
         "reports/promotion.json",
     ]
