@@ -168,7 +168,7 @@ def test_whole_downloads_are_lent_and_the_others_come_from_the_users_mirror(
     verify._lend_downloads(copy)
     monkeypatch.setenv(sources.MIRROR_VARIABLE, verify._environment()[sources.MIRROR_VARIABLE])
     monkeypatch.setenv("DVC_ROOT", str(copy))
-    assert is_small_mnist(sources.load("mnist"))
+    assert is_small_mnist(sources.load("mnist")[1])
     assert (repository / "data/raw/mnist" / damaged).read_bytes() == b"half a fi"
     assert not (repository / "data/raw/mnist" / missing).exists()
 
