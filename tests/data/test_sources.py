@@ -103,7 +103,9 @@ def is_small_mnist(source: sources.Source) -> bool:
     return bool(source.train.images.numpy().tobytes() == images) and source.train.labels.tolist() == [*range(10)] * 3
 
 
-def test_the_mirror_of_the_user_is_tried_first(clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mirror_of_the_user_is_tried_first(
+    clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, url = mirror
     put(folder, small_mnist())
     monkeypatch.setenv(sources.MIRROR_VARIABLE, url)
