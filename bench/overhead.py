@@ -110,7 +110,7 @@ def _epochs(
         def keep(reached: Checkpoint) -> None:
             if way() == CHECKPOINT:
                 with _added_to(waited):
-                    checkpoints.keep("bench", reached, history, run.run_id)
+                    checkpoints.save("bench", reached, history, run.run_id)
 
         began = None
         for epoch in recipe.fit(cnn, train, validation, params, save_checkpoint=keep):

@@ -84,7 +84,8 @@ def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
     name = printable(path)
     picture = image_files.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), name)
-    if loaded.data_name in sources.CENTRED_STROKES:
+    dataset = sources.DATASETS.get(loaded.data_name)
+    if dataset and dataset.centred_strokes:
         return image_files.centred_strokes(picture, loaded.image_shape, name).numpy()
     return image_files.fitted(picture, loaded.image_shape).numpy()
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from pipeline import checkpoints, dvc_files, files, recipe
-from pipeline.checkpoints import Interrupted
+from pipeline.checkpoints import SavedTraining
 from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, run_command
 from pipeline.explain.live_images import LiveImages
@@ -42,7 +42,7 @@ def main() -> None:
             files.write(files.MODEL, model)
             files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
             run.describe_model(cnn, dataset, files.sha256(model))
-    checkpoints.forget(fingerprint)
+    checkpoints.remove(fingerprint)
     print(f"{files.MODEL}: SHA-256 {files.sha256(files.MODEL.read_bytes())[:12]}..., trained on {dataset.label}")
 
 
@@ -61,7 +61,7 @@ def _fit(
     params: Params,
     run: TrainingRun,
     fingerprint: str,
-    before: Interrupted | None,
+    before: SavedTraining | None,
 ) -> list[training.Epoch]:
     """Train to the end, with a bar on a terminal and a line an epoch anywhere; where ``before`` ended, if at all."""
     history = list(before.history) if before else []
@@ -80,7 +80,7 @@ def _fit(
                 bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
 
         def keep(reached: Checkpoint) -> None:
-            checkpoints.keep(fingerprint, reached, history, run.run_id)
+            checkpoints.save(fingerprint, reached, history, run.run_id)
 
         start = before.checkpoint if before else None
         pictures = LiveImages(cnn, params.visualize.maximisation) if params.train.live_images else None

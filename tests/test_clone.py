@@ -134,6 +134,29 @@ def test_a_second_call_runs_nothing(clone: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_compiled_beside_the_code_is_ignored_and_a_stage_runs_again_for_its_own_code(
+    clone: Path, tmp_path: Path
+) -> None:
+    """Python and Numba write into the folders that the stages depend on while the stages run."""
+    clone = shutil.copytree(clone, tmp_path / "clone", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def repro_after(changed: str | None) -> set[str]:
+        """The stages that run after a comment was added to a file."""
+        if changed:
+            with (clone / changed).open("a") as code:
+                code.write("# a comment\n")
+        printed = succeed("dvc", "repro", folder=clone)
+        return {stage for stage in ("prepare", "train", "evaluate", "visualize") if f"stage '{stage}':" in printed}
+
+    assert "train" in repro_after("pipeline/model/cnn.py")
+    compiled = {path.suffix for path in (clone / "pipeline/model/__pycache__").iterdir()}
+    assert {".pyc", ".nbi", ".nbc"} <= compiled
+    assert repro_after(None) == set()
+    assert repro_after("pipeline/tracking/runs.py") == set()
+    assert repro_after("pipeline/explain/report.py") == {"evaluate", "visualize"}
+
+
+@pytest.mark.slow
 def test_a_forced_repetition_gives_the_same_lock_and_a_new_run_with_the_same_hashes(clone: Path) -> None:
     lock = (clone / "dvc.lock").read_bytes()
     succeed("dvc", "repro", "-f", folder=clone)
