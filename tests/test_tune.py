@@ -154,7 +154,8 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
 
     trained = finalist_trials()
     assert [state for state, _ in trained] == ["COMPLETE"] * 4  # two finalists, each with two seeds
-    assert sorted(json.loads(values)["seed"] for _, values in trained) == [43, 43, 44, 44]
+    seeds = [read_params().seed + 1, read_params().seed + 2]
+    assert sorted(json.loads(values)["seed"] for _, values in trained) == sorted(2 * seeds)
     assert len(set(trained)) == 4
 
     # Going on adds to the same study and the same parent, and trains no finalist twice with the same seed.
@@ -558,9 +559,23 @@ def test_a_finalist_that_fails_ends_the_command_and_is_tried_again(study_folder:
     write_params(study_folder, SMALL | {"train.learning_rate": 1e6, "tune.space": space})
     for _ in range(2):
         line = refused("--workers", "1", code=1)
-        assert line.startswith("present with seed 43 failed: DivergedError: the training loss is")
+        assert re.match(r"present with seed \d+ failed: DivergedError: the training loss is", line)
     assert [state for state, _ in finalist_trials()] == ["FAIL", "FAIL"]
     assert parent().info.status == "FAILED"
+
+
+def test_finalists_that_are_no_longer_wanted_are_not_trained(study_folder: Path) -> None:
+    search = small_study()
+    earlier, present = Finalist(3, {"model.dropout": 0.1}, 1), Finalist(None, {"model.dropout": 0.5}, 1)
+    first = open_finalists(search, [earlier])
+    trial = first.next()
+    assert trial is not None
+    first.requeue(trial)
+    now = open_finalists(search, [present])
+    started = [trial for trial in (now.next(), now.next(), now.next(), now.next()) if trial is not None]
+    assert [now.values_of(trial)["model.dropout"] for trial in started] == [0.5, 0.5]
+    assert not now.wants_another()
+    assert not now.is_done()
 
 
 def test_a_study_may_not_take_the_name_of_the_finalists(study_folder: Path) -> None:

@@ -88,15 +88,18 @@ class FinalistStudy(Study):
         return [pair for pair in self._pairs if pair not in found]
 
     def next(self) -> Trial | None:
-        """Start the next pair; None where other machines have just started the last."""
+        """Start the next pair; None where another machine has just started it, or it is no longer wanted."""
         with one_machine_at_a_time():
+            missing = self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING)
+            if not missing:
+                return None
             if not self.trials(TrialState.WAITING):  # those to be tried again come first
-                missing = self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING)
-                if not missing:
-                    return None
                 self.optuna.enqueue_trial(missing[0])
             with expected_warnings():
                 trial = self.optuna.ask()
+            if self.values_of(trial) not in missing:  # it was requeued twice, or the finalists are others now
+                self.optuna.tell(trial.number, state=TrialState.FAIL)
+                return None
         self.asked.add(trial.number)
         return trial
 

@@ -71,7 +71,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def one_machine_at_a_time() -> Iterator[None]:
-    """A lock in PostgreSQL: two machines on an empty database would both make its tables and the study."""
+    """A lock in PostgreSQL, where two machines might make the same tables and study, or start the same finalist."""
     url = os.environ.get(STORAGE, "")
     if not url.startswith("postgresql"):
         yield
