@@ -21,7 +21,7 @@ from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.model import checkpoint, model_file
 from pipeline.params import read_params
-from pipeline.tracking import delivery, registry, runs, store
+from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
 
 NEEDED = ("torch", "torchvision", "mlflow", "dvc", "optuna", "numba", "safetensors", "pydantic")
@@ -176,7 +176,7 @@ def _tracking() -> Found:
     if not _connect():
         yield f"none yet: {WRITE}"
         return
-    dead = runs.left_open()
+    dead = runs.stale_runs()
     if dead:
         yield Wrong(f"{len(dead)} runs are open whose processes have died; what closes them: {WRITE}")
     yield store.address()
@@ -193,15 +193,15 @@ def _undelivered(path: Path) -> Wrong:
 
 
 def _connect() -> bool:
-    """Not to a file that is not there yet, or that no run was written into: runs.connect would begin to fill it."""
+    """Not to a file that is not there yet, or that no run was written into: store.connect would begin to fill it."""
     is_begun = _is_begun()
     if is_begun:
-        runs.connect()
+        store.connect()
     return is_begun
 
 
 def _is_begun() -> bool:
-    address = os.environ.get("MLFLOW_TRACKING_URI") or runs.own_store()
+    address = os.environ.get("MLFLOW_TRACKING_URI") or store.own_store()
     path = Path(address.removeprefix("sqlite:///").partition("?")[0])
     if not address.startswith("sqlite:///"):
         return True
@@ -211,9 +211,9 @@ def _is_begun() -> bool:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'")
             ours = "SELECT 1 FROM experiments WHERE name = ?"
-            return bool(tables.fetchone() and database.execute(ours, [runs.EXPERIMENT]).fetchone())
+            return bool(tables.fetchone() and database.execute(ours, [store.EXPERIMENT]).fetchone())
     except sqlite3.Error:
-        return True  # what is wrong with it, runs.connect says
+        return True  # what is wrong with it, store.connect says
 
 
 def _registry() -> Found:
@@ -235,7 +235,7 @@ def _crowns(champion: Mapping[str, str]) -> str:
     """The command after which there is a whole champion, for one with these tags: its own file anew, else another."""
     if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == champion.get(runs.MODEL_SHA256):
         return EVALUATE
-    version = registry.to_go_back_to()
+    version = promotion.fallback()
     return f"`python -m pipeline.models {version.version} --rollback`" if version else EVALUATE
 
 

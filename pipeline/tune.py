@@ -20,7 +20,7 @@ from pipeline import files, recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.params import PARAMS, Params, read_params, with_values
-from pipeline.tracking import runs, studies
+from pipeline.tracking import runs, store, studies
 from pipeline.tuning import coordinator, finalists, plots
 from pipeline.tuning.finalists import Outcome, Verdict
 from pipeline.tuning.storage import FOLDER, in_turn, open_storage, storage_faults
@@ -48,7 +48,7 @@ def main() -> None:
                 study = Study.open(open_storage(), arguments.study, params, dataset)
             if study.present is None:
                 print(f"the present values of {PARAMS} are outside tune.space: they are no trial, but a finalist")
-            runs.connect()
+            store.connect()
             runs.close_stale_runs()
             with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
                 _run_trials(study, team_of_workers, total, run)

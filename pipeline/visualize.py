@@ -9,7 +9,7 @@ from pipeline.explain import report
 from pipeline.figures.canvas import as_png
 from pipeline.model import model_file
 from pipeline.params import read_params
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
     saved = model_file.from_bytes(model, str(files.MODEL))
-    runs.connect()  # before the drawing, which takes longer than to find that the store is closed
+    store.connect()  # before the drawing, which takes longer than to find that the store is closed
     inputs = report.ReportInputs(
         saved.cnn,
         dataset,

@@ -25,7 +25,7 @@ from pipeline.data import splits
 from pipeline.model import model_file, training
 from pipeline.model.cnn import CNN
 from pipeline.params import with_values
-from pipeline.tracking import runs
+from pipeline.tracking import store
 from tests import forked
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def finished(_all_stages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which all four stages have run, the current one. For reading only: all tests share it."""
     monkeypatch.setenv("DVC_ROOT", str(_all_stages))
     monkeypatch.chdir(_all_stages)
-    runs.connect()
+    store.connect()
     return _all_stages
 
 
@@ -202,7 +202,7 @@ def finished_copy(_all_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.copy(migrated_database, folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.chdir(folder)
-    runs.connect()
+    store.connect()
     return folder
 
 

@@ -17,7 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pipeline import machine
 from pipeline.data.splits import Dataset
 from pipeline.params import Params
-from pipeline.tracking import lineage, runs
+from pipeline.tracking import lineage, runs, store
 from pipeline.tracking.store import store_faults
 from pipeline.tuning.records import TrialRecord
 
@@ -124,7 +124,7 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
     """The parent run of a study, found again by the study's id or made. Its status ends true, as that of a training."""
     with ExitStack() as stack:
         with store_faults():  # not around what the study does: its own storage has errors of the same types
-            experiment = MlflowClient().get_experiment_by_name(runs.EXPERIMENT)
+            experiment = MlflowClient().get_experiment_by_name(store.EXPERIMENT)
             assert experiment is not None
             experiment_id = experiment.experiment_id
             run_id = _found(study_id) or _made(study_id, experiment_id, name, params)
