@@ -233,7 +233,7 @@ def test_a_champion_that_another_machine_sets_in_the_meantime_is_the_one_to_comp
 
     def and_meanwhile_elsewhere(*arguments: Any) -> Decision:
         monkeypatch.setattr(gate, "decide", decide)
-        monkeypatch.setattr(registry, "_gate_closed", nullcontext)  # another machine knows nothing of this one's lock
+        monkeypatch.setattr(store, "one_at_a_time", nullcontext)  # its lock is not known on another machine
         candidates.register("2", 10)
         return decide(*arguments)
 
