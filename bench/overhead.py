@@ -31,7 +31,7 @@ from pipeline.explain.live_images import LiveImages
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.training import Epoch
 from pipeline.params import Params, read_params
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 
 BARE, LIVE, CHECKPOINT = "bare", "live images", "a checkpoint"
 TURN = (BARE, LIVE, BARE, CHECKPOINT)
@@ -96,7 +96,7 @@ def _epochs(
     cnn = recipe.build(params, dataset)
     history, found = list[Epoch](), list[Timed]()
     files.checkpoints_folder().mkdir()
-    runs.connect()
+    store.connect()
     with runs.training_run(params, dataset, train.images.device, "bench") as run:
         (sender,) = [thread for thread in threading.enumerate() if thread.name == "tracking"]
         assert sender.ident is not None
@@ -122,7 +122,7 @@ def _epochs(
             run.log_epoch(epoch)
             if way() == LIVE:
                 with _added_to(waited):
-                    run.show(epoch.epoch, pictures.after_epoch())
+                    run.log_images(epoch.epoch, pictures.after_epoch())
     return found
 
 

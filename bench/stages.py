@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from bench import recipes
 from pipeline import files
 from pipeline.data.splits import read_dataset
-from pipeline.tracking import runs
+from pipeline.tracking import store
 
 SHORT_PAIRS = 5  # a round
 
@@ -41,7 +41,7 @@ def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
     (folder / "params.yaml").write_text(recipes.as_yaml(knobs))
     mirror = files.raw_folder() / read_dataset().name
     in_folder(folder, "-m", "pipeline.prepare", PIPELINE_DATA_MIRROR=str(mirror.resolve()))
-    in_folder(folder, "-c", "from pipeline.tracking import runs; runs.connect()")
+    in_folder(folder, "-c", "from pipeline.tracking import store; store.connect()")
     return folder
 
 
@@ -113,7 +113,7 @@ def around_the_epochs(folder: Path) -> float:
     mirror = files.raw_folder() / read_dataset().name
     seconds, _ = timed(["dvc", "repro"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     epochs = [metric.value for metric in client.get_metric_history(run.info.run_id, "seconds")]

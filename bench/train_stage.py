@@ -17,13 +17,16 @@ def main() -> None:
     """Run the stage; untracked with tracking modules that do nothing, so that mlflow is not even imported."""
     if sys.argv[1] == "untracked":
         silent = ModuleType("pipeline.tracking.runs")
-        ignored = dict.fromkeys(("log_epoch", "show", "describe_model"), lambda *_: None)
+        ignored = dict.fromkeys(("log_epoch", "log_images", "describe_model"), lambda *_: None)
         run = SimpleNamespace(run_id="", **ignored)
-        silent.__dict__.update({"connect": lambda: None, "settle": lambda: None, "TrainingRun": object})
+        silent.__dict__.update({"close_stale_runs": lambda: None, "TrainingRun": object})
         silent.__dict__["training_run"] = lambda *_, **__: nullcontext(run)
+        unreached = ModuleType("pipeline.tracking.store")
+        unreached.__dict__["connect"] = lambda: None
         blind = ModuleType("pipeline.explain.live_images")
         blind.__dict__["LiveImages"] = lambda *_: SimpleNamespace(now=dict, after_epoch=dict)
-        sys.modules |= {"pipeline.tracking.runs": silent, "pipeline.explain.live_images": blind}
+        sys.modules |= {"pipeline.tracking.runs": silent, "pipeline.tracking.store": unreached}
+        sys.modules["pipeline.explain.live_images"] = blind
     from pipeline import train
 
     train.main()

@@ -21,7 +21,7 @@ from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.model import checkpoint, model_file
 from pipeline.params import read_params
-from pipeline.tracking import delivery, registry, runs, store
+from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
 
 NEEDED = ("torch", "torchvision", "mlflow", "dvc", "optuna", "numba", "safetensors", "pydantic")
@@ -164,22 +164,22 @@ def _tracking() -> Lines:
     if not _connect():
         yield f"none yet: {WRITE}"
         return
-    dead = runs.left_open()
+    dead = runs.stale_runs()
     if dead:
         yield Problem(f"{len(dead)} runs are open although their processes have died; to close them: {WRITE}")
     yield store.address()
 
 
 def _connect() -> bool:
-    """Whether there is a store with runs in it, connected to. runs.connect would begin to fill one that is empty."""
+    """Whether there is a store with runs in it, connected to. store.connect would begin to fill one that is empty."""
     has_runs = _has_runs()
     if has_runs:
-        runs.connect()
+        store.connect()
     return has_runs
 
 
 def _has_runs() -> bool:
-    address = os.environ.get("MLFLOW_TRACKING_URI") or runs.own_store()
+    address = os.environ.get("MLFLOW_TRACKING_URI") or store.own_store()
     path = Path(address.removeprefix("sqlite:///").partition("?")[0])
     if not address.startswith("sqlite:///"):
         return True
@@ -189,9 +189,9 @@ def _has_runs() -> bool:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'")
             ours = "SELECT 1 FROM experiments WHERE name = ?"
-            return bool(tables.fetchone() and database.execute(ours, [runs.EXPERIMENT]).fetchone())
+            return bool(tables.fetchone() and database.execute(ours, [store.EXPERIMENT]).fetchone())
     except sqlite3.Error:
-        return True  # runs.connect then says what is wrong with it
+        return True  # store.connect then says what is wrong with it
 
 
 def _registry() -> Lines:
@@ -213,7 +213,7 @@ def _champion_remedy(tags: Mapping[str, str]) -> str:
     """A command that gives a whole champion: the same model registered again if it is here, else another version."""
     if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == tags.get(runs.MODEL_SHA256):
         return EVALUATE
-    version = registry.to_go_back_to()
+    version = promotion.fallback()
     return f"`python -m pipeline.models {version.version} --rollback`" if version else EVALUATE
 
 

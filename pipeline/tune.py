@@ -19,7 +19,7 @@ from pipeline import files, recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.params import PARAMS, Params, read_params, with_values
-from pipeline.tracking import runs, studies
+from pipeline.tracking import runs, store, studies
 from pipeline.tuning import coordinator, finalists, plots
 from pipeline.tuning.finalists import Outcome, Verdict
 from pipeline.tuning.progress import Progress
@@ -48,7 +48,7 @@ def main() -> None:
                 study = open_study(open_storage(), arguments.study, params, dataset, total)
             if present_values(params) is None:
                 print(f"the present values of {PARAMS} are outside tune.space: they are only tried as a finalist")
-            runs.connect()
+            store.connect()
             runs.close_stale_runs()
             with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
                 _run_trials(study, workers, run)

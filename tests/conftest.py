@@ -25,7 +25,7 @@ from pipeline import evaluate, files, prepare, train, visualize
 from pipeline.data import splits
 from pipeline.model import model_file, training
 from pipeline.model.cnn import CNN
-from pipeline.tracking import runs
+from pipeline.tracking import store
 from tests import forked
 
 REPOSITORY = Path(__file__).parents[1]
@@ -161,7 +161,7 @@ def finished(_all_stages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which all four stages have run, the current one. For reading only: all tests share it."""
     monkeypatch.setenv("DVC_ROOT", str(_all_stages))
     monkeypatch.chdir(_all_stages)
-    runs.connect()
+    store.connect()
     return _all_stages
 
 
@@ -201,7 +201,7 @@ def finished_copy(_all_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.copy(migrated_database, folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.chdir(folder)
-    runs.connect()
+    store.connect()
     return folder
 
 

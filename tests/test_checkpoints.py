@@ -17,7 +17,7 @@ from mlflow.entities import Run
 
 from pipeline import files, train
 from pipeline.model.training import Epoch
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
 
 EPOCHS = 12
@@ -46,7 +46,7 @@ def after_epoch(process: subprocess.Popen[str], epoch: int) -> None:
 
 
 def every_run() -> list[Run]:
-    runs.connect()
+    store.connect()
     return list(mlflow.search_runs(output_format="list", order_by=["attributes.start_time"]))
 
 

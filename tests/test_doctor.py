@@ -17,7 +17,7 @@ from pipeline import doctor, evaluate, files, train
 from pipeline.errors import run_command
 from pipeline.model import model_file
 from pipeline.model.training import Epoch
-from pipeline.tracking import delivery, runs
+from pipeline.tracking import delivery, runs, store
 from tests.conftest import REPOSITORY, say_of_the_data
 from tests.test_clone import succeed
 from tests.tracking.evaluating import change_model
@@ -150,7 +150,7 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _undelivered(folder: Path) -> None:
-    run_id = MlflowClient().create_run(runs._experiment_id(), tags=DEAD).info.run_id
+    run_id = MlflowClient().create_run(store.experiment_id(), tags=DEAD).info.run_id
     updates = delivery.PendingUpdates(run_id, {1: {"loss": 0.5}}, {1: 1}, status="FINISHED", ended=2)
     files.write_json(folder / f"checkpoints/{run_id}.undelivered.json", asdict(updates))
 
@@ -196,7 +196,7 @@ def _download(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    MlflowClient().create_run(runs._experiment_id(), tags=DEAD)
+    MlflowClient().create_run(store.experiment_id(), tags=DEAD)
 
 
 def _store(folder: Path) -> None:
@@ -268,7 +268,7 @@ def _flip(path: Path) -> None:
         ),
         (_run, "tracking store", "1 runs are open although their processes have died; to close them: `dvc repro`"),
         (_store, "tracking store", "mlflow.db failed: "),
-        (_champion, "registry", "cannot be had"),
+        (_champion, "registry", "cannot be read"),
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
         (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),
         (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.models 1 --rollback`"),

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline import predict
 from pipeline.data import image_files
 from pipeline.data.splits import TEST, read_dataset, read_split
-from pipeline.tracking import registry, runs
+from pipeline.tracking import registry, store
 from tests.conftest import run_command
 from tests.drawn import all_of_them, drawn
 
@@ -25,7 +25,7 @@ def folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_digits_from_outside_come_out_right(folder: Path) -> None:
     """By the model that has seen 3,600 digits, most of them; CI asks that of all of MNIST, too."""
-    runs.connect()
+    store.connect()
     model = registry.load(registry.find("champion"))
     answers = []
     for name, digit, picture in all_of_them():

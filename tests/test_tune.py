@@ -26,7 +26,7 @@ from pipeline import tune
 from pipeline.data.splits import read_dataset
 from pipeline.errors import UserError
 from pipeline.params import read_params
-from pipeline.tracking import runs, studies
+from pipeline.tracking import store, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
 from pipeline.tuning.study import STARTUP_TRIALS, Study, counts, open_study
@@ -96,17 +96,17 @@ def finalist_trials() -> list[tuple[str, ...]]:
 
 
 def children() -> list[Run]:
-    runs.connect()
+    store.connect()
     client = MlflowClient()
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     return [run for run in client.search_runs([experiment.experiment_id]) if "trial.number" in run.data.tags]
 
 
 def parent() -> Run:
-    runs.connect()
+    store.connect()
     client = MlflowClient()
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id], "tags.`study.id` != ''")
     return found
@@ -199,7 +199,7 @@ def test_only_a_real_gain_is_applied_unless_it_is_forced(
     line: str,
 ) -> None:
     study, before = small_study(), Path("params.yaml").read_text()
-    runs.connect()
+    store.connect()
     with studies.study_run(study.id, "tuning", study.params, study.dataset) as opened:
         tune._apply(study, concluded(*finalists), opened, force)
     assert line in capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_only_a_real_gain_is_applied_unless_it_is_forced(
 
 def test_another_winner_of_the_same_trials_is_kept_beside_the_first(study_folder: Path) -> None:
     study = small_study()
-    runs.connect()
+    store.connect()
     for dropout in (0.1, 0.2, 0.1):
         with studies.study_run(study.id, "tuning", study.params, study.dataset) as opened:
             opened.log_best(4, {"model.dropout": dropout}, {"best_validation_accuracy": 0.9})

@@ -19,7 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pipeline import machine
 from pipeline.data.splits import Dataset
 from pipeline.params import Params
-from pipeline.tracking import lineage, runs
+from pipeline.tracking import lineage, runs, store
 from pipeline.tracking.store import store_faults
 
 STUDY, TRIAL = "study.id", "trial.number"
@@ -147,7 +147,7 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
     """The parent run of a study, found by the study's id or made. It ends FINISHED, KILLED or FAILED, as it should."""
     with ExitStack() as stack:
         with store_faults():  # not around the study itself, whose storage raises errors of the same types
-            experiment = MlflowClient().get_experiment_by_name(runs.EXPERIMENT)
+            experiment = MlflowClient().get_experiment_by_name(store.EXPERIMENT)
             assert experiment is not None
             experiment_id = experiment.experiment_id
             run_id = _find(study_id) or _create(study_id, experiment_id, name, params)

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.tracking import runs
+from pipeline.tracking import store
 from pipeline.tuning.study import counts
 from tests.conftest import free_port, write_params
 from tests.test_tune import PRESENT, SMALL, command, environment_tags
@@ -134,7 +134,7 @@ def wait_until_running(database: str) -> FrozenTrial:
 def children(machine: Path) -> list[int]:
     """The numbers of the trials that the machine's own MLflow has a run of."""
     client = MlflowClient(f"sqlite:///{machine / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     assert not any(run.info.status == "RUNNING" for run in found)
