@@ -63,9 +63,9 @@ class Field(NamedTuple):
 
 
 def receptive_field(cnn: CNN) -> Field:
-    """What one place of the last convolution's maps sees; ``first`` is below 0 where it sees padding."""
+    """What one place of the last block's convolution sees; ``first`` is below 0 where it sees padding."""
     first, step, side = 0, 1, 1
-    field = Field(first, step, side)
+    last = cnn.block_list()[-1].convolution  # a block may hold others behind it
     for layer in cnn.blocks.modules():
         match layer:
             case nn.Conv2d():
@@ -74,11 +74,12 @@ def receptive_field(cnn: CNN) -> Field:
                 first -= int(padding) * step
                 side += (kernel - 1) * step
                 step *= stride
-                field = Field(first, step, side)
+                if layer is last:
+                    break
             case Pooling():
                 side += (layer.size - 1) * step
                 step *= layer.size
-    return field
+    return Field(first, step, side)
 
 
 class Patches(NamedTuple):
