@@ -1,0 +1,184 @@
+"""docs/make-it-yours.md: each of its diffs applied to a copy of the repository, tested, and run with DVC."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline import files, machine
+from pipeline.data.splits import LabelledImages
+from tests.conftest import REPOSITORY
+from tests.test_clone import ONE_EPOCH, succeed
+
+PAGE = (REPOSITORY / "docs/make-it-yours.md").read_text()
+PARAMETERS = ("pipeline/params.py", "params.yaml")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A section of the page: which files its diff may change, and what switches it on."""
+
+    title: str
+    allowed: tuple[str, ...]
+    parameters: dict[str, object] = field(default_factory=dict)
+
+
+EXAMPLES = {
+    "augmentation": Example(
+        "A rotation augmentation", ("pipeline/model/augment.py", *PARAMETERS), {"train.max_rotation": 30.0}
+    ),
+    "block": Example("A residual block", ("pipeline/model/cnn.py", *PARAMETERS), {"model.residual": True}),
+    "metric": Example("Top-2 accuracy", ("pipeline/model/metrics.py", "pipeline/results.py")),
+    "figure": Example("A figure", ("pipeline/figures/scores.py", "pipeline/explain/report.py")),
+    "data set": Example("A data set of your own", ("pipeline/data/sources.py",), {"data.dataset": "own"}),
+    "loss": Example("Focal loss", ("pipeline/model/training.py", *PARAMETERS), {"train.loss": "focal"}),
+}
+each_example = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def diff_of(name: str) -> str:
+    (section,) = re.findall(rf"^## {EXAMPLES[name].title}$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return str(diff)
+
+
+def changed_by(diff: str) -> list[str]:
+    return re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
+
+
+def apply(name: str, folder: Path) -> None:
+    done = subprocess.run(
+        ["git", "apply", "-"], cwd=folder, input=diff_of(name), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def run_tests(folder: Path, *tests: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def copy_with(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    machine.copy_repository(folder)
+    for name in names:
+        apply(name, folder)
+    return folder
+
+
+@each_example
+def test_it_touches_only_the_files_that_the_page_names(name: str) -> None:
+    changed = [file for file in changed_by(diff_of(name)) if not file.startswith(("tests/", "docs/"))]
+    assert set(changed) <= set(EXAMPLES[name].allowed)
+    assert set(changed) != set()
+
+
+@pytest.mark.slow  # each starts an interpreter that imports PyTorch and MLflow
+@each_example
+def test_its_own_test_passes(name: str, tmp_path: Path) -> None:
+    folder = copy_with(tmp_path / "copy", name)
+    run_tests(folder, *(file for file in changed_by(diff_of(name)) if file.startswith("tests/")))
+
+
+def test_all_apply_one_after_the_other(tmp_path: Path) -> None:
+    folder = copy_with(tmp_path / "copy", *EXAMPLES)
+    assert "max_rotation" in (folder / "params.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_our_own_tests_pass_with_all_of_them(tmp_path: Path) -> None:
+    run_tests(copy_with(tmp_path / "copy", *EXAMPLES), "tests/test_params.py", "tests/test_house.py", "tests/model")
+
+
+def repro(folder: Path, parameters: dict[str, object]) -> str:
+    """What `dvc repro` prints with these values in the committed params.yaml."""
+    values = json.dumps(ONE_EPOCH | parameters)
+    code = (
+        "import json, sys; from pathlib import Path; from pipeline.params import with_values; "
+        "path = Path('params.yaml'); path.write_text(with_values(path.read_text(), json.loads(sys.argv[1])))"
+    )
+    succeed(sys.executable, "-c", code, values, folder=folder)  # the copy's params.py knows the new parameter
+    return succeed("dvc", "repro", folder=folder)
+
+
+def training_loss(folder: Path) -> float:
+    (epoch,) = csv.DictReader((folder / files.HISTORY).read_text().splitlines())
+    return float(epoch["train_loss"])
+
+
+def metrics(folder: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads((folder / files.METRICS).read_text())
+    return found
+
+
+def shows_another_loss(folder: Path, printed: str, published: Path) -> None:
+    assert training_loss(folder) != training_loss(published)
+
+
+def shows_the_layer(folder: Path, printed: str, published: Path) -> None:
+    rows = [line.split()[0] for line in printed.splitlines() if line.startswith("conv2d")]
+    assert rows == ["conv2d", "conv2d_1", "conv2d_2", "conv2d_3"]
+    assert metrics(folder)["parameters"] > metrics(published)["parameters"]  # type: ignore[operator]
+
+
+def shows_the_metric(folder: Path, printed: str, published: Path) -> None:
+    test = metrics(folder)["test"]
+    assert test["accuracy"] < test["top_2_accuracy"] <= 1
+    results = succeed(sys.executable, "-m", "pipeline.results", folder=folder)
+    assert re.search(rf"top-2 accuracy\s+{test['top_2_accuracy']:.2%}", results)
+
+
+def shows_the_figure(folder: Path, printed: str, published: Path) -> None:
+    with Image.open(folder / files.FIGURES / "confidences.png") as picture:
+        assert min(picture.size) > 100
+
+
+def shows_the_classes(folder: Path, printed: str, published: Path) -> None:
+    assert set(metrics(folder)["test"]["per_class"]) == {"one", "seven", "zero"}  # type: ignore[call-overload]
+
+
+SHOWS: dict[str, Callable[[Path, str, Path], None]] = {
+    "augmentation": shows_another_loss,
+    "block": shows_the_layer,
+    "metric": shows_the_metric,
+    "figure": shows_the_figure,
+    "data set": shows_the_classes,
+    "loss": shows_another_loss,
+}
+
+
+def write_pictures(folder: Path, digits: LabelledImages) -> None:
+    """Real digits as a person's PNG files: 60 of each of three classes."""
+    for label, name in ((0, "zero"), (1, "one"), (7, "seven")):
+        (folder / name).mkdir(parents=True)
+        for index, image in enumerate(digits.images[digits.labels == label][:60]):
+            Image.fromarray(image[:, :, 0].numpy()).save(folder / name / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which `dvc repro` ran with none of the changes."""
+    folder = copy_with(tmp_path_factory.mktemp("published") / "copy")
+    repro(folder, {})
+    return folder
+
+
+@pytest.mark.slow
+@each_example
+def test_dvc_repro_shows_it(name: str, tmp_path: Path, published: Path, digits: dict[str, LabelledImages]) -> None:
+    folder = copy_with(tmp_path / "copy", name)
+    write_pictures(folder / "data/own", digits["train"])
+    SHOWS[name](folder, repro(folder, EXAMPLES[name].parameters), published)
