@@ -623,7 +623,7 @@ def wait_for_epochs(count: int) -> None:
 
 def wait_for_finalists(count: int) -> None:
     """Until so many trainings of finalists have been started."""
-    for _ in range(600):
+    for _ in range(1200):
         if JOURNAL.exists() and "convtrack finalists" in JOURNAL.read_text() and len(finalist_trials()) >= count:
             return
         time.sleep(0.1)
