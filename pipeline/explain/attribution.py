@@ -198,7 +198,7 @@ def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[fl
         still = feature_maps(cnn, chunk)
         for pixels in range(shifts + 1):
             for (layer, before), (_, after) in zip(still, feature_maps(cnn, moved(chunk, 0, pixels)), strict=True):
-                alike = F.cosine_similarity(before.flatten(1), after.flatten(1)).double().sum().item()
+                alike = F.cosine_similarity(before.double().flatten(1), after.double().flatten(1)).sum().item()
                 sums.setdefault(layer, [0.0] * (shifts + 1))[pixels] += alike
     return {layer: [total / len(images) for total in totals] for layer, totals in sums.items()}
 
