@@ -65,20 +65,20 @@ class Field(NamedTuple):
 def receptive_field(cnn: CNN) -> Field:
     """What one place of the last convolution's maps sees; ``first`` is below 0 where it sees padding."""
     first, step, side = 0, 1, 1
-    field = Field(first, step, side)
+    last = cnn.block_list()[-1].convolution
     for layer in cnn.blocks.modules():
-        match layer:
-            case nn.Conv2d():
-                (kernel, _), (stride, _) = layer.kernel_size, layer.stride
-                padding = layer.padding[0] if isinstance(layer.padding, tuple) else (kernel - 1) // 2
-                first -= int(padding) * step
-                side += (kernel - 1) * step
-                step *= stride
-                field = Field(first, step, side)
-            case Pooling():
-                side += (layer.size - 1) * step
-                step *= layer.size
-    return field
+        if isinstance(layer, nn.Conv2d):
+            (kernel, _), (stride, _) = layer.kernel_size, layer.stride
+            padding = layer.padding[0] if isinstance(layer.padding, tuple) else (kernel - 1) // 2  # "same"
+            first -= int(padding) * step
+            side += (kernel - 1) * step
+            if layer is last:
+                break
+            step *= stride
+        elif isinstance(layer, Pooling):
+            side += (layer.size - 1) * step
+            step *= layer.size
+    return Field(first, step * last.stride[0], side)
 
 
 class Patches(NamedTuple):

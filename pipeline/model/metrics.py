@@ -52,7 +52,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
 
 
 # Measured on the validation and test images, from logits (N, classes) and labels (N,), by the name in metrics.json.
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "loss": cross_entropy}
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": accuracy,
+    "loss": cross_entropy,
+}
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int) -> float:

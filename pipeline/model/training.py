@@ -129,7 +129,9 @@ def _one_cycle(optimizer: Optimizer, highest: float, steps: int) -> LRScheduler:
 
 
 # The sum over the images of logits (N, classes) and labels (N,).
-LOSSES: dict[str, Callable[[Tensor, Tensor, Settings], Tensor]] = {"cross-entropy": cross_entropy}
+LOSSES: dict[str, Callable[[Tensor, Tensor, Settings], Tensor]] = {
+    "cross-entropy": cross_entropy,
+}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": partial(torch.optim.Adam, eps=1e-7, fused=True),  # eps as in Keras
     "adamw": partial(torch.optim.AdamW, eps=1e-7, fused=True),
