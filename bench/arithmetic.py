@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.splits import LabelledImages
-from pipeline.model.cnn import CNN, Architecture, as_input, layers, seen_sides
+from pipeline.model.cnn import CNN, Architecture, as_input, layers
 
 SUSTAINED = 0.5  # seconds; a burst of milliseconds says nothing of an epoch
 
@@ -49,11 +49,10 @@ def needed_operations(
     gradients are counted, also those that pooling makes zero; or ``live`` ones alone, so many of an image in each
     block.
     """
-    sides = seen_sides(architecture)
     channels = [architecture.image_shape[2], *architecture.filters]
     forward, back = 0, 0.0
     for index, ((before, after), (height, width)) in enumerate(
-        zip(itertools.pairwise(channels), sides[1:], strict=True)
+        zip(itertools.pairwise(channels), _sides(architecture), strict=True)
     ):
         values = height * width * architecture.pool_size**2 * after
         of_one = before * architecture.kernel_size**2
@@ -62,6 +61,18 @@ def needed_operations(
     features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
     dense = features * len(architecture.class_names)
     return round(2 * (train * (forward + back + 3 * dense) + validation * (forward + dense)))
+
+
+def _sides(architecture: Architecture) -> list[tuple[int, int]]:
+    """Height and width of each block's maps, without what reaches no logit."""
+    height, width, channels = architecture.image_shape
+    sides = list[tuple[int, int]]()
+    with torch.device("meta"):
+        cnn = CNN(architecture, None).eval()
+        for block in cnn.block_list():
+            block.register_forward_hook(lambda _, inputs, maps: sides.append((maps.shape[2], maps.shape[3])))
+        cnn(torch.empty(1, channels, height, width))
+    return sides
 
 
 def live_gradients(cnn: CNN, some: LabelledImages, generator: torch.Generator) -> list[float]:

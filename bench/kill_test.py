@@ -1,10 +1,10 @@
-"""SIGKILL at random moments of `dvc repro`, each followed by one plain `dvc repro`: `make sweep`.
+"""SIGKILL at random moments of `dvc repro`, each followed by one plain `dvc repro`: `make kill-test`.
 
     python -m bench.kill_test [KILLS]
 
-All in a clone of its own, with the packaged images and the published recipe; the kill takes DVC and its stages at once.
-Each time the model must be the same, with exactly one finished run, no run left open, and a champion in the registry.
-Writes the table of docs/reliability.md; exits 1 where one of these does not hold.
+In a clone, with the packaged images and the published recipe. DVC and its stages are killed together. Each time the
+model must be the same, with exactly one finished run, no run left open, and a champion in the registry. Writes
+docs/reliability.md; exits 1 where one of these does not hold.
 """
 
 import os
@@ -24,12 +24,12 @@ from mlflow import MlflowClient
 
 from bench import recipes
 from bench.measurement import code, machine, today
-from pipeline import files, verify
+from pipeline import files
 from pipeline.errors import run_command
-from pipeline.params import with_values
+from pipeline.machine import copy_repository
 
 KILLS = 40
-EPOCHS = 30  # so that a good part of the kills meets the training
+EPOCHS = 30  # so that many of the kills hit the training
 TABLE = Path("docs/reliability.md")
 STAGES = ("prepare", "train", "evaluate", "visualize")
 OUTSIDE = ("MLFLOW", "DVC", "OPTUNA")
@@ -37,7 +37,7 @@ OUTSIDE = ("MLFLOW", "DVC", "OPTUNA")
 
 @dataclass(frozen=True)
 class Killed:
-    """When a `dvc repro` was killed, at what, and what the next one left."""
+    """When and in which stage a `dvc repro` was killed, and what the next one left."""
 
     second: float
     stage: str
@@ -52,26 +52,26 @@ class Killed:
         return whole and self.champion
 
     def as_row(self, number: int) -> str:
-        """Of the table."""
+        """A row of the table."""
         closed = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         champion = "yes" if self.champion else "NO"
         return f"| {number} | {self.second:.1f} | {self.stage} | `{self.model[:8]}` | {closed} | {champion} |"
 
 
 def main() -> None:
-    """Run it once undisturbed, then kill it, again and again."""
+    """Run `dvc repro` once undisturbed, then kill it again and again."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else KILLS
     generator, version = random.Random(0), code()
     with TemporaryDirectory(prefix="convtrack-") as temporary:
         clone = Path(temporary) / "clone"
-        verify.copy_into(clone)
-        recipe = with_values(recipes.PUBLISHED.read_text(), {"data.dataset": "mnist-5k", "train.epochs": EPOCHS})
+        copy_repository(clone)
+        recipe = recipes.as_yaml({"data.dataset": "mnist-5k", "train.epochs": EPOCHS})
         (clone / "params.yaml").write_text(recipe)
-        commit = ["-c", "user.name=sweep", "-c", "user.email=", "commit", "--quiet", "--message=sweep"]
+        commit = ["-c", "user.name=kill-test", "-c", "user.email=", "commit", "--quiet", "--message=clone"]
         for words in (["add", "--all"], commit):
             subprocess.run(["git", *words], cwd=clone, check=True)
-        _repro(clone)  # compiles the loops
-        _forget(clone)
+        _repro(clone)  # compiles the CPU kernels
+        _clear(clone)
         started = time.perf_counter()
         _repro(clone)
         seconds = time.perf_counter() - started
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"undisturbed: {seconds:.1f} s, model {model[:8]}", flush=True)
         rows = list[Killed]()
         while len(rows) < kills:
-            _forget(clone)
+            _clear(clone)
             if (killed := _kill(clone, generator.uniform(0, seconds))) is not None:
                 rows.append(killed)
                 print(killed.as_row(len(rows)), flush=True)
@@ -101,24 +101,24 @@ def _repro(clone: Path) -> int:
     return done.returncode
 
 
-def _forget(clone: Path) -> None:
-    """As after cloning: no outputs, no cache, no store."""
+def _clear(clone: Path) -> None:
+    """Make it as after cloning: no outputs, no cache, no store."""
     for name in ("data", "models", "reports", "mlruns", "checkpoints", "mlflow.db", ".dvc/cache", ".dvc/tmp"):
         subprocess.run(["rm", "-rf", name], cwd=clone, check=True)
     for path in clone.glob("mlflow.db*"):
         path.unlink()
     subprocess.run(["git", "checkout", "--quiet", "--", "."], cwd=clone, check=True)
-    with (clone / "dvc.lock").open("w") as lock:  # nothing is known, so that every stage runs
+    with (clone / "dvc.lock").open("w") as lock:  # empty, so that every stage runs
         lock.write("schema: '2.0'\nstages: {}\n")
 
 
 def _kill(clone: Path, second: float) -> Killed | None:
-    """Kill `dvc repro` then, and run it once more. None where it had ended before."""
+    """Kill `dvc repro` after so many seconds, and run it once more. None where it had ended by then."""
     command = [sys.executable, "-m", "dvc", "repro", "--verbose"]
     log = clone.parent / "log"
-    with log.open("w") as told:
+    with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=clone, env=_environment(), stdout=told, stderr=told, start_new_session=True
+            command, cwd=clone, env=_environment(), stdout=output, stderr=output, start_new_session=True
         )
         time.sleep(second)
         ended = process.poll() is not None
@@ -128,7 +128,7 @@ def _kill(clone: Path, second: float) -> Killed | None:
     if ended:
         return None
     done = _repro(clone)
-    # A name of its own: under one that it knows, mlflow goes on to read the file of the kill before.
+    # Under a new name each time: for a known name mlflow would go on reading the file of the kill before.
     store = shutil.copy(clone / "mlflow.db", clone.parent / f"{time.time_ns()}.db")
     mlflow.set_tracking_uri(f"sqlite:///{store}")
     found = mlflow.search_runs(search_all_experiments=True, output_format="list")
@@ -143,10 +143,10 @@ def _kill(clone: Path, second: float) -> Killed | None:
     )
 
 
-def _reached(told: str) -> str:
-    """The stage that was at work, or that DVC was between two."""
-    begun = [stage for stage in STAGES if f"Running stage '{stage}'" in told]
-    return begun[-1] if begun else "DVC, before the first stage"
+def _reached(output: str) -> str:
+    """The stage that DVC had started last."""
+    started = [stage for stage in STAGES if f"Running stage '{stage}'" in output]
+    return started[-1] if started else "DVC, before the first stage"
 
 
 def _page(rows: list[Killed], seconds: float, model: str, version: str) -> str:
@@ -157,9 +157,9 @@ def _page(rows: list[Killed], seconds: float, model: str, version: str) -> str:
     facts = machine()
     return f"""# Reliability: what a kill costs
 
-`make sweep` runs `dvc repro` in a clone (mnist-5k, the published recipe for {EPOCHS} epochs, {seconds:.0f} s), kills
-it with all its processes by SIGKILL at a random moment, and runs `dvc repro` once more. {whole} of {len(rows)} kills
-cost nothing: the same model, exactly one finished run for it, no run left open, a champion in the registry. The kills
+`make kill-test` runs `dvc repro` in a clone (mnist-5k, the published recipe for {EPOCHS} epochs, {seconds:.0f} s),
+kills it with all its processes by SIGKILL at a random moment, and runs `dvc repro` once more. {whole} of {len(rows)}
+kills cost nothing: the same model, exactly one finished run for it, no run left open, a champion in the registry. They
 came {where}.
 
 | # | second | killed in | model | runs afterwards | champion |

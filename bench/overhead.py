@@ -30,7 +30,7 @@ from pipeline.explain.live_images import LiveImages
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.training import Epoch
 from pipeline.params import Params, read_params
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 
 BARE, LIVE, CHECKPOINT = "bare", "live images", "a checkpoint"
 TURN = (BARE, LIVE, BARE, CHECKPOINT)
@@ -98,7 +98,7 @@ def _epochs(
     cnn = recipe.build(params, dataset)
     history, found = list[Epoch](), list[Timed]()
     files.checkpoints_folder().mkdir()
-    runs.connect()
+    store.connect()
     with runs.training_run(params, dataset, train.images.device, "bench") as run:
         (sender,) = [thread for thread in threading.enumerate() if thread.name == "tracking"]
         assert sender.ident is not None
@@ -112,10 +112,10 @@ def _epochs(
         def keep(reached: Checkpoint) -> None:
             if way() == CHECKPOINT:
                 with _added_to(waited):
-                    checkpoints.keep("bench", reached, history, run.run_id)
+                    checkpoints.save("bench", reached, history, run.run_id)
 
         began = None
-        for epoch in recipe.fit(cnn, train, validation, params, keep=keep):
+        for epoch in recipe.fit(cnn, train, validation, params, save_checkpoint=keep):
             now, sent = time.perf_counter(), time.clock_gettime(clock)
             if began:
                 found.append(Timed(way(), now - began[0], waited[0], sent - began[1]))
@@ -124,7 +124,7 @@ def _epochs(
             run.log_epoch(epoch)
             if way() == LIVE:
                 with _added_to(waited):
-                    run.show(epoch.epoch, pictures.after_epoch())
+                    run.log_images(epoch.epoch, pictures.after_epoch())
     return found
 
 

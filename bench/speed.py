@@ -99,8 +99,9 @@ def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) ->
 
 def over_seeds(folder: Path, knobs: Mapping[str, object], count: int) -> Study:
     """Mean and deviation of the published recipe with other values for some parameters."""
-    output = folder / "seeds.json"
-    recipe = ("--recipe", str(recipes.PUBLISHED), "--output", str(output), "--seeds", str(count))
+    output, published = folder / "seeds.json", folder / "published.yaml"
+    published.write_text(recipes.as_yaml({}))
+    recipe = ("--recipe", str(published), "--output", str(output), "--seeds", str(count))
     measurement.run([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(knobs)], Path.cwd())
     summary: Study = json.loads(output.read_text())["summary"]
     return summary

@@ -13,8 +13,7 @@ from bench import measurement, recipes
 from bench.measurement import Finished
 from pipeline import files
 from pipeline.data.splits import read_dataset
-from pipeline.params import with_values
-from pipeline.tracking import runs
+from pipeline.tracking import store
 
 SHORT_PAIRS = 5  # a round
 
@@ -28,11 +27,10 @@ def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
     commit = ["-c", "user.name=bench", "-c", "user.email=", "commit", "--quiet", "--allow-empty", "--message=empty"]
     for words in (["init", "--quiet"], commit):  # a run is tagged with the commit
         subprocess.run(["git", *words], cwd=folder, check=True)
-    recipe = with_values(recipes.PUBLISHED.read_text(), knobs)
-    (folder / "params.yaml").write_text(recipe)
+    (folder / "params.yaml").write_text(recipes.as_yaml(knobs))
     mirror = files.raw_folder() / read_dataset().name
     in_folder(folder, "-m", "pipeline.prepare", PIPELINE_DATA_MIRROR=str(mirror.resolve()))
-    in_folder(folder, "-c", "from pipeline.tracking import runs; runs.connect()")
+    in_folder(folder, "-c", "from pipeline.tracking import store; store.connect()")
     return folder
 
 
@@ -94,11 +92,11 @@ def around_the_epochs(folder: Path) -> float:
     Every epoch counts as the median one: the first takes longer, and that is not training.
     """
     subprocess.run(["git", "clone", "--quiet", ".", folder], check=True)
-    (folder / "params.yaml").write_bytes(recipes.PUBLISHED.read_bytes())
+    (folder / "params.yaml").write_text(recipes.as_yaml({}))
     mirror = files.raw_folder() / read_dataset().name
     repro = measurement.run(["dvc", "repro"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     epochs = [metric.value for metric in client.get_metric_history(run.info.run_id, "seconds")]

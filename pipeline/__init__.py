@@ -1,5 +1,5 @@
 """convtrack: an experiment-tracked CNN workflow, from raw images to a registered model."""
 
-from pipeline.startup import begin
+from pipeline.startup import start_command
 
-begin()
+start_command()

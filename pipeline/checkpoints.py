@@ -1,4 +1,4 @@
-"""Interrupted trainings: by what one is known, where its checkpoint lies, and when that is thrown away."""
+"""The checkpoints of trainings on disk: saved while one runs, found where it was interrupted, removed when it ends."""
 
 import json
 import sys
@@ -19,12 +19,12 @@ from pipeline.model.training import Epoch
 from pipeline.params import Params
 
 SUFFIX = ".checkpoint"
-FORGOTTEN_AFTER = 30 * 24 * 3600  # seconds; the checkpoint of a training that nobody has gone on with for so long
+LONGEST_KEPT = 30 * 24 * 3600  # seconds without a change, after which another training removes a checkpoint
 
 
 @dataclass(frozen=True)
-class Interrupted:
-    """A training that did not come to its end: how far it came, and the MLflow run that has its beginning."""
+class SavedTraining:
+    """An interrupted training: how far it got, its epochs so far, and the MLflow run that logged them."""
 
     checkpoint: Checkpoint
     history: list[Epoch]
@@ -32,43 +32,56 @@ class Interrupted:
 
 
 def fingerprint(params: Params, dataset: Dataset, device: torch.device) -> str:
-    """64 hexadecimal digits: a digest of everything that decides the bits of the trained model."""
-    decides = {
+    """A digest of everything that decides the bits of the trained model: 64 hexadecimal digits."""
+    inputs = {
         "recipe": params.recipe,
         "data": dataset.sha256,
         "machine": machine.facts(device),
         "numpy": np.__version__,
         "code": dvc_files.code_of("train"),
     }
-    return files.sha256(json.dumps(decides, sort_keys=True).encode())
+    return files.sha256(json.dumps(inputs, sort_keys=True).encode())
 
 
-def find(fingerprint: str) -> Interrupted | None:
-    """The training of this fingerprint that was interrupted, if one was. One that cannot be read is begun anew."""
+def find(fingerprint: str) -> SavedTraining | None:
+    """The interrupted training with this fingerprint, if there is one. A damaged checkpoint is removed."""
     path = _path(fingerprint)
     try:
-        kept, facts = checkpoint.from_bytes(path.read_bytes())
-        return Interrupted(kept, [Epoch(**row) for row in facts["history"]], facts["run_id"])
+        return read(path)
     except FileNotFoundError:
         return None
-    except (checkpoint.DamagedError, KeyError, TypeError) as error:
-        print(f"warning: {path} is damaged ({error}): the training begins anew", file=sys.stderr)
+    except checkpoint.DamagedError as error:
+        print(f"warning: {path} is damaged ({error}): training starts from the beginning", file=sys.stderr)
         path.unlink()
         return None
 
 
-def keep(fingerprint: str, reached: Checkpoint, history: Sequence[Epoch], run_id: str) -> None:
-    """Write a checkpoint in the place of the one before, whole or not at all."""
+def read(path: Path) -> SavedTraining:
+    """What ``save`` wrote. Raises checkpoint.DamagedError or OSError."""
+    saved, facts = checkpoint.from_bytes(path.read_bytes())
+    try:
+        return SavedTraining(saved, [Epoch(**row) for row in facts["history"]], facts["run_id"])
+    except (KeyError, TypeError) as error:
+        raise checkpoint.DamagedError(str(error)) from error
+
+
+def paths() -> list[Path]:
+    """The files of all checkpoints."""
+    return sorted(files.checkpoints_folder().glob(f"*{SUFFIX}"))
+
+
+def save(fingerprint: str, reached: Checkpoint, history: Sequence[Epoch], run_id: str) -> None:
+    """Replace the training's checkpoint, whole or not at all."""
     facts = {"history": [asdict(epoch) for epoch in history], "run_id": run_id}
     files.write(_path(fingerprint), checkpoint.to_bytes(reached, facts))
 
 
-def forget(fingerprint: str) -> None:
-    """The training has come to its end. Those that were left unfinished long ago go too."""
+def remove(fingerprint: str) -> None:
+    """Remove the checkpoint of a training that has ended, and those that nobody has continued for a long time."""
     _path(fingerprint).unlink(missing_ok=True)
-    for path in files.checkpoints_folder().glob(f"*{SUFFIX}"):
-        with suppress(FileNotFoundError):  # another training forgets it too
-            if time.time() - path.stat().st_mtime > FORGOTTEN_AFTER:
+    for path in paths():
+        with suppress(FileNotFoundError):  # another training may remove it at the same time
+            if time.time() - path.stat().st_mtime > LONGEST_KEPT:
                 path.unlink()
 
 

@@ -1,9 +1,9 @@
-"""Look at everything that can be wrong here, and say what mends it.
+"""Check everything that can be wrong in this repository, and say how to mend it.
 
     python -m pipeline.doctor
 
-A line for each thing that is looked at, whatever is wrong with the others; nothing is changed. (An MLflow server, or
-PostgreSQL, gets the empty experiment where it has none.) Exits 1 where something is wrong.
+A line for each check, whatever the others find. Nothing is changed, except that an MLflow server or PostgreSQL gets the
+empty experiment where it has none. Exits 1 where something is wrong.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.model import checkpoint, model_file
 from pipeline.params import read_params
-from pipeline.tracking import delivery, registry, runs, store
+from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
 
 NEEDED = ("torch", "torchvision", "mlflow", "dvc", "optuna", "numba", "safetensors", "pydantic")
@@ -30,81 +30,77 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 DAY = 24 * 3600
 INSTALL = "`rm .venv/.installed`, then `make setup`"
 EVALUATE = "`dvc repro -f -s evaluate`"
-WRITE = f"`dvc repro`, or {EVALUATE} where that has nothing to do"  # something into the store
-PROBLEMS = (UserError, Fault, OSError)
+WRITE = f"`dvc repro`, or {EVALUATE} where that has nothing to do"  # commands that write into the store
 
 
-class Wrong(str):
-    """Something to mend, and how."""
+class Problem(str):
+    """A line about something that is wrong, and how to mend it."""
 
 
-Found = Iterator[str]
+Lines = Iterator[str]  # of a check: each Problem that it finds; the last other line says what is there
 
 
 def main() -> None:
-    """Look at one thing after the other."""
-    wrong = 0
-    for name, look in LOOKS.items():
-        said = list[str]()
-        try:
-            said.extend(look())
-        except PROBLEMS as error:
-            said.append(_wrong(error))
-        problems = [each for each in said if isinstance(each, Wrong)]
-        wrong += len(problems)
-        lines = [f"WRONG  {name:<15}{problem}" for problem in problems] or [f"ok     {name:<15}{said[-1]}"]
-        print("\n".join(lines), flush=True)
-    if wrong:
+    """Run all checks and print what they find."""
+    found = 0
+    for name, check in CHECKS.items():
+        lines = list[str]()
+        lines += _errors_of(lambda check=check, lines=lines: lines.extend(check()))
+        problems = [line for line in lines if isinstance(line, Problem)]
+        found += len(problems)
+        shown = [f"WRONG  {name:<15}{problem}" for problem in problems] or [f"ok     {name:<15}{lines[-1]}"]
+        print("\n".join(shown), flush=True)
+    if found:
         sys.exit(1)
 
 
-def _wrong(error: Exception) -> Wrong:
-    if isinstance(error, OSError):
-        return Wrong(f"{error.filename} cannot be read ({error.strerror}): make it a file that you may read")
-    return Wrong(error)
+def _errors_of(read: Callable[..., object], *arguments: object, damaged: str = "delete it") -> Lines:
+    """The error of a reader as a Problem. Most name the remedy; ``damaged`` is that for a file without a stage."""
+    try:
+        read(*arguments)
+    except (UserError, Fault) as error:
+        yield Problem(error)
+    except OSError as error:
+        yield Problem(f"{error.filename} cannot be read ({error.strerror}): make it a file that you may read")
+    except (checkpoint.DamagedError, delivery.DamagedError) as error:
+        yield Problem(f"{arguments[0]} is damaged ({error}): {damaged}")
 
 
-def _environment() -> Found:
-    known = machine.versions()
+def _environment() -> Lines:
+    installed = machine.versions()
     yield f"Python {sys.version.split()[0]}, libraries as in {machine.REQUIREMENTS}"
     for package in NEEDED:
-        here, wanted = known.get(package, ("not installed", ""))
+        here, wanted = installed.get(package, ("not installed", ""))
         if here != wanted:
-            yield Wrong(f"{package} is {here}; {machine.REQUIREMENTS} has {wanted or 'it'}: {INSTALL}")
+            yield Problem(f"{package} is {here}; {machine.REQUIREMENTS} has {wanted or 'it'}: {INSTALL}")
 
 
-def _params() -> Found:
-    params = read_params()
-    yield f"{len(params.knobs())} knobs"
+def _params() -> Lines:
+    read_params()
+    yield "all values are valid"
 
 
-def _raw() -> Found:
-    found = list(sources.downloaded())
-    for path, is_published in found:
+def _downloads() -> Lines:
+    downloaded = list(sources.downloaded())
+    for path, is_published in downloaded:
         if not is_published:
-            yield Wrong(f"{path} is not the published file: delete it, then `dvc repro`")
-    yield f"{len(found)} files, all as published" if found else "nothing downloaded yet"
+            yield Problem(f"{path} is not the published file: delete it, then `dvc repro`")
+    yield f"{len(downloaded)} files, all as published" if downloaded else "nothing downloaded yet"
 
 
-def _prepared() -> Found:
+def _images() -> Lines:
     if not files.PREPARED.joinpath("dataset.json").exists():
         yield "none yet: `dvc repro` makes them"
         return
     dataset = splits.read_dataset()
     for split in splits.SPLITS:
-        try:
-            splits.read_split(dataset, split)
-        except PROBLEMS as error:
-            yield _wrong(error)
+        yield from _errors_of(splits.read_split, dataset, split)
     yield f"{dataset.label}, {sum(facts.count for facts in dataset.splits.values()):,} images"
     if dataset.name != dataset.requested:
-        yield Wrong(
-            f"{dataset.name} stands in for {dataset.requested}: set {sources.MIRROR_VARIABLE} or mend the network, "
-            "then `dvc repro -f prepare` and `dvc repro`"
-        )
+        yield Problem(f"{dataset.label}: {sources.NETWORK_REMEDY}, then `dvc repro -f prepare` and `dvc repro`")
 
 
-def _model() -> Found:
+def _model() -> Lines:
     if not files.MODEL.exists():
         yield "none yet: `dvc repro` trains one"
         return
@@ -113,38 +109,35 @@ def _model() -> Found:
     yield f"SHA-256 {files.sha256(content)[:12]}..."
 
 
-def _lock() -> Found:
-    known = dvc_files.outputs()
-    yield f"{len(known)} outputs"
+def _lock() -> Lines:
+    yield f"{len(dvc_files.outputs())} outputs"
     if RWLOCK.exists():
         try:
             json.loads(RWLOCK.read_text() or "{}")
         except ValueError:
-            yield Wrong(f"{RWLOCK} is damaged: delete it")
+            yield Problem(f"{RWLOCK} is damaged: delete it")
 
 
-def _cache() -> Found:
-    """DVC trusts the files of its cache without hashing them again."""
-    looked_at = 0
+def _cache() -> Lines:
+    """DVC does not hash the files of its cache again."""
+    checked = 0
     copies = list(dvc_files.outputs().items())
-    for path, md5 in copies:  # grows by what is in the folders
+    for path, md5 in copies:  # gets longer by the files of each folder
         cached = CACHE / md5[:2] / md5[2:]
         if not cached.exists():
             continue
-        is_folder = md5.endswith(".dir")
-        looked_at += not is_folder
         content = _read_cached(cached, md5)
         if content is None:
-            yield Wrong(
-                f"{cached}, the copy of {path}, is damaged: `rm -rf {cached} {path}`, then `dvc repro` or `dvc pull`"
-            )
-        elif is_folder:
+            remedy = f"`rm -rf {cached} {path}`, then `dvc repro` or `dvc pull`"
+            yield Problem(f"{cached}, the copy of {path}, is damaged: {remedy}")
+        elif md5.endswith(".dir"):
             copies += [(f"{path}/{each['relpath']}", each["md5"]) for each in json.loads(content)]
-    yield f"{looked_at} files of these outputs" if looked_at else "none of these outputs"
+        checked += not md5.endswith(".dir")
+    yield f"{checked} files of these outputs" if checked else "none of these outputs"
 
 
 def _read_cached(path: Path, md5: str) -> bytes | None:
-    """A file of the cache, or the JSON listing of a folder; None where it is not the one with this hash."""
+    """A cached file, or the JSON list of a folder's files; None where it does not have this hash."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -153,55 +146,40 @@ def _read_cached(path: Path, md5: str) -> bytes | None:
     return content if is_whole else None
 
 
-def _checkpoints() -> Found:
-    count = 0
-    for path in sorted(files.checkpoints_folder().glob(f"*{checkpoints.SUFFIX}")):
-        count += 1
-        try:
-            reached, _ = checkpoint.from_bytes(path.read_bytes())
-        except checkpoint.DamagedError as error:
-            yield Wrong(f"{path} is damaged ({error}): delete it; the training will begin anew")
-            continue
-        except OSError as error:
-            yield _wrong(error)
-            continue
-        days = (time.time() - path.stat().st_mtime) / DAY
-        yield f"{count}; the last after epoch {reached.epoch}, {days:.0f} days ago: `dvc repro` with its knobs goes on"
-    if not count:
+def _checkpoints() -> Lines:
+    paths = checkpoints.paths()
+    for path in paths:
+        yield from _errors_of(checkpoints.read, path, damaged="delete it; training will start from the beginning")
+    if not paths:
         yield "no interrupted training"
+        return
+    days = (time.time() - max(path.stat().st_mtime for path in paths)) / DAY
+    yield f"{len(paths)} interrupted, the last {days:.0f} days ago: `dvc repro` with its parameters continues it"
 
 
-def _tracking() -> Found:
-    yield from map(_undelivered, delivery.undelivered())
+def _tracking() -> Lines:
+    for path in delivery.undelivered():
+        damaged = list(_errors_of(delivery.read, path))
+        yield from damaged or [Problem(f"{path} has updates for a run that MLflow did not get: {WRITE}; or delete it")]
     if not _connect():
         yield f"none yet: {WRITE}"
         return
-    dead = runs.left_open()
+    dead = runs.stale_runs()
     if dead:
-        yield Wrong(f"{len(dead)} runs are open whose processes have died; what closes them: {WRITE}")
+        yield Problem(f"{len(dead)} runs are open although their processes have died; to close them: {WRITE}")
     yield store.address()
 
 
-def _undelivered(path: Path) -> Wrong:
-    try:
-        delivery.read(path)
-    except OSError as error:
-        return _wrong(error)
-    except delivery.DamagedError:
-        return Wrong(f"{path}, which a run is still to be told, is damaged: delete it")
-    return Wrong(f"{path} is what a run is still to be told: {WRITE}; or delete it")
-
-
 def _connect() -> bool:
-    """Not to a file that is not there yet, or that no run was written into: runs.connect would begin to fill it."""
-    is_begun = _is_begun()
-    if is_begun:
-        runs.connect()
-    return is_begun
+    """Whether there is a store with runs in it, connected to. store.connect would begin to fill one that is empty."""
+    has_runs = _has_runs()
+    if has_runs:
+        store.connect()
+    return has_runs
 
 
-def _is_begun() -> bool:
-    address = os.environ.get("MLFLOW_TRACKING_URI") or runs.own_store()
+def _has_runs() -> bool:
+    address = os.environ.get("MLFLOW_TRACKING_URI") or store.own_store()
     path = Path(address.removeprefix("sqlite:///").partition("?")[0])
     if not address.startswith("sqlite:///"):
         return True
@@ -211,12 +189,12 @@ def _is_begun() -> bool:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'")
             ours = "SELECT 1 FROM experiments WHERE name = ?"
-            return bool(tables.fetchone() and database.execute(ours, [runs.EXPERIMENT]).fetchone())
+            return bool(tables.fetchone() and database.execute(ours, [store.EXPERIMENT]).fetchone())
     except sqlite3.Error:
-        return True  # what is wrong with it, runs.connect says
+        return True  # store.connect then says what is wrong with it
 
 
-def _registry() -> Found:
+def _registry() -> Lines:
     if not _connect() or not registry.names():
         yield f"nothing registered yet: {WRITE}"
         return
@@ -226,24 +204,24 @@ def _registry() -> Found:
         tags = version.tags
         registry.load(version)
     except (UserError, Fault) as error:
-        yield Wrong(f"{error}: {_crowns(tags)}")
+        yield Problem(f"{error}: {_champion_remedy(tags)}")
     else:
         yield f"{version.name} version {version.version} is the champion"
 
 
-def _crowns(champion: Mapping[str, str]) -> str:
-    """The command after which there is a whole champion, for one with these tags: its own file anew, else another."""
-    if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == champion.get(runs.MODEL_SHA256):
+def _champion_remedy(tags: Mapping[str, str]) -> str:
+    """A command that gives a whole champion: the same model registered again if it is here, else another version."""
+    if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == tags.get(runs.MODEL_SHA256):
         return EVALUATE
-    version = registry.to_go_back_to()
+    version = promotion.fallback()
     return f"`python -m pipeline.models {version.version} --rollback`" if version else EVALUATE
 
 
-LOOKS: dict[str, Callable[[], Found]] = {
+CHECKS: dict[str, Callable[[], Lines]] = {
     "environment": _environment,
     "params.yaml": _params,
-    "downloads": _raw,
-    "images": _prepared,
+    "downloads": _downloads,
+    "images": _images,
     "model": _model,
     "dvc.lock": _lock,
     "DVC's cache": _cache,

@@ -1,4 +1,4 @@
-"""DVC's own files, for reading: dvc.yaml says which code a stage depends on, dvc.lock what each stage wrote."""
+"""Reads DVC's own files: from dvc.yaml the code that a stage depends on, from dvc.lock what each stage wrote."""
 
 import hashlib
 from pathlib import Path
@@ -14,8 +14,7 @@ LOCK, PIPELINE = Path("dvc.lock"), Path("dvc.yaml")
 def code_of(stage: str) -> dict[str, str]:
     """The SHA-256 of every file of code that a stage depends on, by its path from the repository's root.
 
-    It is the code that lies beside this file, in a temporary copy of the repository too. Raises Fault where dvc.yaml
-    does not name the stage.
+    In a temporary copy of the repository it is the code of the copy. Raises Fault where dvc.yaml has no such stage.
     """
     root = Path(__file__).parents[1]
     content: Any = parse_yaml((root / PIPELINE).read_bytes(), PIPELINE)
@@ -28,9 +27,9 @@ def code_of(stage: str) -> dict[str, str]:
 
 
 def outputs(folder: Path = Path(), content: str | None = None) -> dict[str, str]:
-    """The MD5 of each output by its path; that of a folder ends in ``.dir``. A UserError where it cannot be read.
+    """The MD5 of each output by its path; that of a folder ends in ``.dir``. Raises UserError.
 
-    ``content`` is read in place of the folder's dvc.lock: that of another commit.
+    ``content`` is that of another commit's dvc.lock, to be read in place of the folder's.
     """
     try:
         lock: Any = parse_yaml((folder / LOCK).read_bytes() if content is None else content.encode(), LOCK)
@@ -43,7 +42,7 @@ def outputs(folder: Path = Path(), content: str | None = None) -> dict[str, str]
 
 
 def has_noted(path: Path, content: bytes) -> bool:
-    """Whether dvc.lock has this content as the output ``path``; then a stage that runs again is meant to."""
+    """Whether dvc.lock has this content for the output ``path``: then the stage was asked to run again."""
     try:
         return outputs().get(path.as_posix()) == hashlib.md5(content, usedforsecurity=False).hexdigest()
     except UserError:

@@ -1,4 +1,4 @@
-"""How every command ends: one line for the person who reads it, and an exit code that says whose turn it is."""
+"""How every command ends: an exit code and, where something went wrong, one line that says what and what to do."""
 
 import gc
 import re
@@ -15,20 +15,20 @@ LONGEST_SHOWN = 300  # characters of a name
 
 
 class UserError(Exception):
-    """Something the user can mend: what was wrong, where, what is allowed, what to do. Exit code 2."""
+    """The user's mistake. The message says what is wrong, where, what is allowed and what to do. Exit code 2."""
 
 
 class Fault(Exception):
-    """Something that failed around the command (a store, a disk, a number that is not finite). Exit code 1."""
+    """A failure that is not the user's (a store, a disk, a loss that is not finite). Exit code 1."""
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:
     """Run ``command`` and exit: 0, 2 after a UserError, 1 after a fault, 130 / 143 when interrupted.
 
-    Any other exception is a defect of this project: it keeps its traceback.
+    Any other exception is a bug of this project and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _exit_143)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which `nohup` and `&` in a script mean to last
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # set by a script's `&`, to last
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
@@ -43,22 +43,22 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         _stop(130, "interrupted")
     finally:
-        gc.freeze()  # else the interpreter spends a second on looking for garbage before it ends
+        gc.freeze()  # else the interpreter spends a second collecting garbage before it exits
     sys.exit(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch and oneDNN say so in a RuntimeError."""
+    """Also where PyTorch or oneDNN raises a RuntimeError that says so."""
     return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def without_password(text: str) -> str:
-    """``text`` with what stands before the @ of each URL hidden."""
+    """``text`` with the user and password of each URL hidden."""
     return re.sub(r"(?<=://)[^@/\s]+(?=@)", "***", text)
 
 
 def printable(text: str) -> str:
-    """A name from outside in a message: on one line, whatever is in it, and not endless."""
+    """A name from outside, for a message: on one line, escaped, and cut where it is too long."""
     printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return printable if len(printable) <= LONGEST_SHOWN else f"{printable[:LONGEST_SHOWN]}..."
 

@@ -10,53 +10,53 @@ from pipeline.errors import run_command
 from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
 from pipeline.model import metrics, model_file
-from pipeline.model.cnn import parameter_count
-from pipeline.model.model_file import TrainedModel
+from pipeline.model.cnn import CNN, parameter_count
 from pipeline.params import Evaluate, read_params
-from pipeline.tracking import models, registry, runs
+from pipeline.tracking import models, promotion, runs, store
+from pipeline.tracking.registry import Entry
 
 
 def main() -> None:
     """Read the model and two of the splits; write metrics.json and predictions.csv; register the model."""
-    params = read_params()
-    dataset = read_dataset()
+    params, dataset = read_params(), read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    saved = model_file.from_bytes(model, str(files.MODEL))
+    trained = model_file.from_bytes(model, str(files.MODEL))
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
-    logits = metrics.predict_logits(saved.cnn, test.images)
-    scores = _test_scores(saved, logits, test, dataset, params.evaluate)
-    scored = {
+    logits = metrics.predict_logits(trained.cnn, test.images)
+    scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
+    report = {
         "test": scores,
-        "validation": _brief_scores(metrics.predict_logits(saved.cnn, validation.images), validation),
-        "parameters": parameter_count(saved.cnn.architecture),
+        "validation": _basic_scores(metrics.predict_logits(trained.cnn, validation.images), validation),
+        "parameters": parameter_count(trained.cnn.architecture),
         "dataset": dataset.name,
     }
-    files.write_json(files.METRICS, scored)
+    files.write_json(files.METRICS, report)
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
-    runs.connect()
+    store.connect()
     runs.close_stale_runs()
-    run_id = runs.find_or_restore(files.sha256(model), saved, dataset, history)
+    model_sha256 = files.sha256(model)
+    run_id = runs.find_or_restore(model_sha256, trained, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], runs.EVALUATION)
     lineage = runs.lineage_of(run_id)
-    card = model_card(dataset, saved, scored, lineage)
+    card = model_card(dataset, trained, report, lineage)
     files.write(files.CARD, card.encode())
-    entry = registry.Entry(
+    entry = Entry(
         run_id=run_id,
-        model_id=models.log_model(run_id, saved.cnn, dataset, files.sha256(model)),
-        model_sha256=files.sha256(model),
+        model_id=models.log_model(run_id, trained.cnn, dataset, model_sha256),
+        model_sha256=model_sha256,
         predictions_sha256=files.sha256(files.PREDICTIONS.read_bytes()),
         lineage=lineage,
-        recipe=saved.recipe,
-        parameters=parameter_count(saved.cnn.architecture),
+        recipe=trained.recipe,
+        parameters=parameter_count(trained.cnn.architecture),
         scores=scores,
-        right=(logits.argmax(dim=1) == test.labels).numpy(),
+        correct=(logits.argmax(dim=1) == test.labels).numpy(),
         card=card,
     )
-    registered = registry.register(entry, dataset, test, params.evaluate.promotion)
+    registered = promotion.register(entry, dataset, test, params.evaluate.promotion)
     files.write_json(files.PROMOTION, registered.as_report())
     runs.log_files(run_id, [files.PROMOTION, files.CARD], runs.EVALUATION)
     print(
@@ -67,22 +67,19 @@ def main() -> None:
 
 
 def _test_scores(
-    saved: TrainedModel, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
+    cnn: CNN, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
 ) -> dict[str, object]:
     probabilities = logits.softmax(dim=1)
-    return _brief_scores(logits, test) | {
+    return _basic_scores(logits, test) | {
         "error_count": int((logits.argmax(dim=1) != test.labels).sum()),
         "ece": metrics.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
         "per_class": _class_scores(logits, test, dataset.class_names),
-        "robustness": corruptions.robustness(saved.cnn, test.images, test.labels),
+        "robustness": corruptions.robustness(cnn, test.images, test.labels),
     }
 
 
-def _brief_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:
-    return {
-        "accuracy": metrics.accuracy(logits, split.labels),
-        "loss": metrics.cross_entropy(logits, split.labels),
-    }
+def _basic_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:
+    return {name: metric(logits, split.labels) for name, metric in metrics.METRICS.items()}
 
 
 def _class_scores(logits: Tensor, test: LabelledImages, class_names: tuple[str, ...]) -> dict[str, object]:
@@ -91,7 +88,7 @@ def _class_scores(logits: Tensor, test: LabelledImages, class_names: tuple[str, 
 
 
 def _predictions(logits: Tensor, test: LabelledImages, dataset: Dataset) -> list[dict[str, object]]:
-    """A row an image; six digits of confidence tell all that can be told apart."""
+    """A row for each image. Six digits of confidence are as many as mean something."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     names = dataset.class_names
     return [

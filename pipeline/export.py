@@ -1,4 +1,4 @@
-"""Write a registered model, by default the champion, into a file that needs no MLflow.
+"""Write a registered model, by default the champion, to a file that works without MLflow.
 
 python -m pipeline.export --format onnx|pt2 [--model MODEL] [--out FILE]
 """
@@ -11,7 +11,7 @@ from pipeline import files
 from pipeline.errors import UserError, run_command
 from pipeline.model import formats
 from pipeline.model.cnn import CNN
-from pipeline.tracking import registry, runs
+from pipeline.tracking import registry, store
 from pipeline.tracking.gate import CHAMPION
 
 WRITERS: dict[str, Callable[[CNN], bytes]] = {"onnx": formats.as_onnx, "pt2": formats.as_pt2}
@@ -20,7 +20,7 @@ WRITERS: dict[str, Callable[[CNN], bytes]] = {"onnx": formats.as_onnx, "pt2": fo
 def main() -> None:
     """Read the model from the registry, and write it in the other format."""
     arguments = _arguments()
-    runs.connect()
+    store.connect()
     version = registry.find(arguments.model)
     loaded = registry.load(version)
     path = arguments.out or Path(f"{version.name}-{version.version}.{arguments.format}")
@@ -38,10 +38,12 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export", description="A registered model as a file that needs no MLflow."
+        prog="python -m pipeline.export", description="Write a registered model to a file that works without MLflow."
     )
-    parser.add_argument("--format", required=True, choices=WRITERS)
-    parser.add_argument("--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="ONNX, or a program of torch.export")
+    parser.add_argument(
+        "--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version (default: champion)"
+    )
     parser.add_argument("--out", type=Path, help="the file to write (default: NAME-VERSION.FORMAT)")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The files that the stages hand to each other: their names, how they are written, how they are hashed."""
+"""The files that the stages pass to each other: their paths, and how they are read, written and hashed."""
 
 import csv
 import errno
@@ -30,7 +30,7 @@ UNFINISHED = ".tmp"
 
 
 def root() -> Path:
-    """The repository's root. DVC names it in ``DVC_ROOT``, also where it runs a stage in a temporary copy."""
+    """The repository's root. DVC sets it as ``DVC_ROOT``, also where it runs a stage in a temporary copy."""
     return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[1]).resolve()
 
 
@@ -40,12 +40,12 @@ def raw_folder() -> Path:
 
 
 def checkpoints_folder() -> Path:
-    """Where interrupted trainings are kept, and what MLflow is still to be told; no output of a stage."""
+    """Where checkpoints are saved, and updates that MLflow has not received yet; not an output of a stage."""
     return root() / "checkpoints"
 
 
 def read(path: Path, made_by: str) -> bytes:
-    """The bytes of ``path``; a UserError that names the stage to run where there is none."""
+    """The bytes of ``path``. A missing file is a UserError that names the stage to run."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -53,19 +53,19 @@ def read(path: Path, made_by: str) -> bytes:
 
 
 def runs_in_dvc() -> bool:
-    """Whether DVC has started this process as a stage."""
+    """Whether DVC runs this process as a stage."""
     return "DVC_STAGE" in os.environ
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write ``path`` whole or not at all, so that no reader ever sees half a file, nor a power failure leaves one.
+    """Write ``path`` whole or not at all: no reader sees half a file, and a power failure leaves none.
 
-    Raises Fault where it cannot be written; then what was there before still is.
+    Raises Fault where it cannot be written; the older file then stays.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_killed(path)
+        _remove_leftovers(path)
         with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
@@ -80,7 +80,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises Fault where nothing can be written into ``folder``: better said before an hour of training than after."""
+    """Raises Fault where nothing can be written into ``folder``: to be known before an hour of training, not after."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     probe = there / f".writable.{os.getpid()}"
     write(probe, b"")
@@ -88,13 +88,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raises Fault where ``folder`` has no room for so many bytes: for libraries that do not survive a full disk."""
+    """Raises Fault where ``folder`` has no room for ``size`` bytes: for libraries that fail badly on a full disk."""
     if shutil.disk_usage(folder).free < size:
         raise Fault(f"{folder} has no room for {size:,} bytes: make room on that disk, then run again")
 
 
-def _clear_killed(path: Path) -> None:
-    """Remove what processes that were killed while they wrote this file have left."""
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote this file."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
         number = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
         if number.isdigit() and not psutil.pid_exists(int(number)):
@@ -102,7 +102,7 @@ def _clear_killed(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk know the new name too."""
+    """Make the new name durable too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,7 +117,7 @@ def _remedy(error: OSError) -> str:
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "make the folder writable"
         case _:
-            return "see to that disk"
+            return "check that disk"
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -126,7 +126,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write ``rows`` as CSV under the names of their keys: the same rows give the same bytes."""
+    """Write ``rows`` as CSV with their keys as the header: the same rows give the same bytes."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     table.writeheader()
@@ -135,7 +135,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def read_table(path: Path, made_by: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, at least one; errors name the stage to run."""
+    """The rows of a CSV file, at least one. Errors name the stage to run."""
     content = read(path, made_by)
     try:
         rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
@@ -147,7 +147,7 @@ def read_table(path: Path, made_by: str) -> list[dict[str, str]]:
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """What a JSON file holds; errors name the stage to run."""
+    """The content of a JSON file. Errors name the stage to run."""
     content = read(path, made_by)
     try:
         return dict(json.loads(content))

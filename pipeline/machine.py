@@ -1,7 +1,8 @@
-"""This machine and checkout: what of them can change the last bits of a model, and which commit this is."""
+"""This machine and this checkout: what can change the last bits of a model, the commit, the installed packages."""
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,20 +10,21 @@ from pathlib import Path
 import torch
 
 from pipeline import files
+from pipeline.errors import Fault
 
 REQUIREMENTS = Path("requirements.lock")
 FACTS = ("torch.version", "numba.version", "device", "cpu.capability", "cpu.threads")  # these change the last bits
 
 
 def environment_tags(device: torch.device | None = None) -> dict[str, str]:
-    """The commit, the experiment and the machine. Names that git or DVC did not give are left out.
+    """The commit, the DVC experiment and the machine, as tags. What git or DVC does not give is left out.
 
     ``device`` is the one that a network is trained on, after training.set_up.
     """
-    # The stages write these themselves, so that they say nothing of the code.
-    changes = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
+    # Without what the stages write themselves, which is not code.
+    changes = _git_or_none("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
     tags = {
-        "git.commit": _git("rev-parse", "HEAD"),
+        "git.commit": _git_or_none("rev-parse", "HEAD"),
         "git.dirty": None if changes is None else str(bool(changes)).lower(),
         "dvc.stage": os.environ.get("DVC_STAGE"),
         "dvc.exp": os.environ.get("DVC_EXP_NAME"),
@@ -33,7 +35,7 @@ def environment_tags(device: torch.device | None = None) -> dict[str, str]:
 
 
 def facts(device: torch.device | None) -> dict[str, str | None]:
-    """What of a machine changes the last bits of a model."""
+    """What can change the last bits of a model on another machine."""
     values = (
         torch.__version__,
         version("numba"),
@@ -50,16 +52,39 @@ def _device_name(device: torch.device | None) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _git(*arguments: str) -> str | None:
+def _git_or_none(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
+        return git(*arguments, folder=Path()).strip()
+    except Fault:
         return None
-    return done.stdout.strip()
+
+
+def git(*arguments: str, folder: Path | None = None) -> str:
+    """What a git command prints, by default in the repository's root. Raises Fault."""
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder or files.root(), capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Fault(f"git cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise Fault(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def copy_repository(folder: Path) -> None:
+    """Copy the files that git tracks, or would add, into a new repository."""
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (files.root() / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files.root() / name, folder / name)
+    git("init", "--quiet", folder=folder)
 
 
 def versions() -> dict[str, tuple[str, str]]:
-    """Of each package that requirements.lock names and that is installed, the version here and the one there."""
+    """For each installed package of requirements.lock, the version that is installed and the one in the file."""
     found = {}
     for line in (files.root() / REQUIREMENTS).read_text().splitlines():
         name, equals, rest = line.partition("==")
@@ -67,5 +92,5 @@ def versions() -> dict[str, tuple[str, str]]:
             try:
                 found[name] = version(name).split("+")[0], rest.split()[0].rstrip(";")
             except PackageNotFoundError:
-                continue  # it is of another system, or of an extra
+                continue  # for another system, or of an extra
     return found

@@ -1,8 +1,8 @@
-"""The registered models: where one comes from, who was champion when, and the way back.
+"""Show where a registered model comes from and who was champion when, or roll back to an earlier champion.
 
     python -m pipeline.models [MODEL]              where it comes from; would this checkout make it again?
     python -m pipeline.models [MODEL] --history    who was champion when, and why
-    python -m pipeline.models [MODEL] --rollback   MODEL, or the champion before the present one, is champion again
+    python -m pipeline.models [MODEL] --rollback   make MODEL the champion, by default the previous champion
 
 MODEL is an alias or a version, with or without its name: champion (the default), challenger, 3, NAME@champion, NAME/3.
 """
@@ -15,7 +15,7 @@ from pipeline import files, machine, recipe
 from pipeline.data.splits import read_dataset
 from pipeline.errors import run_command
 from pipeline.params import read_params
-from pipeline.tracking import lineage, registry, runs
+from pipeline.tracking import lineage, promotion, registry, store
 from pipeline.tracking.gate import CHAMPION
 
 NEEDED = (
@@ -30,17 +30,18 @@ NEEDED = (
 
 
 def main() -> None:
-    """Look the model up in the registry, and print, or set the alias."""
+    """Look the model up in the registry, and print what is asked for, or set the alias."""
     arguments = _arguments()
-    runs.connect()
+    store.connect()
     if arguments.rollback:
-        version = registry.roll_back(arguments.model)
+        version = promotion.roll_back(arguments.model)
         print(f"{version.name} version {version.version} is the champion")
-    elif arguments.history:
-        for record in registry.history(registry.find(arguments.model or CHAMPION).name):
+        return
+    version = registry.find(arguments.model or CHAMPION)
+    if arguments.history:
+        for record in promotion.history(version.name):
             print(f"{record.since}  version {record.version}: {record.reason}")
     else:
-        version = registry.find(arguments.model or CHAMPION)
         registry.require(version, *NEEDED)
         print(f"{version.name} version {version.version}\n")
         print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags).items()))
@@ -50,17 +51,18 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.models", description="Where a registered model comes from."
+        prog="python -m pipeline.models",
+        description="Show where a registered model comes from, list the champions, or roll back to an earlier one.",
     )
     parser.add_argument("model", nargs="?", help="an alias, a version, NAME@alias or NAME/version (default: champion)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--history", action="store_true", help="who was champion when, and why (UTC)")
-    what.add_argument("--rollback", action="store_true", help="make it champion again; without MODEL: the one before")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--history", action="store_true", help="who was champion when (UTC), and why")
+    action.add_argument("--rollback", action="store_true", help="make it champion; without MODEL the previous champion")
     return parser.parse_args()
 
 
 def _facts(tags: Mapping[str, str]) -> dict[str, str]:
-    """What the tags of a version say, in words. A tag that is not there is nothing that anybody knows."""
+    """What the tags of a version say, in words; "unknown" for those that it lacks."""
     known = {key: tags.get(key, "unknown") for key in (*machine.FACTS, "git.commit", "gate.decision", "gate.reason")}
     dirty = " and changes that were not committed" if tags.get("git.dirty") == "true" else ""
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
@@ -71,25 +73,29 @@ def _facts(tags: Mapping[str, str]) -> dict[str, str]:
         "commit": f"{known['git.commit']}{dirty}{experiment}",
         "data": f"{tags['data.name']}, SHA-256 {tags['data.sha256']}",
         "parameters": f"SHA-256 {tags['params.sha256']}",
-        **{f"  {knob}": str(value) for knob, value in json.loads(tags[lineage.RECIPE]).items()},
+        **{f"  {name}": str(value) for name, value in json.loads(tags[lineage.RECIPE]).items()},
         "machine": ", ".join(f"{key} {known[key]}" for key in machine.FACTS),
     }
 
 
 def _verdict(tags: Mapping[str, str]) -> list[str]:
+    """Whether this checkout would make the same model again, and what differs."""
     params = read_params()
-    differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, params.recipe, _data_here())]
+    differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, params.recipe, _prepared_sha256())]
     if differences:
         return ["This checkout would make another model:", *differences]
     if lineage.CODE not in tags:
-        return ["Nobody knows whether this checkout would make the same model: DVC brought it back from a cache."]
+        return ["It is not known whether this checkout would make the same model: DVC brought it back from a cache."]
     others = [f"  {what}" for what in lineage.other_machine(tags, recipe.device_for(params))]
     if others:
-        return ["This checkout would make the same model but for the last bits, since the machine is another:", *others]
+        return [
+            "This checkout would make the same model except for the last bits, since the machine is another:",
+            *others,
+        ]
     return ["This checkout would make the same model again."]
 
 
-def _data_here() -> str | None:
+def _prepared_sha256() -> str | None:
     return read_dataset().sha256 if (files.PREPARED / "dataset.json").exists() else None
 
 

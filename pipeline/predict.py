@@ -1,9 +1,9 @@
-"""Ask a registered model, by default the champion, what is on pictures.
+"""Classify pictures with a registered model, by default the champion.
 
     python -m pipeline.predict FILE_OR_FOLDER... [--model MODEL] [--json]
 
-A line for each picture: the file, its label, how probable it is, and the second guess where it is close. `-` is a
-picture on standard input. One that cannot be read is a line on standard error, and does not stop the others.
+Prints a line for each picture: the file, its label, how probable it is, and the second guess if that is close. `-` is
+a picture on standard input. A picture that cannot be read is a line on standard error, and does not stop the others.
 """
 
 import argparse
@@ -19,52 +19,50 @@ from numpy.typing import NDArray
 
 from pipeline.data import image_files, sources
 from pipeline.errors import UserError, printable, run_command
-from pipeline.tracking import registry, runs
+from pipeline.tracking import registry, store
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import Loaded
 
 STDIN = "-"
-CLOSE = 0.1  # probability from which on the second guess is told
+CLOSE = 0.1  # the probability from which the second guess is shown
 AT_A_TIME = 250  # pictures
 
 
 def main() -> None:
     """Load the model, then read, classify and print, some pictures at a time."""
     arguments = _arguments()
-    runs.connect()
+    store.connect()
     loaded = registry.load(registry.find(arguments.model))
-    show = _as_json if arguments.json else _as_line
-    pictures_named = unread = 0
+    line = _as_json if arguments.json else _as_line
+    count = unread = 0
     paths = _paths(arguments.files)
-    while some := list(itertools.islice(paths, AT_A_TIME)):
-        images = []
-        for path in some:
-            pictures_named += 1
-            try:
-                images.append((path, _image(path, loaded)))
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                unread += 1
+    while batch := list(itertools.islice(paths, AT_A_TIME)):
+        images = list(_readable(batch, loaded))
+        count, unread = count + len(batch), unread + len(batch) - len(images)
         if images:
             answers = loaded.classify(np.stack([image for _, image in images]))
             for (path, _), probabilities in zip(images, answers, strict=True):
-                print(show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
+                print(line(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
     if unread:
-        raise UserError(f"{unread} of {pictures_named} pictures could not be read")
+        raise UserError(f"{unread} of {count} pictures could not be read")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.predict", description="What is on these pictures, says a registered model."
+        prog="python -m pipeline.predict", description="Classify pictures with a registered model."
     )
     parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
-    parser.add_argument("--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line, with all probabilities")
+    parser.add_argument(
+        "--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version (default: champion)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object for each picture, with all probabilities"
+    )
     return parser.parse_args()
 
 
 def _paths(given: Iterable[str]) -> Iterator[str]:
-    """The files that are named, and the pictures in the folders that are."""
+    """The files that are given, and the pictures in the folders that are given."""
     for name in given:
         if _is_folder(name):
             found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in image_files.SUFFIXES)
@@ -76,15 +74,25 @@ def _paths(given: Iterable[str]) -> Iterator[str]:
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
-    except OSError:  # a name that no file can have, or a place that is closed: said when it is read
+    except OSError:  # an impossible or forbidden path: reading it says why
         return False
+
+
+def _readable(paths: Iterable[str], loaded: Loaded) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """The paths and images of the pictures that can be read; for the others a line on standard error."""
+    for path in paths:
+        try:
+            yield path, _image(path, loaded)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
     name = printable(path)
     picture = image_files.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), name)
-    if loaded.data_name in sources.CENTRED_STROKES:
+    dataset = sources.DATASETS.get(loaded.data_name)
+    if dataset and dataset.centred_strokes:
         return image_files.centred_strokes(picture, loaded.image_shape, name).numpy()
     return image_files.fitted(picture, loaded.image_shape).numpy()
 

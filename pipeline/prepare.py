@@ -9,9 +9,9 @@ from pipeline.params import read_params
 
 
 def main() -> None:
-    """Read params.yaml and the published files, write data/prepared."""
+    """Read params.yaml and the published files; write data/prepared."""
     params = read_params().data
-    source = sources.load(params.dataset, params.offline_fallback)
+    name, source = sources.load(params.dataset, params.offline_fallback)
     cut = splits.cut(
         source.train,
         source.test,
@@ -19,12 +19,12 @@ def main() -> None:
         test_fraction=params.test_fraction,
         seed=params.split_seed,
     )
-    for oddity in splits.check(cut, source.name, source.class_names):
-        print(f"warning: {source.name}: {oddity}", file=sys.stderr)
+    for warning in splits.check(cut, name, source.class_names):
+        print(f"warning: {name}: {warning}", file=sys.stderr)
     dataset = splits.write_splits(
         cut,
         files.PREPARED,
-        name=source.name,
+        name=name,
         requested=params.dataset,
         source=source.origin,
         class_names=source.class_names,

@@ -1,19 +1,21 @@
-"""What params.yaml says of the network and its training, carried out. For the stages and for the tuning study."""
+"""Build and train the network as params.yaml describes, for the stages and for the tuning study."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import torch
 
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
 from pipeline.model import training
+from pipeline.model.augment import AUGMENTATIONS
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, Architecture, layers
 from pipeline.params import Params
 
 
 def device_for(params: Params) -> torch.device:
-    """Set torch up as ``train`` says; a UserError where this machine cannot do it."""
+    """Set torch up as ``train`` in params.yaml says. Raises UserError where this machine cannot do that."""
     try:
         return training.set_up(params.train.device, params.train.threads, params.train.precision)
     except ValueError as error:
@@ -21,16 +23,24 @@ def device_for(params: Params) -> torch.device:
 
 
 def architecture(params: Params, dataset: Dataset) -> Architecture:
-    """The layers that ``model`` says, for the images of ``dataset``."""
+    """The architecture that ``model`` in params.yaml describes, for the images of ``dataset``."""
     return Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
 
 
 def build(params: Params, dataset: Dataset) -> CNN:
-    """The untrained CNN for the images of ``dataset``; a UserError where they do not fit."""
+    """The untrained CNN for the images of ``dataset``. Raises UserError where its layers do not fit them."""
     try:
         return CNN(architecture(params, dataset), torch.Generator().manual_seed(params.seed))
     except ValueError as error:
         raise UserError(f"params.yaml: model: {error}") from None
+
+
+def settings(params: Params) -> training.Settings:
+    """The settings of training.fit in params.yaml."""
+    given = params.train.model_dump()
+    own = {each.name for each in fields(training.Settings)}
+    augmentations = {name: given[name] for name in AUGMENTATIONS}
+    return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=augmentations)
 
 
 def fit(
@@ -39,13 +49,13 @@ def fit(
     validation: LabelledImages,
     params: Params,
     on_step: Callable[[training.Step], object] = lambda step: None,
-    start: Checkpoint | None = None,
-    keep: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    resume_from: Checkpoint | None = None,
+    save_checkpoint: Callable[[Checkpoint], object] = lambda checkpoint: None,
 ) -> Iterator[training.Epoch]:
-    """Train ``cnn`` in place as ``train`` says, on the device of the images; an Epoch after each pass.
+    """Train ``cnn`` in place as ``train`` in params.yaml says, on the device of the images; yields every Epoch.
 
-    The functions and ``start`` are those of training.fit. A UserError where a batch would be too small for batch
-    normalisation.
+    The functions and ``resume_from`` are those of training.fit. Raises UserError where a batch would be too small for
+    batch normalisation.
     """
     size = params.train.batch_size
     of_one_pixel = any(layer.output_shape[:-1] == (1, 1) for layer in layers(cnn.architecture))
@@ -54,14 +64,13 @@ def fit(
             f"params.yaml: train.batch_size is {size}, which makes a batch of one of the "
             f"{len(train):,} images; over maps of one pixel model.batch_norm needs two: take another batch size"
         )
-    how = params.train.model_dump(exclude={"device", "threads", "live_images"})
     return training.fit(
         cnn,
         (train.images, train.labels),
         (validation.images, validation.labels),
+        settings(params),
         generator=torch.Generator(train.images.device).manual_seed(params.seed),
         on_step=on_step,
-        start=start,
-        keep=keep,
-        **how,
+        resume_from=resume_from,
+        save_checkpoint=save_checkpoint,
     )

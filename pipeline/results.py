@@ -1,4 +1,4 @@
-"""Prints where the last `dvc repro` stands: the data set really used, the test figures, where to look."""
+"""Prints the results of the last `dvc repro`: the data set that was used, the test metrics, where to look."""
 
 from pipeline import files
 from pipeline.data.splits import TEST, TRAIN, read_dataset
@@ -6,7 +6,7 @@ from pipeline.errors import run_command
 
 
 def main() -> None:
-    """Read what the stages wrote, print one line a fact."""
+    """Read what the stages wrote and print one line per fact."""
     dataset = read_dataset()
     metrics = files.read_json(files.METRICS, made_by="evaluate")
     test, count = metrics["test"], dataset.splits[TEST].count

@@ -1,4 +1,4 @@
-"""What has to be said before the libraries are imported, which takes seconds."""
+"""What a command sets before it imports the libraries, which takes seconds."""
 
 import gc
 import os
@@ -7,20 +7,21 @@ import sys
 from types import FrameType
 
 
-def begin() -> None:
-    """Called by the package itself, so before anything else of it.
+def start_command() -> None:
+    """Called when `pipeline` is imported. Does nothing unless that is because of `python -m pipeline.<command>`.
 
-    Python looks for garbage after every 700 new objects. The libraries of a stage make half a million while they are
-    imported and none of them is garbage: looking for it took a third of the time that a stage needs to start.
+    A notebook or a program that imports `pipeline` keeps its garbage collector and its signal handlers.
     """
+    if sys.argv[:1] != ["-m"]:  # what Python puts there until it has found the module to run
+        return
+    # By default Python collects after every 700 new objects. Importing the libraries makes half a million that all
+    # stay: collecting took a third of the time that a stage needs to start.
     gc.set_threshold(100_000, 50, 100)
-    # `python -m pipeline.train` comes here first; errors.run_command takes over when all is imported. Whoever imports
-    # the pipeline as a library keeps the handlers that there are; as does a shell that has SIGINT ignored.
-    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end_at_once)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else `nohup` or a shell's `&` has it ignored
+        signal.signal(signal.SIGINT, _exit_at_once)  # until errors.run_command takes over
 
 
-def _end_at_once(signal_number: int, frame: FrameType | None) -> None:
-    """Nothing has begun yet: no traceback of what is just being imported."""
+def _exit_at_once(signal_number: int, frame: FrameType | None) -> None:
+    """Without the traceback of whatever is being imported: nothing has begun yet."""
     os.write(2, b"interrupted\n")
     os._exit(128 + signal_number)

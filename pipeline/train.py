@@ -1,26 +1,28 @@
 """Stage `train`: fit the CNN on the training images, watch it on the validation images, log it to MLflow."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import NoReturn
 
 from tqdm import tqdm
 
 from pipeline import checkpoints, dvc_files, files, recipe
-from pipeline.checkpoints import Interrupted
+from pipeline.checkpoints import SavedTraining
 from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, run_command
 from pipeline.explain.live_images import LiveImages
 from pipeline.model import model_file, training
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, summary
+from pipeline.model.training import Epoch
 from pipeline.params import Params, read_params
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 from pipeline.tracking.runs import TrainingRun
 
 
 def main() -> None:
     """Read params.yaml and two of the splits; write the model and the history of its training."""
-    params = read_params()
-    dataset = read_dataset()
+    params, dataset = read_params(), read_dataset()
     device = recipe.device_for(params)
     train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
     cnn = recipe.build(params, dataset)
@@ -28,30 +30,30 @@ def main() -> None:
 
     for folder in (files.MODEL.parent, files.HISTORY.parent, files.checkpoints_folder()):
         files.check_writable(folder)
-    runs.connect()
+    store.connect()
     runs.close_stale_runs()
     fingerprint = checkpoints.fingerprint(params, dataset, device)
     if run_id := _already_trained(fingerprint):
-        print(f"{files.MODEL} was trained by the MLflow run {run_id}, which ended before DVC knew of it")
+        print(f"{files.MODEL} was trained by the MLflow run {run_id}, which ended before DVC recorded it")
     else:
-        before = checkpoints.find(fingerprint)
-        continues = before.run_id if before else None
+        interrupted = checkpoints.find(fingerprint)
+        continues = interrupted.run_id if interrupted else None
         with runs.training_run(params, dataset, device, fingerprint, continues) as run:
-            history = _fit(cnn, train, validation, params, run, fingerprint, before)
+            history = _fit(cnn, train, validation, params, run, fingerprint, interrupted)
             model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
             files.write(files.MODEL, model)
             files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
             run.describe_model(cnn, dataset, files.sha256(model))
-    checkpoints.forget(fingerprint)
+    checkpoints.remove(fingerprint)
     print(f"{files.MODEL}: SHA-256 {files.sha256(files.MODEL.read_bytes())[:12]}..., trained on {dataset.label}")
 
 
 def _already_trained(fingerprint: str) -> str | None:
-    """The run of a training that came to its end, but was killed before DVC had noted what it wrote."""
+    """The run of a training that ended, but was killed before DVC had recorded what it wrote."""
     if not files.runs_in_dvc() or not files.MODEL.exists() or not files.HISTORY.exists():
         return None
     model = files.MODEL.read_bytes()
-    return None if dvc_files.has_noted(files.MODEL, model) else runs.has_given(fingerprint, files.sha256(model))
+    return None if dvc_files.has_noted(files.MODEL, model) else runs.finished_run(fingerprint, files.sha256(model))
 
 
 def _fit(
@@ -61,37 +63,38 @@ def _fit(
     params: Params,
     run: TrainingRun,
     fingerprint: str,
-    before: Interrupted | None,
-) -> list[training.Epoch]:
-    """Train to the end, with a bar on a terminal and a line an epoch anywhere; where ``before`` ended, if at all."""
-    history = list(before.history) if before else []
+    interrupted: SavedTraining | None,
+) -> list[Epoch]:
+    """Train to the last epoch, from where ``interrupted`` ended if there is one; the history of all epochs."""
+    history = list(interrupted.history) if interrupted else []
     for epoch in history:
         run.log_epoch(epoch)
-    if before:
+    live_images = LiveImages(cnn, params.visualize.maximisation) if params.train.live_images else None
+    if live_images and not interrupted:
+        run.log_images(0, live_images.now())  # before any training
+
+    def save_checkpoint(reached: Checkpoint) -> None:
+        checkpoints.save(fingerprint, reached, history, run.run_id)
+
+    resume_from = interrupted.checkpoint if interrupted else None
+    if interrupted:
         print(f"an interrupted training goes on after epoch {len(history)} of {params.train.epochs}", flush=True)
-    seen = sum(_images_seen(before.checkpoint, params, len(train))) if before else 0
-    device = train.images.device
-    images = params.train.epochs * len(train)
-    with tqdm(total=images, initial=seen, unit=" images", unit_scale=True, disable=None) as bar:
-
-        def on_step(step: training.Step) -> None:
-            # True a few times a second, on a terminal only. A GPU would have to be waited for to tell the loss.
-            if bar.update(step.images) and device.type == "cpu":
-                bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
-
-        def keep(reached: Checkpoint) -> None:
-            checkpoints.keep(fingerprint, reached, history, run.run_id)
-
-        start = before.checkpoint if before else None
-        pictures = LiveImages(cnn, params.visualize.maximisation) if params.train.live_images else None
-        if pictures and not before:
-            run.show(0, pictures.now())  # what it begins with
+    with _progress_bar(params, len(train), resume_from) as bar:
+        on_step = _shows_on(bar, on_cpu=train.images.device.type == "cpu")
         try:
-            for epoch in recipe.fit(cnn, train, validation, params, on_step, start, keep):
+            for epoch in recipe.fit(
+                cnn,
+                train,
+                validation,
+                params,
+                on_step=on_step,
+                resume_from=resume_from,
+                save_checkpoint=save_checkpoint,
+            ):
                 history.append(epoch)
                 run.log_epoch(epoch)
-                if pictures:
-                    run.show(epoch.epoch, pictures.after_epoch())
+                if live_images:
+                    run.log_images(epoch.epoch, live_images.after_epoch())
                 bar.write(_line(epoch, params.train.epochs))
         except training.DivergedError as error:
             raise Fault(
@@ -100,12 +103,24 @@ def _fit(
     return history
 
 
-def _images_seen(reached: Checkpoint, params: Params, count: int) -> tuple[int, int]:
-    """In whole passes, and in the one that was begun."""
-    return reached.epoch * count, reached.step * params.train.batch_size
+def _progress_bar(params: Params, count: int, resume_from: Checkpoint | None) -> "tqdm[NoReturn]":
+    """A bar of the images of all epochs, on a terminal only."""
+    seen = resume_from.epoch * count + resume_from.step * params.train.batch_size if resume_from else 0
+    return tqdm(total=params.train.epochs * count, initial=seen, unit=" images", unit_scale=True, disable=None)
 
 
-def _line(epoch: training.Epoch, epochs: int) -> str:
+def _shows_on(bar: "tqdm[NoReturn]", on_cpu: bool) -> Callable[[training.Step], None]:
+    """A function that shows a training step on the bar."""
+
+    def on_step(step: training.Step) -> None:
+        # update() is True a few times a second, on a terminal only. Reading the loss of a GPU would wait for it.
+        if bar.update(step.images) and on_cpu:
+            bar.set_postfix(loss=f"{step.loss():.3f}", accuracy=f"{step.accuracy():.0%}")
+
+    return on_step
+
+
+def _line(epoch: Epoch, epochs: int) -> str:
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}"
         f"  train loss {epoch.train_loss:.4f}, accuracy {epoch.train_accuracy:.2%}"
@@ -114,8 +129,8 @@ def _line(epoch: training.Epoch, epochs: int) -> str:
     )
 
 
-def _row(epoch: training.Epoch) -> dict[str, object]:
-    """A row of history.csv. Without the seconds: the same inputs give the same bytes, however long they take."""
+def _row(epoch: Epoch) -> dict[str, object]:
+    """A row of history.csv. It leaves out the seconds, so that the same inputs give the same bytes."""
     return {key: value for key, value in asdict(epoch).items() if key != "seconds"}
 
 

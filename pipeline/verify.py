@@ -2,12 +2,11 @@
 
     python -m pipeline.verify
 
-Two copies of this repository, with the changes that are not committed, each run `dvc repro` with a store of their own.
-Exits 1 where they do not give the same bytes. What differs from the committed dvc.lock is told, with what may be why.
+Two copies of this repository, uncommitted changes included, each run `dvc repro` with a store of their own. Exits 1
+where the two differ. Where they differ from the committed dvc.lock, the possible reasons are printed.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,75 +21,72 @@ from pipeline.data.splits import read_dataset
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.params import read_params
 
-DECIDING = ("torch", "numpy", "numba")  # packages of which another version may add up in another order
+DECIDING = ("torch", "numpy", "numba")  # packages that may add numbers in another order in another version
 GRACE_SECONDS = 10  # for a stage to end after SIGTERM
 
 
 def main() -> None:
-    """Build, build again, print a line an output."""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that closes does not reach DVC's own session
+    """Build, build again, compare."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # DVC has a session of its own, that no terminal closes
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     committed = committed_outputs()
     with TemporaryDirectory(prefix="convtrack-") as folder:
-        first, second = (_built(Path(folder) / name) for name in ("first", "second"))
-        tell_stand_in(Path(folder) / "second")
-    tell(first, second, committed)
+        first, second = (build(Path(folder) / name) for name in ("first", "second"))
+    compare(first, second, committed)
 
 
 def committed_outputs() -> dict[str, str]:
-    """The hashes that the last commit's dvc.lock has; the file itself is that of the last `dvc repro`."""
+    """The hashes in the last commit's dvc.lock; the file here is that of the last `dvc repro`."""
     try:
-        return dvc_files.outputs(content=_git("show", f"HEAD:./{dvc_files.LOCK}"))
+        return dvc_files.outputs(content=machine.git("show", f"HEAD:./{dvc_files.LOCK}"))
     except Fault as fault:
         raise UserError(
             f"there is no committed {dvc_files.LOCK} to compare with ({fault}): run `dvc repro` and commit it"
         ) from fault
 
 
-def tell(first: Mapping[str, str], second: Mapping[str, str], committed: Mapping[str, str]) -> None:
-    """A line an output, and what may be why it is not the committed one. A Fault where the two builds differ."""
+def build(folder: Path) -> dict[str, str]:
+    """Run `dvc repro` in a copy of this repository; the hashes of its outputs."""
+    print(f"dvc repro in {folder}", flush=True)
+    machine.copy_repository(folder)
+    _link_downloads(folder)
+    code, errors = _run_as_group([sys.executable, "-m", "dvc", "repro", "--quiet"], folder, _environment())
+    if code != 0:
+        raise Fault(f"dvc repro failed: {(errors.strip().splitlines() or ['without a message'])[-1]}")
+    warn_of_fallback(folder)
+    return dvc_files.outputs(folder)
+
+
+def compare(first: Mapping[str, str], second: Mapping[str, str], committed: Mapping[str, str]) -> None:
+    """Print a line per output, and why some may differ from the committed ones. A Fault where the builds differ."""
     print("\n".join(_table(first, second, committed)))
     print()
     if first != second:
         raise Fault("two runs of this code on this machine do not give the same bytes")
     print("Twice the same bytes.")
     if any(committed.get(path) != md5 for path, md5 in first.items()):
-        print("They are not those of the committed dvc.lock. What may be why:")
+        print("They are not those of the committed dvc.lock. Possible reasons:")
         print("\n".join(f"  {reason}" for reason in _reasons()))
 
 
-def _built(folder: Path) -> dict[str, str]:
-    """The hashes of what `dvc repro` makes in a copy of this repository."""
-    print(f"dvc repro in {folder}", flush=True)
-    copy_into(folder)
-    _lend_downloads(folder)
-    code, told = _run_as_one([sys.executable, "-m", "dvc", "repro", "--quiet"], folder, _environment())
-    if code != 0:
-        raise Fault(f"dvc repro failed: {(told.strip().splitlines() or ['without a word'])[-1]}")
-    return dvc_files.outputs(folder)
-
-
-def tell_stand_in(folder: Path) -> None:
-    """A line where it was not built on the images that params.yaml names."""
+def warn_of_fallback(folder: Path) -> None:
+    """Print a line where the build did not have the images that params.yaml names."""
     dataset = read_dataset(folder / files.PREPARED)
     if dataset.name != dataset.requested:
-        print(
-            f"{dataset.requested} could not be had, so this is verified on {dataset.name}: "
-            f"set {sources.MIRROR_VARIABLE}, or mend the network, for the images that params.yaml names"
-        )
+        print(f"built with {dataset.label}: {sources.NETWORK_REMEDY} to verify it with {dataset.requested}")
 
 
-def _lend_downloads(folder: Path) -> None:
-    """What was downloaded once need not be again. What is missing or damaged comes from the mirrors, as everywhere."""
+def _link_downloads(folder: Path) -> None:
+    """Use the files that are downloaded already. Missing and damaged ones come from the mirrors, as everywhere."""
     for path, is_published in sources.downloaded():
         if is_published:
-            lent = folder / path.relative_to(files.root())
-            lent.parent.mkdir(parents=True, exist_ok=True)
-            lent.symlink_to(path)
+            link = folder / path.relative_to(files.root())
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
 
 
 def _environment() -> dict[str, str]:
-    """That of this process without other stores; a mirror that is named from this root is found from others too."""
+    """That of this process, without other stores; a mirror that is a relative path is made absolute."""
     outside = ("MLFLOW", "DVC", "OPTUNA")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     mirror = environment.get(sources.MIRROR_VARIABLE)
@@ -99,8 +95,8 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _run_as_one(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code and standard error of ``command``. What interrupts it ends what it has started too: DVC's stages."""
+def _run_as_group(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit code and standard error of ``command``. An interrupt ends the processes that it started, too."""
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -111,47 +107,27 @@ def _run_as_one(command: Sequence[str], folder: Path, environment: Mapping[str, 
         start_new_session=True,
     ) as process:
         try:
-            _, told = process.communicate()
+            _, errors = process.communicate()
         except BaseException:
             _end(process)
             raise
-    return process.returncode, told
+    return process.returncode, errors
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """SIGTERM for its whole group; SIGKILL for what is there still after a while, or at a second interrupt.
+    """SIGTERM to the whole process group, then SIGKILL after a while, or at a second interrupt.
 
-    All of them have the same standard error, which is at its end when the last of them is.
+    The processes share one standard error, which ends with the last of them.
     """
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate(timeout=GRACE_SECONDS)
     finally:
-        # PermissionError is what macOS says of a group that is just ending.
+        # PermissionError is what macOS raises for a group that is just ending.
         with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=GRACE_SECONDS)
-
-
-def copy_into(folder: Path) -> None:
-    """What git knows or would add, in a repository of its own."""
-    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in filter(None, listed.split("\0")):
-        if (files.root() / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(files.root() / name, folder / name)
-    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(["git", *words], cwd=files.root(), capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise Fault(f"git cannot be run: {error}") from error
-    if done.returncode != 0:
-        raise Fault(f"git {words[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout
 
 
 def _table(first: Mapping[str, str], second: Mapping[str, str], committed: Mapping[str, str]) -> Iterator[str]:
@@ -163,13 +139,13 @@ def _table(first: Mapping[str, str], second: Mapping[str, str], committed: Mappi
 
 
 def _reasons() -> Iterator[str]:
-    yield "params.yaml or the code was changed after that file was written: `git diff HEAD` tells what is not committed"
+    yield "params.yaml or the code has changed since dvc.lock was written: `git diff HEAD` shows what is not committed"
     for package, (here, wanted) in machine.versions().items():
         if package in DECIDING:
             yield f"{package} is {here}" + ("" if here == wanted else f", {machine.REQUIREMENTS} has {wanted}")
     tags = machine.environment_tags(recipe.device_for(read_params()))
     for name in ("device", "cpu.capability", "cpu.threads"):
-        yield f"{name} is {tags[name]}; of the machine that wrote dvc.lock it may be another"
+        yield f"{name} is {tags[name]}; it may differ on the machine that wrote dvc.lock"
 
 
 if __name__ == "__main__":

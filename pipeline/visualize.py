@@ -1,15 +1,19 @@
 """Stage `visualize`: draw how the training went, what the model learned, and where it fails."""
 
+from collections.abc import Container
 from pathlib import Path
+
+from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data.splits import TEST, TRAIN, read_dataset, read_split
 from pipeline.errors import run_command
 from pipeline.explain import report
+from pipeline.explain.report_inputs import ReportInputs
 from pipeline.figures.canvas import as_png
 from pipeline.model import model_file
 from pipeline.params import read_params
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 
 
 def main() -> None:
@@ -18,8 +22,8 @@ def main() -> None:
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
     saved = model_file.from_bytes(model, str(files.MODEL))
-    runs.connect()  # before the drawing, which takes longer than to find that the store is closed
-    inputs = report.ReportInputs(
+    store.connect()  # before the drawing: a store that cannot be reached is reported at once
+    inputs = ReportInputs(
         saved.cnn,
         dataset,
         read_split(dataset, TRAIN),
@@ -29,16 +33,11 @@ def main() -> None:
         params.visualize,
         params.evaluate.calibration_bins,
     )
-    pictures = []
-    for name, figure in report.figures(inputs):
-        pictures.append(files.FIGURES / f"{name}.png")
-        files.write(pictures[-1], as_png(figure))
-    tables = []
-    for name, rows in report.tables(inputs).items():
-        tables.append(files.PLOTS / f"{name}.csv")
-        files.write_table(tables[-1], rows)
-    _clear(files.FIGURES, pictures)
-    _clear(files.PLOTS, tables)
+    pictures = _draw(inputs)
+    for name, rows in report.TABLES.items():
+        files.write_table(files.PLOTS / f"{name}.csv", rows(inputs))
+    _remove_stale(files.FIGURES, ".png", report.FIGURES)
+    _remove_stale(files.PLOTS, ".csv", report.TABLES)
 
     runs.close_stale_runs()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, inputs.history)
@@ -46,10 +45,22 @@ def main() -> None:
     print(f"{len(pictures)} figures of a model trained on {dataset.label} -> {files.FIGURES}")
 
 
-def _clear(folder: Path, written: list[Path]) -> None:
-    """Remove what an earlier version of this stage has left."""
-    for stale in set(folder.iterdir()) - set(written):
-        stale.unlink()
+def _draw(inputs: ReportInputs) -> list[Path]:
+    """Write the figures, one at a time since they are large, and show the progress on a terminal."""
+    pictures = []
+    with tqdm(report.FIGURES.items(), unit=" figures", disable=None) as bar:
+        for name, draw in bar:
+            bar.set_description(name)
+            pictures.append(files.FIGURES / f"{name}.png")
+            files.write(pictures[-1], as_png(draw(inputs)))
+    return pictures
+
+
+def _remove_stale(folder: Path, suffix: str, names: Container[str]) -> None:
+    """Remove what an earlier version of this stage wrote and this one does not; files of other kinds are not ours."""
+    for path in folder.glob(f"*{suffix}"):
+        if path.stem not in names and not path.is_dir():
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ import pytest
 import requests
 import torch
 
+from bench import recipes
 from pipeline import evaluate, files, prepare, train, visualize
 from pipeline.data import splits
 from pipeline.model import model_file, training
 from pipeline.model.cnn import CNN
-from pipeline.params import with_values
-from pipeline.tracking import runs
+from pipeline.tracking import store
 from tests import forked
 
 REPOSITORY = Path(__file__).parents[1]
-PARAMS = REPOSITORY / "tests" / "params.yaml"
 QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2, "visualize.maximisation.steps": 10}
 needs_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -60,8 +59,8 @@ needs_own_mounts = pytest.mark.skipif(
 
 
 def write_params(folder: Path, changes: Mapping[str, object]) -> None:
-    """The published recipe as ``folder``'s params.yaml, with other values at some dotted paths."""
-    (folder / "params.yaml").write_text(with_values(PARAMS.read_text(), changes))
+    """A params.yaml with the defaults, except for some values by their dotted paths."""
+    (folder / "params.yaml").write_text(recipes.as_yaml(changes))
 
 
 def say_of_the_data(**facts: Any) -> None:
@@ -162,7 +161,7 @@ def finished(_all_stages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which all four stages have run, the current one. For reading only: all tests share it."""
     monkeypatch.setenv("DVC_ROOT", str(_all_stages))
     monkeypatch.chdir(_all_stages)
-    runs.connect()
+    store.connect()
     return _all_stages
 
 
@@ -202,7 +201,7 @@ def finished_copy(_all_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.copy(migrated_database, folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.chdir(folder)
-    runs.connect()
+    store.connect()
     return folder
 
 

@@ -1,6 +1,6 @@
-"""Digits that no data set has seen: printed in the fonts that come with matplotlib, and drawn with pens.
+"""Digits from no data set: printed in the fonts that come with matplotlib, and drawn with pens.
 
-python -m tests.drawn FOLDER      one PNG each, named after what it shows
+python -m tests.drawn FOLDER      writes one PNG per digit, named after what it shows
 """
 
 import math
@@ -41,7 +41,7 @@ STROKES: dict[int, list[list[Point]]] = {
 
 
 def printed(digit: int, font: str) -> Image.Image:
-    """Black on white, in a corner rather than in the middle."""
+    """Black on white, off centre."""
     file = Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{font}.ttf"
     picture = Image.new("L", (300, 260), "white")
     ImageDraw.Draw(picture).text((40, 20), str(digit), font=ImageFont.truetype(str(file), 150), fill="black")
@@ -59,7 +59,7 @@ def drawn(
     noise: float = 0,
     blur: float = 0,
 ) -> Image.Image:
-    """In strokes of ``pen`` pixels on ``size`` x ``size`` of them."""
+    """Strokes ``pen`` pixels wide in a picture of ``size`` x ``size`` pixels."""
     picture = Image.new("RGB", (size, size), paper)
     canvas = ImageDraw.Draw(picture)
     for stroke in STROKES[digit]:
@@ -71,7 +71,7 @@ def drawn(
 
 
 def all_of_them() -> Iterator[tuple[str, int, Image.Image]]:
-    """A name, the digit and the picture."""
+    """(name, digit, picture) of each."""
     for digit in range(10):
         yield from ((font, digit, printed(digit, font)) for font in FONTS)
         yield from ((f"pen of {pen}", digit, drawn(digit, pen)) for pen in PENS)

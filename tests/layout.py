@@ -1,4 +1,4 @@
-"""What makes a figure readable, as far as a program can tell."""
+"""Checks that a figure is readable, as far as a program can tell."""
 
 import itertools
 
@@ -11,11 +11,11 @@ from pipeline.figures import canvas
 
 
 def assert_readable(figure: Figure) -> None:
-    """No words are cut off or lie over others, and no panel is empty."""
+    """No text is cut off or overlaps another, and no panel is empty."""
     figure.set_dpi(canvas.DOTS_PER_INCH)
     figure.draw_without_rendering()  # lays it out
-    # The box of words that stand aslant says little of where they are.
-    boxes = {text: text.get_window_extent() for text in _words(figure) if text.get_rotation() % 90 == 0}
+    # The box of slanted text is much larger than the text.
+    boxes = {text: text.get_window_extent() for text in _texts(figure) if text.get_rotation() % 90 == 0}
     page = figure.bbox
     assert boxes
     assert [
@@ -23,12 +23,12 @@ def assert_readable(figure: Figure) -> None:
         for text, box in boxes.items()
         if box.x0 < -1 or box.y0 < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1
     ] == [], "cut off"
-    # A pixel or two of the boxes is air.
+    # The boxes have a margin of a pixel or two.
     assert [
         (one.get_text(), other.get_text())
         for (one, its), (other, others) in itertools.combinations(boxes.items(), 2)
         if min(its.x1, others.x1) - max(its.x0, others.x0) > 2 and min(its.y1, others.y1) - max(its.y0, others.y0) > 2
-    ] == [], "over each other"
+    ] == [], "overlapping"
     for axes in figure.axes:
         pictures: list[NDArray[np.floating]] = [
             np.ma.filled(np.ma.asarray(each.get_array()), 0) for each in axes.images
@@ -39,14 +39,14 @@ def assert_readable(figure: Figure) -> None:
         )
 
 
-def _words(figure: Figure) -> list[Text]:
-    """Those that are drawn: a tick outside of the axes has a label all the same."""
-    out_of_sight: set[Text] = set()
+def _texts(figure: Figure) -> list[Text]:
+    """The text that is drawn: ticks outside of the axes have labels too, which are not."""
+    hidden: set[Text] = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                 if not (axes.axison and low <= tick.get_loc() <= high):
-                    out_of_sight |= {tick.label1, tick.label2}
-    words = [text for text in figure.findobj(Text) if isinstance(text, Text)]
-    return [text for text in words if text.get_visible() and text.get_text().strip() and text not in out_of_sight]
+                    hidden |= {tick.label1, tick.label2}
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    return [text for text in texts if text.get_visible() and text.get_text().strip() and text not in hidden]

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 
 from pipeline import files, prepare, train
 from pipeline.data.splits import SPLITS, TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.model import model_file
-from pipeline.params import flat, read_params
-from tests.conftest import PARAMS, write_params
+from pipeline.params import Params, flat, read_params
+from tests.conftest import write_params
 from tests.data.test_sources import publish, put, small_mnist
 
 pytestmark = pytest.mark.faults
@@ -29,8 +28,8 @@ two_hundred = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-RECIPE = YAML(typ="safe").load(PARAMS.read_text())
-PLAIN = json.dumps(RECIPE, indent=0)  # is YAML too; without comments, in which a change is no harm
+DEFAULTS = Params().model_dump(mode="json")
+PLAIN = json.dumps(DEFAULTS, indent=0)  # JSON is YAML; it has no comments, where damage would do no harm
 SCALARS = (
     st.none()
     | st.booleans()
@@ -48,9 +47,9 @@ VALUES = st.recursive(
 
 @st.composite
 def other_values(draw: st.DrawFn) -> bytes:
-    """The recipe with something else for one of its knobs or sections, or with one more."""
+    """The defaults with something else for one parameter or section, or with one key more."""
     tree = json.loads(PLAIN)
-    *above, last = draw(st.sampled_from([*flat(RECIPE), *RECIPE, "model.filters", "tune.space", "more"])).split(".")
+    *above, last = draw(st.sampled_from([*flat(DEFAULTS), *DEFAULTS, "model.filters", "tune.space", "more"])).split(".")
     inside: Any = tree
     for key in above:
         inside = inside.get(key, inside)

@@ -1,7 +1,9 @@
-"""Trainings that are killed and go on: real processes, real signals, the same bytes."""
+"""Trainings that are killed and continued: real processes, real signals, the same bytes."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from mlflow.entities import Run
 
 from pipeline import files, train
 from pipeline.model.training import Epoch
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
 
 EPOCHS = 12
@@ -44,7 +46,7 @@ def after_epoch(process: subprocess.Popen[str], epoch: int) -> None:
 
 
 def every_run() -> list[Run]:
-    runs.connect()
+    store.connect()
     return list(mlflow.search_runs(output_format="list", order_by=["attributes.start_time"]))
 
 
@@ -156,7 +158,7 @@ def _flip(path: Path) -> None:
         pytest.param(lambda path: path.write_bytes(b"x" * 999), marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_checkpoint_is_said_and_the_training_begins_anew(
+def test_a_damaged_checkpoint_is_reported_and_the_training_starts_from_the_beginning(
     workspace: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -181,30 +183,73 @@ def test_a_damaged_checkpoint_is_said_and_the_training_begins_anew(
         pytest.param({"train.threads": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_a_training_with_other_knobs_never_goes_on_from_it(
+def test_a_training_with_other_parameters_never_continues_it(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, object]
 ) -> None:
-    knobs = QUICK | {"train.epochs": 3, "train.threads": 2}
-    write_params(workspace, knobs)
+    values = QUICK | {"train.epochs": 3, "train.threads": 2}
+    write_params(workspace, values)
     _stop_after(2, monkeypatch)
     capsys.readouterr()
-    write_params(workspace, knobs | changed)
+    write_params(workspace, values | changed)
     train.main()
     assert "goes on after epoch" not in capsys.readouterr().out
-    write_params(workspace, knobs)
+    write_params(workspace, values)
     train.main()
     assert "goes on after epoch 2 of 3" in capsys.readouterr().out
 
 
-def test_a_knob_that_decides_nothing_does_not_begin_it_anew(
+def test_a_parameter_that_does_not_change_the_model_continues_it(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    knobs = QUICK | {"train.epochs": 3}
-    write_params(workspace, knobs)
+    values = QUICK | {"train.epochs": 3}
+    write_params(workspace, values)
     _stop_after(2, monkeypatch)
-    write_params(workspace, knobs | {"train.checkpoint_seconds": None, "evaluate.calibration_bins": 5})
+    write_params(workspace, values | {"train.checkpoint_seconds": None, "evaluate.calibration_bins": 5})
     train.main()
     assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_of_training"),
+    [("pipeline/model/cnn.py", True), ("pipeline/explain/report.py", False), ("pipeline/tracking/runs.py", False)],
+)
+def test_a_checkpoint_and_a_run_belong_to_the_code_that_dvc_trains_with(
+    workspace: Path, tmp_path: Path, changed: str, is_of_training: bool
+) -> None:
+    """In a copy of the code: what a command there says after a file has changed."""
+    code = tmp_path / "code"
+    shutil.copytree(REPOSITORY / "pipeline", code / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "dvc.yaml", code)
+
+    def says() -> tuple[str, dict[str, str]]:
+        done = subprocess.run(
+            [sys.executable, "-c", SAY_THE_CODE],
+            cwd=workspace,
+            env=os.environ | {"PYTHONPATH": str(code)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        fingerprint, tag = done.stdout.splitlines()
+        return fingerprint, json.loads(tag)
+
+    before, tag_before = says()
+    with (code / changed).open("a") as file:
+        file.write("# a comment\n")
+    after, tag = says()
+    assert (after != before) == is_of_training
+    assert {path for path in tag if tag[path] != tag_before[path]} == ({changed} if is_of_training else set())
+
+
+SAY_THE_CODE = """
+import torch
+from pipeline import checkpoints
+from pipeline.data.splits import read_dataset
+from pipeline.params import read_params
+from pipeline.tracking import lineage
+print(checkpoints.fingerprint(read_params(), read_dataset(), torch.device("cpu")))
+print(lineage.code())
+"""
 
 
 @pytest.mark.usefixtures("either_store")
@@ -219,11 +264,12 @@ def test_a_training_that_ended_before_dvc_knew_of_it_is_not_done_again(
     assert len(every_run()) == 1
     assert outputs() == first
     write_params(workspace, QUICK | {"seed": 1})
-    train.main()  # of other knobs
+    train.main()  # of other values
     assert len(every_run()) == 2
     write_params(workspace, QUICK)
     files.write(files.MODEL, first[0])
-    (workspace / "dvc.lock").write_text(f"- md5: {_md5(first[0])}\n")
+    noted = {"outs": [{"path": str(files.MODEL), "md5": _md5(first[0])}]}
+    (workspace / "dvc.lock").write_text(json.dumps({"stages": {"train": noted}}))
     train.main()  # DVC knows this model, so somebody wants it trained again: `dvc repro --force`
     assert [run.info.status for run in every_run()] == ["FINISHED"] * 3
 
@@ -233,7 +279,7 @@ def _md5(content: bytes) -> str:
     return done.stdout.split()[0].decode()
 
 
-def test_checkpoints_that_nobody_wants_go_after_a_month(workspace: Path) -> None:
+def test_checkpoints_that_nobody_continues_are_removed_after_a_month(workspace: Path) -> None:
     folder = files.checkpoints_folder()
     folder.mkdir()
     for name, days in (("old", 31), ("young", 29)):

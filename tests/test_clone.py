@@ -17,6 +17,7 @@ import requests
 from mlflow.entities import Run
 
 from pipeline import files
+from pipeline.explain import report
 from tests.conftest import REPOSITORY, make_ui, write_params
 
 ONE_EPOCH = {"data.dataset": "mnist-5k", "train.epochs": 1, "visualize.maximisation.steps": 10}
@@ -73,7 +74,7 @@ def test_the_workflow_runs_from_nothing(clone: Path) -> None:
     metrics = json.loads((clone / files.METRICS).read_text())
     assert metrics["dataset"] == "mnist-5k"
     assert metrics["test"]["accuracy"] > 0.6  # one epoch on 3,600 digits
-    assert len(list((clone / files.FIGURES).glob("*.png"))) == 18
+    assert {path.stem for path in (clone / files.FIGURES).iterdir()} == set(report.FIGURES)
     (training_run,) = runs_of(clone)
     assert training_run.info.status == "FINISHED"
     assert training_run.data.tags["git.commit"] == succeed("git", "rev-parse", "HEAD", folder=clone).strip()
@@ -130,6 +131,29 @@ def test_a_second_call_runs_nothing(clone: Path) -> None:
     assert "Running stage" not in told
     assert "Data and pipelines are up to date." in told
     assert (clone / "dvc.lock").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_is_compiled_beside_the_code_is_ignored_and_a_stage_runs_again_for_its_own_code(
+    clone: Path, tmp_path: Path
+) -> None:
+    """Python and Numba write into the folders that the stages depend on while the stages run."""
+    clone = shutil.copytree(clone, tmp_path / "clone", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def repro_after(changed: str | None) -> set[str]:
+        """The stages that run after a comment was added to a file."""
+        if changed:
+            with (clone / changed).open("a") as code:
+                code.write("# a comment\n")
+        printed = succeed("dvc", "repro", folder=clone)
+        return {stage for stage in ("prepare", "train", "evaluate", "visualize") if f"stage '{stage}':" in printed}
+
+    assert "train" in repro_after("pipeline/model/cnn.py")
+    compiled = {path.suffix for path in (clone / "pipeline/model/__pycache__").iterdir()}
+    assert {".pyc", ".nbi", ".nbc"} <= compiled
+    assert repro_after(None) == set()
+    assert repro_after("pipeline/tracking/runs.py") == set()
+    assert repro_after("pipeline/explain/report.py") == {"evaluate", "visualize"}
 
 
 @pytest.mark.slow
@@ -300,7 +324,7 @@ def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path, tmp_path:
     (restored,) = runs_of(clone)
     assert restored.data.tags["restored"] == "true"
     assert restored.data.params["train.epochs"] == "1"
-    assert len(mlflow.MlflowClient().list_artifacts(restored.info.run_id, "figures")) == 18
+    assert len(mlflow.MlflowClient().list_artifacts(restored.info.run_id, "figures")) == len(report.FIGURES)
     version = mlflow.MlflowClient().get_model_version_by_alias("mnist-5k-cnn", "champion")
     assert version.run_id == restored.info.run_id
     assert version.tags["restored"] == "true"

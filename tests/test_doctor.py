@@ -17,7 +17,7 @@ from pipeline import doctor, evaluate, files, train
 from pipeline.errors import run_command
 from pipeline.model import model_file
 from pipeline.model.training import Epoch
-from pipeline.tracking import delivery, runs
+from pipeline.tracking import delivery, runs, store
 from tests.conftest import REPOSITORY, say_of_the_data
 from tests.test_clone import succeed
 from tests.tracking.evaluating import change_model
@@ -59,8 +59,8 @@ def _cache_copy(content: bytes, suffix: str = "") -> str:
     return md5
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    """What it says of the current folder, and its exit code."""
+def diagnosis(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """Its exit code for the current folder, and the lines that it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run_command(doctor.main)
@@ -70,7 +70,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
 
 
 def test_where_all_is_well_it_says_so(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     assert code == 0, lines
     assert [line[:22].split("  ")[0] for line in lines] == ["ok"] * len(LINES)
     assert [line[7:22].strip() for line in lines] == list(LINES)
@@ -86,7 +86,7 @@ def test_before_anything_was_run_it_says_what_to_run(
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     for name in ("requirements.lock", "params.yaml", "dvc.lock"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     assert code == 0, lines
     assert sum("`dvc repro`" in line for line in lines) >= 4
     assert not (tmp_path / "mlflow.db").exists()  # it only looks
@@ -106,7 +106,7 @@ def test_a_database_is_neither_made_nor_filled(
     if is_there:
         shutil.copy(migrated_database, database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     assert code == 0, lines
     assert "none yet: `dvc repro`, or `dvc repro -f -s evaluate` where that has nothing to do" in lines[8]
     assert "nothing registered yet: `dvc repro`, or `dvc repro -f -s evaluate`" in lines[9]
@@ -150,12 +150,12 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _undelivered(folder: Path) -> None:
-    run_id = MlflowClient().create_run(runs._experiment_id(), tags=DEAD).info.run_id
+    run_id = MlflowClient().create_run(store.experiment_id(), tags=DEAD).info.run_id
     updates = delivery.PendingUpdates(run_id, {1: {"loss": 0.5}}, {1: 1}, status="FINISHED", ended=2)
     files.write_json(folder / f"checkpoints/{run_id}.undelivered.json", asdict(updates))
 
 
-def _damaged_letter(folder: Path) -> None:
+def _damaged_updates(folder: Path) -> None:
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints/abc.undelivered.json").write_text("{}")
 
@@ -173,7 +173,7 @@ def _no_split_but_a_folder(folder: Path) -> None:
     _folder_for_a_file(folder / "data/prepared/train.safetensors")
 
 
-def _no_letter_but_a_folder(folder: Path) -> None:
+def _no_updates_but_a_folder(folder: Path) -> None:
     _folder_for_a_file(folder / "checkpoints/abc.undelivered.json")
 
 
@@ -196,7 +196,7 @@ def _download(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    MlflowClient().create_run(runs._experiment_id(), tags=DEAD)
+    MlflowClient().create_run(store.experiment_id(), tags=DEAD)
 
 
 def _store(folder: Path) -> None:
@@ -241,10 +241,10 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "line", "remedy"),
     [
-        (_params, "params.yaml", "seed is 'one'; allowed: an integer"),
+        (_params, "params.yaml", "seed is 'one': input should be a valid integer"),
         (_download, "downloads", "data/raw/mnist/train-labels-idx1-ubyte.gz is not the published file: delete it"),
         (_split, "images", "data/prepared/train.safetensors is damaged"),
-        (_stand_in, "images", "mnist-5k stands in for mnist: set PIPELINE_DATA_MIRROR or mend the network"),
+        (_stand_in, "images", "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR or repair the network"),
         (_model, "model", "run `dvc repro -f train`"),
         (_lock, "dvc.lock", "`git checkout dvc.lock`, then `dvc repro`"),
         (_rwlock, "dvc.lock", ".dvc/tmp/rwlock is damaged: delete it"),
@@ -257,20 +257,24 @@ def _flip(path: Path) -> None:
         (_cached_listing, "DVC's cache", ".dir, the copy of reports/figures, is damaged: `rm -rf .dvc/cache"),
         (_checkpoint, "checkpoints", "a.checkpoint is damaged"),
         (
-            _damaged_letter,
+            _damaged_updates,
             "tracking store",
-            "abc.undelivered.json, which a run is still to be told, is damaged: delete it",
+            "abc.undelivered.json is damaged",
         ),
-        (_undelivered, "tracking store", ".undelivered.json is what a run is still to be told: `dvc repro`"),
-        (_run, "tracking store", "1 runs are open whose processes have died; what closes them: `dvc repro`"),
+        (
+            _undelivered,
+            "tracking store",
+            ".undelivered.json has updates for a run that MLflow did not get: `dvc repro`",
+        ),
+        (_run, "tracking store", "1 runs are open although their processes have died; to close them: `dvc repro`"),
         (_store, "tracking store", "mlflow.db failed: "),
-        (_champion, "registry", "cannot be had"),
+        (_champion, "registry", "cannot be read"),
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
         (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),
         (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.models 1 --rollback`"),
         (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): make it a file"),
         (_no_split_but_a_folder, "images", "data/prepared/train.safetensors cannot be read (Is a directory)"),
-        (_no_letter_but_a_folder, "tracking store", "abc.undelivered.json cannot be read (Is a directory)"),
+        (_no_updates_but_a_folder, "tracking store", "abc.undelivered.json cannot be read (Is a directory)"),
         (_no_checkpoint_but_a_folder, "checkpoints", "a.checkpoint cannot be read (Is a directory)"),
     ],
 )
@@ -282,7 +286,7 @@ def test_what_is_wrong_is_named_with_what_mends_it(
     remedy: str,
 ) -> None:
     damage(repository)
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     assert code == 1
     wrong = [each for each in lines if each.startswith("WRONG")]
     assert any(each[7:22].strip() == line and remedy in each for each in wrong), lines
@@ -321,18 +325,18 @@ def test_what_it_says_mends_it(
 ) -> None:
     """The commands that it prints, as a person would type them, and then it finds nothing."""
     damage(under_dvc)
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     wrong = [each for each in lines if each.startswith("WRONG")]
     assert code == 1
     assert line in {each[7:22].strip() for each in wrong}
     for command in [each for problem in wrong for each in re.findall("`([^`]+)`", problem)]:
         if command != "dvc pull":  # the other way, for who has a remote storage
             succeed("bash", "-c", command, folder=under_dvc)
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     assert code == 0, lines
 
 
-def test_an_interrupted_training_is_told_of(
+def test_an_interrupted_training_is_reported(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(run: object, epoch: Epoch) -> None:
@@ -342,6 +346,6 @@ def test_an_interrupted_training_is_told_of(
     monkeypatch.setattr(runs.TrainingRun, "log_epoch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train.main()
-    code, lines = told(capsys)
+    code, lines = diagnosis(capsys)
     assert code == 0
-    assert lines[7].endswith("1; the last after epoch 1, 0 days ago: `dvc repro` with its knobs goes on")
+    assert lines[7].endswith("1 interrupted, the last 0 days ago: `dvc repro` with its parameters continues it")

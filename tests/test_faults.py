@@ -22,7 +22,7 @@ from mlflow.entities import Run
 
 from pipeline import evaluate, files, train
 from pipeline.errors import Fault
-from pipeline.tracking import delivery, runs
+from pipeline.tracking import delivery, store
 from tests.conftest import (
     OWN_MOUNTS,
     QUICK,
@@ -39,7 +39,7 @@ EPOCHS = 8
 
 
 def every_run() -> list[Run]:
-    runs.connect()
+    store.connect()
     return list(mlflow.search_runs(output_format="list", order_by=["attributes.start_time"]))
 
 
@@ -175,7 +175,7 @@ def test_fault_3_a_temporary_folder_with_little_room_is_one_line_that_names_it(f
     """`train` makes the tracking store there; the library that exports the model would abort `evaluate`."""
     (finished_copy / "mlflow.db").unlink()
     if stage == "evaluate":
-        runs.connect()
+        store.connect()
     folder = finished_copy / "temporary"
     folder.mkdir()
     small = f"mount -t tmpfs -o size=64k tmpfs temporary && exec {sys.executable} -m pipeline.{stage}"
@@ -197,10 +197,10 @@ def test_fault_5_out_of_memory_is_a_failed_run_and_one_line(workspace: Path) -> 
     write_params(workspace, QUICK | {"train.batch_size": 3600, "model.filters": [1024, 1024], "train.threads": 1})
     limit = (
         "import resource, psutil; from pipeline import recipe; whole = recipe.fit\n"
-        "def fit(*arguments):\n"
+        "def fit(*arguments, **more):\n"
         "    most = psutil.Process().memory_info().vms + 20_000_000\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
-        "    return whole(*arguments)\n"
+        "    return whole(*arguments, **more)\n"
         "recipe.fit = fit"
     )
     with start(workspace, limit) as process:
@@ -289,14 +289,14 @@ def test_fault_8_dvc_started_from_a_subfolder_works_in_the_root_or_says_that_it_
 
 
 LOGGING = """
-from pipeline.tracking import runs
+from pipeline.tracking import store
 from mlflow import MlflowClient
-runs.connect()
+store.connect()
 print("connected", flush=True)
 input()
 client = MlflowClient()
 for number in range(5):
-    run = client.create_run(runs._experiment_id())
+    run = client.create_run(store.experiment_id())
     for step in range(20):
         client.log_metric(run.info.run_id, "value", step, step=step)
     client.set_terminated(run.info.run_id)
@@ -306,7 +306,7 @@ for number in range(5):
 def count_of_runs(port: int) -> int:
     """As MLflow's page asks for them."""
     api = f"http://127.0.0.1:{port}/ajax-api/2.0/mlflow"
-    found = requests.get(f"{api}/experiments/get-by-name?experiment_name={runs.EXPERIMENT}", timeout=60)
+    found = requests.get(f"{api}/experiments/get-by-name?experiment_name={store.EXPERIMENT}", timeout=60)
     assert found.ok, found.text
     of_it: dict[str, Any] = {"experiment_ids": [found.json()["experiment"]["experiment_id"]], "max_results": 100}
     answer = requests.post(f"{api}/runs/search", json=of_it, timeout=60)
@@ -350,7 +350,7 @@ def test_fault_9_and_10_eight_processes_begin_at_once_in_an_empty_store_and_the_
 @pytest.mark.slow
 def test_fault_10_a_store_is_made_whole_or_not_at_all(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at ten moments of its making, in which mlflow itself leaves tables that it cannot go on with."""
-    program = "from pipeline.tracking import runs; print('begins', flush=True); runs.connect()"
+    program = "from pipeline.tracking import store; print('begins', flush=True); store.connect()"
     left = set[bool]()
     for moment in range(10):
         # Each has a folder of its own: this process keeps a store open under its name, also one that is gone.
@@ -384,7 +384,7 @@ def test_fault_10_what_a_process_killed_while_it_writes_the_store_leaves_goes_wi
     (workspace / "mlflow.db").unlink()
     killed = "import os, signal; os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run(
-        [sys.executable, "-c", f"{killed}; from pipeline.tracking import runs; runs.connect()"],
+        [sys.executable, "-c", f"{killed}; from pipeline.tracking import store; store.connect()"],
         cwd=workspace,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)},
         check=False,

@@ -1,4 +1,4 @@
-"""Pictures: the same bytes each time, nothing of the machine in them, and the right content in the right place."""
+"""Figures: the same bytes each time, nothing of the machine in them, and the right content in the right place."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.figures import canvas, curves, network, scores, tiles
-from pipeline.figures.network import Heat
+from pipeline.figures.network import Heatmap
 from tests.layout import assert_readable
 
 CLASSES = ("cat", "dog", "a rather long class name")
@@ -79,20 +79,22 @@ def drawings() -> dict[str, Callable[[], Figure]]:
         "explanations": lambda: network.explanations(
             images[:3],
             CLASSES,
-            {"saliency": Heat(np.abs(noise(3, 28, 28)), False), "occlusion": Heat(noise(3, 28, 28), True)},
+            {"saliency": Heatmap(np.abs(noise(3, 28, 28)), False), "occlusion": Heatmap(noise(3, 28, 28), True)},
             "title",
         ),
         "explanations of long names": lambda: network.explanations(
             np.repeat(images, 2, axis=0)[:8],
             [f"{name}, labelled {other}" for name, other in zip(FASHION[:8], reversed(VEHICLES[:8]), strict=True)],
-            {"occlusion 6 x 6, random weights": Heat(np.abs(noise(8, 28, 28)), True)},
+            {"occlusion 6 x 6, random weights": Heatmap(np.abs(noise(8, 28, 28)), True)},
             "title",
         ),
         "nothing found": lambda: network.explanations(
-            images[:1], ["cat"], {"Grad-CAM": Heat(np.zeros((1, 28, 28)), False)}, "title"
+            images[:1], ["cat"], {"Grad-CAM": Heatmap(np.zeros((1, 28, 28)), False)}, "title"
         ),
-        "everywhere": lambda: network.equivariance(images[:3], np.abs(noise(3, 26, 26)), CLASSES, "title"),
-        "sharing": lambda: network.parameter_sharing({"conv2d": (320, 17_000_000), "conv2d_1": (18_496, 42_000_000)}),
+        "equivariance": lambda: network.equivariance(images[:3], np.abs(noise(3, 26, 26)), CLASSES, "title"),
+        "parameter sharing": lambda: network.parameter_sharing(
+            {"conv2d": (320, 17_000_000), "conv2d_1": (18_496, 42_000_000)}
+        ),
         "per class": lambda: scores.per_class(
             {"precision": [(0.9, 0.8, 1.0)] * 3, "recall": [(0.0, 0.0, 1.0)] * 3}, CLASSES
         ),
@@ -104,8 +106,8 @@ def drawings() -> dict[str, Callable[[], Figure]]:
         "robustness": lambda: scores.robustness(
             {name: [(0, 1.0), (1, 0.5)] for name in "abcd"}, dict.fromkeys("abcd", "pixels")
         ),
-        "shifts": lambda: network.shifts({"conv2d": [1, 0.5, 0.2], "max_pooling2d": [1, 0.7, 0.4]}),
-        "shifts of 4 blocks": lambda: network.shifts(
+        "shifts": lambda: network.shift_similarity({"conv2d": [1, 0.5, 0.2], "max_pooling2d": [1, 0.7, 0.4]}),
+        "shifts of 4 blocks": lambda: network.shift_similarity(
             {f"{kind}_{block}": [1, 0.5, 0.2, 0.1, 0] for block in range(4) for kind in ("conv2d", "max_pooling2d")}
         ),
         "components": lambda: scores.components(
@@ -147,7 +149,7 @@ def test_a_picture_is_as_wide_as_the_readme_and_always_the_same_bytes(name: str)
 
 
 @pytest.mark.parametrize("name", list(drawings()))
-def test_no_words_are_cut_off_or_lie_over_others_and_no_panel_is_empty(name: str) -> None:
+def test_no_text_is_cut_off_or_overlaps_and_no_panel_is_empty(name: str) -> None:
     assert_readable(figure_of(name))
 
 
@@ -207,7 +209,7 @@ def test_each_image_has_its_caption() -> None:
     assert titles[7:] == ["", "", ""]
 
 
-def test_a_filter_that_nothing_excites_is_marked() -> None:
+def test_the_number_of_a_filter_that_nothing_excites_is_in_brackets() -> None:
     def titles(name: str) -> list[str]:
         return [axes.get_title() for axes in figure_of(name).axes]
 
@@ -215,7 +217,7 @@ def test_a_filter_that_nothing_excites_is_marked() -> None:
     assert titles("filter images") == ["0", "(1)", "2"]
 
 
-def test_an_explanation_that_finds_nothing_says_so() -> None:
+def test_a_heatmap_of_zeros_is_labelled() -> None:
     assert [text.get_text() for text in figure_of("nothing found").axes[1].texts] == ["0 every-\nwhere"]
     assert not figure_of("explanations").axes[5].texts
 
@@ -234,7 +236,7 @@ def test_the_history_of_a_study_has_the_best_so_far_and_every_trial() -> None:
     assert all(lowest <= each <= highest for _, points in drawn.values() for each in points)
 
 
-def test_the_legend_speaks_of_dropout_only_where_there_is_some() -> None:
+def test_the_legend_names_dropout_only_if_it_is_on() -> None:
     def legend(dropout: bool) -> list[str]:
         drawn = curves.learning_curves(HISTORY, dropout).axes[0].get_legend()
         return [text.get_text() for text in drawn.get_texts()] if drawn else []
@@ -248,11 +250,11 @@ def test_the_most_used_filters_come_first() -> None:
     assert titles == [str(number) for number in range(31, -1, -1)]
 
 
-def test_what_speaks_against_a_class_is_drawn_around_white() -> None:
+def test_evidence_against_a_class_is_drawn_around_white() -> None:
     axes = figure_of("explanations").axes
     drawn = {each.images[0].get_cmap().name: each.images[0].get_clim() for each in axes if each.images}
     assert set(drawn) == {"gray", "inferno", "RdBu_r"}
     assert drawn["RdBu_r"][0] == -drawn["RdBu_r"][1]
     assert drawn["inferno"][0] == 0
     colours = {each.images[0].get_cmap().name for each in figure_of("explanations of long names").axes}
-    assert colours == {"gray", "RdBu_r"}  # also where, as it happens, nothing speaks against it
+    assert colours == {"gray", "RdBu_r"}  # also where no value happens to be negative

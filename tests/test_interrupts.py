@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 STAGES = ("prepare", "train", "evaluate", "visualize")
-OTHERS = ("tune", "predict x.png", "export --format onnx --out x", "serve", "champion")
+OTHERS = ("tune", "predict x.png", "export --format onnx --out x", "serve", "models")
 BRIEF = ("results", "verify", "doctor")  # they open few files before they end here
 # It waits where it opens its so manieth file after it has begun: the libraries are there, the command is at work. Only
 # what the main thread opens counts: that is the one which a signal wakes.
@@ -60,7 +60,7 @@ def test_fault_2_every_command_ends_alike(finished_copy: Path, command: str, sen
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_cpu", "_pydantic_core"])
-@pytest.mark.parametrize("command", ["train", "champion"])
+@pytest.mark.parametrize("command", ["train", "models"])
 def test_fault_2_ctrl_c_while_the_libraries_are_loaded_is_one_line(
     finished_copy: Path, command: str, library: str
 ) -> None:

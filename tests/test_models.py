@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipeline import evaluate, files, machine, train
-from pipeline.tracking import lineage, registry, runs
+from pipeline.tracking import lineage, registry, store
 from tests.conftest import QUICK, run_command, say_other_images, write_params
 
 
 def told(folder: Path, *arguments: str) -> str:
-    done = run_command("champion", *arguments, folder=folder)
+    done = run_command("models", *arguments, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode()
 
@@ -38,11 +38,11 @@ def test_a_version_tells_where_it_comes_from_and_whether_it_would_come_again(wor
     say_other_images()
     assert "\n  data: SHA-256 was " in told(workspace, "champion")
     (files.PREPARED / "dataset.json").unlink()
-    assert "\n  data: there are none here yet: dvc repro prepare\n" in told(workspace, "mnist-5k-cnn@champion")
+    assert "\n  data: none are prepared here yet: dvc repro prepare\n" in told(workspace, "mnist-5k-cnn@champion")
 
 
 def _champion_tags() -> dict[str, str]:
-    runs.connect()
+    store.connect()
     return dict(registry.find("champion").tags)
 
 
@@ -50,7 +50,7 @@ TAGS = {"recipe": "{}", "data.sha256": "a" * 64, "code": json.dumps({"pipeline/t
 
 
 def test_other_code_and_another_machine_are_named() -> None:
-    assert list(lineage.differences(TAGS, {}, "a" * 64)) == [("code", "pipeline/train.py is another")]
+    assert list(lineage.differences(TAGS, {}, "a" * 64)) == [("code", "pipeline/train.py has changed")]
     cpu = torch.device("cpu")
     assert lineage.other_machine({"device": "NVIDIA H100", "cpu.capability": "AVX1024"}, cpu) == [
         "device was NVIDIA H100, here it is cpu",
@@ -73,15 +73,17 @@ def test_a_version_that_somebody_registered_by_hand_is_one_line(finished_copy: P
     client = mlflow.MlflowClient()
     client.create_registered_model("mnist-5k-cnn")
     client.create_model_version("mnist-5k-cnn", str(finished_copy))
-    done = run_command("champion", "1", folder=finished_copy)
+    done = run_command("models", "1", folder=finished_copy)
     assert done.returncode == 2
-    assert done.stderr.decode() == "error: mnist-5k-cnn version 1 has no tag recipe: `evaluate` gives it one\n"
+    assert (
+        done.stderr.decode() == "error: mnist-5k-cnn version 1 has no tag recipe: it was not registered by `evaluate`\n"
+    )
 
 
 @pytest.mark.slow
 def test_the_history_and_the_way_back(finished_copy: Path) -> None:
     evaluate.main()
-    refused = run_command("champion", "--rollback", folder=finished_copy)
+    refused = run_command("models", "--rollback", folder=finished_copy)
     assert refused.returncode == 2
     assert b"error: mnist-5k-cnn has had no other champion to go back to" in refused.stderr
     write_params(finished_copy, QUICK | {"train.epochs": 5})
@@ -99,6 +101,6 @@ def test_the_history_and_the_way_back(finished_copy: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["7"], ["--history"], ["--rollback"], []])
 def test_where_nothing_is_registered_it_says_what_to_do(workspace: Path, arguments: list[str]) -> None:
-    done = run_command("champion", *arguments, folder=workspace)
+    done = run_command("models", *arguments, folder=workspace)
     assert done.returncode == 2
     assert done.stderr.decode() == "error: no model mnist-5k-cnn is registered here; run `dvc repro` first\n"

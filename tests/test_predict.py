@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline import predict
 from pipeline.data import image_files
 from pipeline.data.splits import TEST, read_dataset, read_split
-from pipeline.tracking import registry, runs
+from pipeline.tracking import registry, store
 from tests.conftest import run_command
 from tests.drawn import all_of_them, drawn
 
@@ -25,7 +25,7 @@ def folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_digits_from_outside_come_out_right(folder: Path) -> None:
     """By the model that has seen 3,600 digits, most of them; CI asks that of all of MNIST, too."""
-    runs.connect()
+    store.connect()
     model = registry.load(registry.find("champion"))
     answers = []
     for name, digit, picture in all_of_them():
@@ -44,8 +44,8 @@ def test_a_line_for_each_picture_and_one_for_each_that_cannot_be_read(folder: Pa
     assert [line.split("  ")[:2] for line in lines] == [[f"{tmp_path}/three.png", "3"], [f"{tmp_path}/zero.jpg", "0"]]
     assert all(re.search(r"  \d+\.\d%(  \(or \d, \d+\.\d%\))?$", line) for line in lines)
     assert done.stderr.decode().splitlines() == [
-        f"error: {tmp_path}/broken.png is no picture that can be read, which are BMP, JPEG, PNG, WEBP",
-        "error: missing.png is no picture that can be read: there is no such file",
+        f"error: {tmp_path}/broken.png is not a picture; allowed: BMP, JPEG, PNG, WEBP",
+        "error: missing.png cannot be read: there is no such file",
         "error: 2 of 4 pictures could not be read",
     ]
     assert done.returncode == 2
@@ -89,11 +89,11 @@ def test_what_cannot_be_is_one_line(folder: Path, arguments: list[str], line: st
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("models", "models is no picture that can be read: it is a folder without any; they end in "),
-        ("a\nb.png", "a\\nb.png is no picture that can be read: there is no such file"),
-        ("\x1b[31mred.png", "\\x1b[31mred.png is no picture that can be read: there is no such file"),
-        (os.fsdecode(b"caf\xe9.png"), "caf\\udce9.png is no picture that can be read: there is no such file"),
-        ("x" * 10_000, f"{'x' * 300}... is no picture that can be read: File name too long"),
+        ("models", "models cannot be read: it is a folder without pictures ("),
+        ("a\nb.png", "a\\nb.png cannot be read: there is no such file"),
+        ("\x1b[31mred.png", "\\x1b[31mred.png cannot be read: there is no such file"),
+        (os.fsdecode(b"caf\xe9.png"), "caf\\udce9.png cannot be read: there is no such file"),
+        ("x" * 10_000, f"{'x' * 300}... cannot be read: File name too long"),
     ],
 )
 def test_fault_28_a_name_from_outside_is_one_line_and_stops_no_other(

@@ -26,10 +26,10 @@ from pipeline import tune
 from pipeline.data.splits import read_dataset
 from pipeline.errors import UserError
 from pipeline.params import read_params
-from pipeline.tracking import runs, studies
-from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judged
+from pipeline.tracking import store, studies
+from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
-from pipeline.tuning.study import STARTUP_TRIALS, Study, counts
+from pipeline.tuning.study import STARTUP_TRIALS, Study, counts, open_study
 from tests.conftest import QUICK, REPOSITORY, run_command, say_other_images, write_params
 
 SMALL: dict[str, Any] = QUICK | {
@@ -87,18 +87,26 @@ def trials(name: str = "convtrack") -> list[FrozenTrial]:
     return optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
 
 
+def finalist_trials() -> list[tuple[str, ...]]:
+    """The state and the values of each trial of the finalists, as text."""
+    return [
+        (trial.state.name, json.dumps(trial.system_attrs["fixed_params"], sort_keys=True))
+        for trial in trials("convtrack finalists")
+    ]
+
+
 def children() -> list[Run]:
-    runs.connect()
+    store.connect()
     client = MlflowClient()
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     return [run for run in client.search_runs([experiment.experiment_id]) if "trial.number" in run.data.tags]
 
 
 def parent() -> Run:
-    runs.connect()
+    store.connect()
     client = MlflowClient()
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id], "tags.`study.id` != ''")
     return found
@@ -144,11 +152,19 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
         curve = MlflowClient().get_metric_history(child.info.run_id, "validation_accuracy")
         assert [1 - point.value for point in curve] == pytest.approx(list(trial.intermediate_values.values()))
 
+    trained = finalist_trials()
+    assert [state for state, _ in trained] == ["COMPLETE"] * 4  # two finalists, each with two seeds
+    seeds = [read_params().seed + 1, read_params().seed + 2]
+    assert sorted(json.loads(values)["seed"] for _, values in trained) == sorted(2 * seeds)
+    assert len(set(trained)) == 4
+
     # Going on adds to the same study and the same parent, and trains no finalist twice with the same seed.
     again = run("--trials", "6", "--apply", "--force")
     assert len(trials()) == 6
     assert len(children()) == 6
     assert parent().data.tags["mlflow.runName"] == "tuning convtrack"
+    assert finalist_trials()[:4] == trained
+    assert len(set(finalist_trials())) == len(finalist_trials()) <= 6
     after = Path("params.yaml").read_text()
     changed = [line for line in after.splitlines() if line not in before.splitlines()]
     winner = json.loads((study_folder / "tuning/summary.json").read_text())["winner"]
@@ -162,14 +178,14 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
 
 def concluded(*accuracies: tuple[int | None, float, float]) -> Verdict:
     """What comes of finalists: the numbers of their trials, and their validation accuracies with two seeds."""
-    return judged([Outcome(Finalist(trial, {"model.dropout": 0.1}, 1), (a, b)) for trial, a, b in accuracies])
+    return judge([Outcome(Finalist(trial, {"model.dropout": 0.1}, 1), (a, b)) for trial, a, b in accuracies])
 
 
 @pytest.mark.parametrize(
     ("finalists", "force", "written", "line"),
     [
-        ([(None, 0.98, 0.99), (3, 0.97, 0.98)], True, False, "params.yaml stays as it is\n"),
-        ([(None, 0.98, 0.98), (3, 0.98, 0.99)], False, False, "stays as it is; --force writes the winner's values\n"),
+        ([(None, 0.98, 0.99), (3, 0.97, 0.98)], True, False, "params.yaml is unchanged\n"),
+        ([(None, 0.98, 0.98), (3, 0.98, 0.99)], False, False, "is unchanged; --force writes the winner's values\n"),
         ([(None, 0.98, 0.98), (3, 0.98, 0.99)], True, True, "params.yaml has the values of trial 3: "),
         ([(None, 0.97, 0.98), (3, 0.98, 0.9901)], False, True, "-  dropout: 0.5"),
     ],
@@ -182,8 +198,8 @@ def test_only_a_real_gain_is_applied_unless_it_is_forced(
     written: bool,
     line: str,
 ) -> None:
-    study, before = open_study(), Path("params.yaml").read_text()
-    runs.connect()
+    study, before = small_study(), Path("params.yaml").read_text()
+    store.connect()
     with studies.study_run(study.id, "tuning", study.params, study.dataset) as opened:
         tune._apply(study, concluded(*finalists), opened, force)
     assert line in capsys.readouterr().out
@@ -195,8 +211,8 @@ def test_only_a_real_gain_is_applied_unless_it_is_forced(
 
 
 def test_another_winner_of_the_same_trials_is_kept_beside_the_first(study_folder: Path) -> None:
-    study = open_study()
-    runs.connect()
+    study = small_study()
+    store.connect()
     for dropout in (0.1, 0.2, 0.1):
         with studies.study_run(study.id, "tuning", study.params, study.dataset) as opened:
             opened.log_best(4, {"model.dropout": dropout}, {"best_validation_accuracy": 0.9})
@@ -253,39 +269,40 @@ def test_the_same_seed_and_one_worker_give_the_same_trials_also_in_two_goes(stud
 def test_fault_18_a_study_is_not_gone_on_with_for_something_else(
     study_folder: Path, changed: dict[str, object], line: str
 ) -> None:
-    open_study()
+    small_study()
     write_params(study_folder, SMALL | changed)
     with pytest.raises(UserError) as refusal:
-        open_study()
+        small_study()
     assert line in str(refusal.value)
     assert "start another study with --study NAME" in str(refusal.value)
-    open_study("another")
+    small_study("another")
 
 
 def test_the_tuned_values_may_change_and_the_study_goes_on(study_folder: Path) -> None:
-    open_study()
+    small_study()
     write_params(
         study_folder, SMALL | {"model.filters.0": 4, "model.filters.1": 12, "model.dropout": 0.1, "train.epochs": 3}
     )
-    open_study()
+    small_study()
 
 
 @pytest.mark.faults
 def test_fault_18_other_images_make_another_study(study_folder: Path) -> None:
-    open_study()
+    small_study()
     say_other_images()
     with pytest.raises(UserError, match=r"was made with data\.sha256 = [0-9a-f]{64}, and now it is [0-9a-f]{64}"):
-        open_study()
+        small_study()
 
 
-def open_study(name: str = "convtrack") -> Study:
-    return Study.open(open_storage(), name, read_params(), read_dataset())
+def small_study(name: str = "convtrack") -> Study:
+    return open_study(open_storage(), name, read_params(), read_dataset(), total=4)
 
 
 @pytest.mark.faults
 def test_fault_16_an_interrupt_while_the_journal_is_written_keeps_nobody_waiting(study_folder: Path) -> None:
-    study = open_study()
+    study = small_study()
     trial = study.next()
+    assert trial is not None
     JOURNAL.with_name(JOURNAL.name + ".lock").symlink_to(JOURNAL.resolve())  # what is interrupted may not let it go
     started = time.monotonic()
     study.requeue_all([trial])
@@ -322,7 +339,7 @@ def test_fault_17_when_every_trial_fails_nothing_is_applied(
     write_params(study_folder, SMALL | present | {"tune.space": {knob: {"choices": choices}}})
     before = Path("params.yaml").read_bytes()
     line = refused("--apply", "--force", code=1)
-    assert line.startswith("no trial of the study came to its end; the last one: ")
+    assert line.startswith("no trial of the study was completed; the last one: ")
     assert part in line
     assert Path("params.yaml").read_bytes() == before
     assert [trial.state.name for trial in trials()] == ["FAIL"] * 4
@@ -366,7 +383,7 @@ def test_fault_28_a_study_may_have_any_name(study_folder: Path) -> None:
     ("arguments", "line"),
     [
         (["--workers", "1000"], "--workers is 1000; allowed: 1 to"),
-        (["--trials", "0"], "argument --trials: 0 is no number from 1 on"),
+        (["--trials", "0"], "argument --trials: 0 is not a whole number of at least 1"),
         (["--force"], "--force goes with --apply"),
         (["--study", "two\nlines"], "argument --study: a study's name has 1 to 100 characters, all on one line"),
         (["--study", "x" * 10_000], "argument --study: a study's name has 1 to 100 characters, all on one line"),
@@ -409,7 +426,7 @@ def test_two_studies_at_once_in_one_folder_are_refused(study_folder: Path) -> No
     with start() as first:
         wait_for_trials(1)
         first.send_signal(signal.SIGSTOP)  # else it may have ended before the second has begun, on a busy machine
-        assert refused() == "another study is at work in this folder: wait for it, or end it"
+        assert refused() == "another study is running in this folder: wait for it, or stop it"
         first.send_signal(signal.SIGCONT)
         assert first.wait(120) == 0
     assert len(trials()) == 4
@@ -516,6 +533,57 @@ def test_a_storage_without_its_driver_is_said_in_one_line(study_folder: Path) ->
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["study", "worker", "interrupted"])
+def test_finalists_go_on_after_a_kill_and_none_is_trained_twice(study_folder: Path, killed: str) -> None:
+    write_params(study_folder, SMALL | {"tune.trials": 2, "tune.seeds": 4, "tune.epochs": 5})
+    with start() as study:
+        wait_for_finalists(2)
+        before = [trial for trial in finalist_trials() if trial[0] == "COMPLETE"]
+        if killed == "worker":
+            for worker in psutil.Process(study.pid).children():
+                worker.kill()
+        else:
+            study.send_signal(signal.SIGINT if killed == "interrupted" else signal.SIGKILL)
+        assert (study.wait(120) == 0) == (killed == "worker")
+    run()
+    complete = [trial for trial in finalist_trials() if trial[0] == "COMPLETE"]
+    assert complete[: len(before)] == before
+    assert len(complete) == len(set(complete)) == 8
+    assert {state for state, _ in finalist_trials()} == {"COMPLETE", "FAIL"}  # those that were interrupted
+
+
+@pytest.mark.slow
+def test_a_finalist_that_fails_ends_the_command_and_is_tried_again(study_folder: Path) -> None:
+    space = {"train.learning_rate": {"choices": [0.001, 1e6]}}
+    write_params(study_folder, SMALL | {"train.learning_rate": 1e6, "tune.space": space})
+    for _ in range(2):
+        line = refused("--workers", "1", code=1)
+        assert re.match(r"present with seed \d+ failed: DivergedError: the training loss is", line)
+    assert [state for state, _ in finalist_trials()] == ["FAIL", "FAIL"]
+    assert parent().info.status == "FAILED"
+
+
+def test_finalists_that_are_no_longer_wanted_are_not_trained(study_folder: Path) -> None:
+    search = small_study()
+    earlier, present = Finalist(3, {"model.dropout": 0.1}, 1), Finalist(None, {"model.dropout": 0.5}, 1)
+    first = open_finalists(search, [earlier])
+    trial = first.next()
+    assert trial is not None
+    first.requeue(trial)
+    now = open_finalists(search, [present])
+    started = [trial for trial in (now.next(), now.next(), now.next(), now.next()) if trial is not None]
+    assert [now.values_of(trial)["model.dropout"] for trial in started] == [0.5, 0.5]
+    assert not now.wants_another()
+    assert not now.is_done()
+
+
+def test_a_study_may_not_take_the_name_of_the_finalists(study_folder: Path) -> None:
+    open_finalists(small_study(), [])
+    with pytest.raises(UserError, match="the study convtrack finalists was made with"):
+        small_study("convtrack finalists")
+
+
 def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
     """Those that had ended are as they were; as many as were asked for count; MLflow has all, none of them running."""
     after = trials()
@@ -551,6 +619,15 @@ def wait_for_epochs(count: int) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("no epoch was trained")
+
+
+def wait_for_finalists(count: int) -> None:
+    """Until so many trainings of finalists have been started."""
+    for _ in range(1200):
+        if JOURNAL.exists() and "convtrack finalists" in JOURNAL.read_text() and len(finalist_trials()) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no finalist was trained")
 
 
 def wait_for_trials(count: int) -> None:

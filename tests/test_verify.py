@@ -17,7 +17,8 @@ import torch
 from pipeline import verify
 from pipeline.data import sources
 from pipeline.errors import Fault, run_command
-from tests.conftest import PARAMS, say_of_the_data, write_params
+from pipeline.machine import copy_repository
+from tests.conftest import say_of_the_data, write_params
 from tests.data.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
 from tests.test_clone import ONE_EPOCH, environment, run, succeed
 
@@ -42,7 +43,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     succeed("git", "init", "-q", folder=folder)
     write_lock(folder, COMMITTED)
-    shutil.copy(PARAMS, folder)
+    write_params(folder, {})
     (folder / "requirements.lock").write_text(f"numpy==0.0.1 \\\ntorch=={torch.__version__.split('+')[0]} \\\n")
     commit(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
@@ -57,7 +58,7 @@ def test_what_counts_is_the_committed_lock_and_not_what_dvc_repro_has_made_of_it
     write_lock(repository, REBUILT)
     committed = verify.committed_outputs()
     assert committed == COMMITTED
-    verify.tell(REBUILT, REBUILT, committed)
+    verify.compare(REBUILT, REBUILT, committed)
     told = capsys.readouterr().out
     assert told.splitlines()[1].split() == ["models/model.safetensors", "c" * 12, "the", "same", "another"]
     assert "They are not those of the committed dvc.lock." in told
@@ -104,7 +105,7 @@ def test_where_no_lock_is_committed_one_line_says_so_before_anything_is_built(
 
 
 def test_the_same_bytes_as_committed_need_no_reasons(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verify.tell(COMMITTED, COMMITTED, verify.committed_outputs())
+    verify.compare(COMMITTED, COMMITTED, verify.committed_outputs())
     head, *rows, empty, last = capsys.readouterr().out.splitlines()
     assert head.split() == ["output", "MD5", "second", "run", "dvc.lock"]
     assert [row.split() for row in rows] == [
@@ -114,25 +115,24 @@ def test_the_same_bytes_as_committed_need_no_reasons(repository: Path, capsys: p
     assert (empty, last) == ("", "Twice the same bytes.")
 
 
-def test_images_that_stand_in_for_others_are_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verify.tell_stand_in(workspace)
+def test_a_build_with_the_fallback_says_so(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verify.warn_of_fallback(workspace)
     assert capsys.readouterr().out == ""
     say_of_the_data(requested="mnist")
-    verify.tell_stand_in(workspace)
-    assert capsys.readouterr().out == (
-        "mnist could not be had, so this is verified on mnist-5k: "
-        "set PIPELINE_DATA_MIRROR, or mend the network, for the images that params.yaml names\n"
-    )
+    verify.warn_of_fallback(workspace)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR" in line
 
 
 def test_other_bytes_than_committed_come_with_what_may_be_why(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_params(repository, {"train.threads": 1, "train.device": "cpu"})
-    verify.tell(REBUILT, REBUILT, verify.committed_outputs())
+    verify.compare(REBUILT, REBUILT, verify.committed_outputs())
     told = capsys.readouterr().out
     _, _, reasons = told.partition("Twice the same bytes.\nThey are not those of the committed dvc.lock. ")
-    elsewhere = "; of the machine that wrote dvc.lock it may be another"
+    elsewhere = "; it may differ on the machine that wrote dvc.lock"
     first, *lines = reasons.splitlines()[1:]
     assert "`git diff HEAD`" in first
     assert re.fullmatch(r"  numpy is \d+\.\d+\.\d+, requirements\.lock has 0\.0\.1", lines[0])
@@ -148,13 +148,13 @@ def test_two_builds_that_differ_are_a_fault_that_names_the_output(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Fault, match="two runs of this code on this machine do not give the same bytes"):
-        verify.tell(COMMITTED, REBUILT, verify.committed_outputs())
+        verify.compare(COMMITTED, REBUILT, verify.committed_outputs())
     model, figures = capsys.readouterr().out.splitlines()[1:3]
     assert model.split() == ["models/model.safetensors", "a" * 12, "ANOTHER", "the", "same"]
     assert "ANOTHER" not in figures
 
 
-def test_whole_downloads_are_lent_and_the_others_come_from_the_users_mirror(
+def test_whole_downloads_are_used_again_and_the_others_come_from_the_users_mirror(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing, damaged = TRAIN_IMAGES, "t10k-labels-idx1-ubyte.gz"
@@ -165,10 +165,10 @@ def test_whole_downloads_are_lent_and_the_others_come_from_the_users_mirror(
     put(tmp_path / "mirror", {name: whole[name] for name in (missing, damaged)})
     monkeypatch.setenv(sources.MIRROR_VARIABLE, "../mirror")  # from the root of the repository, not of its copy
     copy = tmp_path / "a folder" / "copy"
-    verify._lend_downloads(copy)
+    verify._link_downloads(copy)
     monkeypatch.setenv(sources.MIRROR_VARIABLE, verify._environment()[sources.MIRROR_VARIABLE])
     monkeypatch.setenv("DVC_ROOT", str(copy))
-    assert is_small_mnist(sources.load("mnist"))
+    assert is_small_mnist(sources.load("mnist")[1])
     assert (repository / "data/raw/mnist" / damaged).read_bytes() == b"half a fi"
     assert not (repository / "data/raw/mnist" / missing).exists()
 
@@ -184,14 +184,14 @@ def test_fault_2_what_is_interrupted_ends_with_all_that_it_has_started(
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt):
-            verify._run_as_one(["sh", "-c", f"({stage}) & echo $! > stage; wait"], tmp_path, os.environ)
+            verify._run_as_group(["sh", "-c", f"({stage}) & echo $! > stage; wait"], tmp_path, os.environ)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert ends(int((tmp_path / "stage").read_text()))
 
 
 def ends(process: int) -> bool:
-    """Whether it ends within a second: it has closed its files a moment before. Who buries it is not asked."""
+    """Whether it ends within a second; its parent may not have waited for it yet."""
     with suppress(psutil.NoSuchProcess):
         for _ in range(100):
             if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
@@ -205,7 +205,7 @@ def ends(process: int) -> bool:
 def clone(tmp_path: Path) -> Path:
     """What git knows or would add, committed in a new repository, with a recipe of seconds."""
     folder = tmp_path / "clone"
-    verify.copy_into(folder)
+    copy_repository(folder)
     write_params(folder, ONE_EPOCH)
     commit(folder)
     return folder

@@ -27,14 +27,14 @@ def main() -> None:
     files.checkpoints_folder().mkdir(exist_ok=True)
     history = list[Epoch]()
 
-    def keep(reached: Checkpoint) -> None:
-        checkpoints.keep(fingerprint, reached, history, "")
+    def save(reached: Checkpoint) -> None:
+        checkpoints.save(fingerprint, reached, history, "")
 
-    for epoch in recipe.fit(cnn, train, validation, params, keep=keep):
+    for epoch in recipe.fit(cnn, train, validation, params, save_checkpoint=save):
         history.append(epoch)
     files.write(files.MODEL, model_file.to_bytes(cnn, dataset.tags, params.recipe))
     files.write_table(files.HISTORY, [asdict(epoch) for epoch in history])
-    checkpoints.forget(fingerprint)
+    checkpoints.remove(fingerprint)
 
 
 if __name__ == "__main__":

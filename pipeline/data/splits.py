@@ -1,4 +1,4 @@
-"""The prepared splits: cut, write, read, digest."""
+"""The prepared splits: cut them, check them, write and read them."""
 
 import hashlib
 import itertools
@@ -36,7 +36,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What ``dataset.json`` says of one split: how many images, how many of each class, the file's SHA-256."""
+    """One split in ``dataset.json``: its number of images, that of each class, and the SHA-256 of its file."""
 
     count: int
     per_class: dict[str, int]
@@ -45,10 +45,10 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What ``dataset.json`` says of the prepared data.
+    """The content of ``dataset.json``.
 
     ``name`` is the data set that was really used and ``requested`` the one that params.yaml names; they differ after
-    the offline fall-back. ``mean`` and ``std`` are those of the training pixels in [0, 1], one value a channel.
+    the offline fallback. ``mean`` and ``std`` are those of the training pixels in [0, 1], one value per channel.
     """
 
     name: str
@@ -62,17 +62,17 @@ class Dataset:
 
     @property
     def label(self) -> str:
-        """The name for people; it says so where this is not the data set that they asked for."""
+        """The name to show. It says so where this is not the data set that params.yaml names."""
         return self.name if self.name == self.requested else f"{self.name}, standing in for {self.requested}"
 
     @property
     def tags(self) -> dict[str, str]:
-        """By what the data are known, wherever a model says what it was trained on."""
+        """The data set as tags of a run, a model file or a registered model."""
         return {"data.name": self.name, "data.requested": self.requested, "data.sha256": self.sha256}
 
     @property
     def sha256(self) -> str:
-        """One digest for all the data: the SHA-256 of the splits' digests, one after the other."""
+        """One digest of all the data: the SHA-256 of the splits' digests, joined."""
         return files.sha256("".join(self.splits[name].sha256 for name in SPLITS).encode())
 
 
@@ -86,8 +86,8 @@ def cut(
 ) -> dict[str, LabelledImages]:
     """The three splits. Validation is the last part of the published training images, in their published order.
 
-    Where the publisher names no test split, the images are put into a random order first (``seed``) and the last
-    ``test_fraction`` of them become the test split. Raises UserError where a fraction leaves a split without images.
+    Where the publisher names no test split, the images are first shuffled with ``seed``, and the last
+    ``test_fraction`` of them become the test split. Raises UserError where a split would have no images.
     """
     if test is None:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
@@ -104,26 +104,26 @@ def _cut_off(images: LabelledImages, fraction: float, split: str) -> tuple[Label
 
 
 def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:
-    """What is odd about the splits, a line each. Raises UserError for what no network can learn."""
-    oddities = []
+    """Warnings about the splits, a line each. Raises UserError for labels that cannot be learned."""
+    warnings = []
     for split, images in splits.items():
         outside = (images.labels < 0) | (images.labels >= len(class_names))
         if outside.any():
             worst = int(images.labels[outside][0])
             raise UserError(
-                f"{name}: {int(outside.sum()):,} labels of the {split} split are no class, {worst} for one; "
+                f"{name}: {int(outside.sum()):,} labels of the {split} split are not a class, such as {worst}; "
                 f"allowed: 0 to {len(class_names) - 1}"
             )
         for number, count in enumerate(torch.bincount(images.labels, minlength=len(class_names)).tolist()):
             if count == 0 and split == TRAIN:
                 raise UserError(f"{name}: the {split} split has no image of class {class_names[number]}")
             if count == 0:
-                oddities.append(f"the {split} split has no image of class {class_names[number]}")
+                warnings.append(f"the {split} split has no image of class {class_names[number]}")
     seen = {split: _digests(images) for split, images in splits.items()}
     for one, other in itertools.combinations(seen, 2):
         if common := seen[one] & seen[other]:
-            oddities.append(f"{len(common):,} images of the {one} split are in the {other} split too")
-    return oddities
+            warnings.append(f"{len(common):,} images of the {one} split are in the {other} split too")
+    return warnings
 
 
 def _digests(split: LabelledImages) -> set[bytes]:
@@ -139,7 +139,7 @@ def write_splits(
     source: str,
     class_names: tuple[str, ...],
 ) -> Dataset:
-    """Write one safetensors file a split, then ``dataset.json``. The same splits give the same bytes."""
+    """Write one safetensors file per split, then ``dataset.json``. The same splits give the same bytes."""
     facts = {
         split: _write_split(images, folder / f"{split}.safetensors", class_names) for split, images in splits.items()
     }
@@ -160,13 +160,13 @@ def write_splits(
 
 
 def write_dataset(dataset: Dataset, folder: Path = files.PREPARED) -> None:
-    """Write ``dataset.json``, with its own digest in it."""
+    """Write ``dataset.json``, which also holds the digest of its content."""
     facts = asdict(dataset)
     files.write_json(folder / "dataset.json", facts | {"sha256": _digest(facts)})
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    """The SHA-256 of what dataset.json says; tuples and lists count as the same."""
+    """The SHA-256 of the content of dataset.json; tuples and lists count as the same."""
     return files.sha256(json.dumps(facts, sort_keys=True).encode())
 
 
@@ -183,12 +183,12 @@ def _rounded(values: torch.Tensor) -> tuple[float, ...]:
 
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:
-    """What ``dataset.json`` says. Raises Fault where that is not what was written."""
+    """Read ``dataset.json``. Raises Fault where it has changed since it was written."""
     path = folder / "dataset.json"
     try:
         content = json.loads(files.read(path, made_by="prepare"))
         if content.pop("sha256") != _digest(content):
-            raise ValueError("its SHA-256 is not the one that it names")
+            raise ValueError("its SHA-256 differs")
         return Dataset(
             **content
             | {key: tuple(content[key]) for key in ("class_names", "image_shape", "mean", "std")}
@@ -199,9 +199,9 @@ def read_dataset(folder: Path = files.PREPARED) -> Dataset:
 
 
 def read_split(dataset: Dataset, split: str, folder: Path = files.PREPARED) -> LabelledImages:
-    """One split. Its SHA-256 is checked, because DVC trusts the files in its cache without hashing them again."""
+    """One split. Its SHA-256 is checked, because DVC does not hash the files in its cache again."""
     path = folder / f"{split}.safetensors"
     content = files.read(path, made_by="prepare")
     if files.sha256(content) != dataset.splits[split].sha256:
-        raise Fault(f"{path} is damaged (its SHA-256 is not that of dataset.json): run `dvc repro -f prepare`")
+        raise Fault(f"{path} is damaged (its SHA-256 is not the one in dataset.json): run `dvc repro -f prepare`")
     return LabelledImages(**safetensors.torch.load(content))

@@ -7,11 +7,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.explain.corruptions import moved
-from pipeline.model.cnn import CNN, Architecture, as_input, flattened, layers, pooled
+from pipeline.model.cnn import CNN, Architecture, as_input, layers
+from pipeline.model.layers import Pooling
 
 CHUNK = 250  # images at a time
 
@@ -30,29 +31,26 @@ def first_filters(cnn: CNN) -> Tensor:
 
 @torch.no_grad()
 def use_of_first_filters(cnn: CNN, images: Tensor) -> Tensor:
-    """How far each filter's maps of images (N, H, W, C) are from its map of a black one, on average: (filters,).
+    """How far each first filter's maps of images (N, H, W, C) are from its map of a black one: means, (filters,).
 
-    Of the first convolution. A filter with a large bias answers to black as well, and that is no use.
+    A filter with a large bias responds to black as well, which is of no use.
     """
     block = cnn.eval().block_list()[0]
-    of_black = block(as_input(torch.zeros_like(images[:1])))
-    found = ((block(as_input(chunk)) - of_black).abs().double() for chunk in torch.split(images, CHUNK))
+    to_black = block(as_input(torch.zeros_like(images[:1])))
+    found = ((block(as_input(chunk)) - to_black).abs().double() for chunk in torch.split(images, CHUNK))
     return torch.stack([each.mean(dim=(2, 3)).sum(dim=0) for each in found]).sum(dim=0) / len(images)
 
 
 @torch.no_grad()
 def feature_maps(cnn: CNN, images: Tensor) -> list[FeatureMaps]:
-    """The maps of images (N, H, W, C) after each convolution with its ReLU and after each pooling.
-
-    This is the textbook order, convolution, ReLU, pooling. The CNN itself may pool first, with the same result.
-    """
+    """The maps of images (N, H, W, C) after each convolution with its ReLU and after each pooling."""
     found, maps = [], as_input(images)
     for index, block in enumerate(cnn.eval().block_list()):
         suffix = f"_{index}" if index else ""
-        maps = F.relu(block.normalisation(block.convolution(maps)))
+        maps = block.before("pooling", maps)
         found.append(FeatureMaps(f"conv2d{suffix}", maps))
-        maps = pooled(maps, cnn.architecture.pool, cnn.architecture.pool_size)
-        found.append(FeatureMaps(f"{cnn.architecture.pool}_pooling2d{suffix}", maps))
+        maps = block.pooling(maps)
+        found.append(FeatureMaps(f"{block.pooling.kind}_pooling2d{suffix}", maps))
     return found
 
 
@@ -65,17 +63,22 @@ class Field(NamedTuple):
 
 
 def receptive_field(cnn: CNN) -> Field:
-    """What the last convolution sees; ``first`` is below 0 where it sees padding."""
-    a = cnn.architecture
+    """What one place of the last convolution's maps sees; ``first`` is below 0 where it sees padding."""
     first, step, side = 0, 1, 1
-    for block in range(len(a.filters)):
-        if block:
-            side += (a.pool_size - 1) * step
-            step *= a.pool_size
-        first -= a.padding * step
-        side += (a.kernel_size - 1) * step
-        step *= a.stride
-    return Field(first, step, side)
+    field = Field(first, step, side)
+    for layer in cnn.blocks.modules():
+        match layer:
+            case nn.Conv2d():
+                (kernel, _), (stride, _) = layer.kernel_size, layer.stride
+                padding = layer.padding[0] if isinstance(layer.padding, tuple) else (kernel - 1) // 2
+                first -= int(padding) * step
+                side += (kernel - 1) * step
+                step *= stride
+                field = Field(first, step, side)
+            case Pooling():
+                side += (layer.size - 1) * step
+                step *= layer.size
+    return field
 
 
 class Patches(NamedTuple):
@@ -98,7 +101,7 @@ def strongest_patches(cnn: CNN, images: Tensor, count: int) -> Patches:
     before, last = cnn.blocks[:-1], cnn.block_list()[-1]
     strengths, places = [], []
     for chunk in torch.split(images, CHUNK):
-        maps = last.normalisation(last.convolution(before(as_input(chunk))))
+        maps = last.before("activation", before(as_input(chunk)))
         strongest, place = maps.flatten(2).max(dim=2)
         strengths.append(strongest)
         places.append(place)
@@ -156,12 +159,9 @@ def grad_cam(cnn: CNN, images: Tensor, classes: Tensor) -> Tensor:
     """
     cnn.eval()
     last = cnn.block_list()[-1]
-    maps = last.normalisation(last.convolution(cnn.blocks[:-1](images))).detach().requires_grad_()
-    if last.pool == "mean":
-        after = pooled(F.relu(maps), last.pool, last.pool_size)
-    else:
-        after = F.relu(pooled(maps, last.pool, last.pool_size))
-    (gradient,) = torch.autograd.grad(_chosen(cnn.dense(flattened(after)), classes).sum(), maps)
+    maps = last.before("activation", cnn.blocks[:-1](images)).detach().requires_grad_()
+    logits = cnn.head(last.onwards("activation", maps))
+    (gradient,) = torch.autograd.grad(_chosen(logits, classes).sum(), maps)
     heat = F.relu((gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True)).detach()
     return F.interpolate(heat, images.shape[2:], mode="bilinear")[:, 0]
 
@@ -198,7 +198,7 @@ def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[fl
         still = feature_maps(cnn, chunk)
         for pixels in range(shifts + 1):
             for (layer, before), (_, after) in zip(still, feature_maps(cnn, moved(chunk, 0, pixels)), strict=True):
-                alike = F.cosine_similarity(before.flatten(1), after.flatten(1)).double().sum().item()
+                alike = F.cosine_similarity(before.double().flatten(1), after.double().flatten(1)).sum().item()
                 sums.setdefault(layer, [0.0] * (shifts + 1))[pixels] += alike
     return {layer: [total / len(images) for total in totals] for layer, totals in sums.items()}
 
@@ -207,7 +207,7 @@ def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[fl
 def penultimate_features(cnn: CNN, images: Tensor) -> Tensor:
     """What the dense layer sees of images (N, H, W, C): (N, features) float32."""
     cnn.eval()
-    return torch.cat([flattened(cnn.blocks(as_input(chunk))) for chunk in torch.split(images, CHUNK)])
+    return torch.cat([cnn.flatten(cnn.maps(chunk)) for chunk in torch.split(images, CHUNK)])
 
 
 def principal_components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Images made harder, a little or a lot, and how well the CNN still knows them."""
+"""Corruptions of images, weak and strong, and the accuracy of the CNN on corrupted images."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from pipeline.model.metrics import accuracy, predict_logits
 
 
 def moved(images: Tensor, down: int, right: int) -> Tensor:
-    """Images (N, H, W, C) moved down and to the right, or the other way below 0; black where nothing was."""
+    """Images (N, H, W, C) moved down and to the right (up and to the left if negative), filled up with black."""
     height, width = images.shape[1:3]
     framed = F.pad(images, (0, 0, *(abs(right),) * 2, *(abs(down),) * 2))
     top, left = abs(down) - down, abs(right) - right
@@ -21,42 +21,43 @@ def moved(images: Tensor, down: int, right: int) -> Tensor:
 
 
 def subsampled(images: Tensor, every: int) -> Tensor:
-    """Images (N, H, W, C) of which each ``every``-th row and column is left, as large as before."""
+    """Images (N, H, W, C) with only each ``every``-th row and column kept, enlarged to the size they had."""
     height, width = images.shape[1:3]
     kept = images[:, ::every, ::every]
     return kept.repeat_interleave(every, dim=1).repeat_interleave(every, dim=2)[:, :height, :width]
 
 
 def rotated(images: Tensor, degrees: float) -> Tensor:
-    """Images (N, H, W, C) uint8 turned around their middle, black where nothing was."""
+    """Images (N, H, W, C) uint8 turned around their centre, filled up with black."""
     height, width = images.shape[1:3]
     angle = math.radians(degrees)
     cosine, sine = math.cos(angle), math.sin(angle)
-    # The grid is in half sides, so that an image that is no square needs its two sides' ratio.
+    # The grid counts in half sides, so an image that is not square needs the ratio of its sides.
     return _resampled(images, [[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]])
 
 
 def scaled(images: Tensor, factor: float) -> Tensor:
-    """Images (N, H, W, C) uint8 enlarged around their middle, or made smaller, black where nothing was."""
+    """Images (N, H, W, C) uint8 enlarged or shrunk around their centre, filled up with black."""
     return _resampled(images, [[1 / factor, 0, 0], [0, 1 / factor, 0]])
 
 
-def _resampled(images: Tensor, grid_from: list[list[float]]) -> Tensor:
+def _resampled(images: Tensor, affine: list[list[float]]) -> Tensor:
+    """Images whose pixel at (x, y) is the one that was at ``affine`` (2, 3) times (x, y, 1)."""
     pixels = images.permute(0, 3, 1, 2).float()
-    turn = torch.tensor([grid_from], device=images.device)
-    grid = F.affine_grid(turn, [1, *pixels.shape[1:]], align_corners=False)
-    found = F.grid_sample(pixels, grid.expand(len(images), -1, -1, -1), align_corners=False)
-    return found.round().to(torch.uint8).permute(0, 2, 3, 1)
+    theta = torch.tensor([affine], device=images.device)
+    grid = F.affine_grid(theta, [1, *pixels.shape[1:]], align_corners=False)
+    sampled = F.grid_sample(pixels, grid.expand(len(images), -1, -1, -1), align_corners=False)
+    return sampled.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def noisy(images: Tensor, deviation: float) -> Tensor:
-    """Images uint8 with Gaussian noise of so many times the whole range, the same noise at each call."""
+    """Images uint8 with Gaussian noise, the same at each call; ``deviation`` is a share of the whole range."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     return (images + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def blurred(images: Tensor, deviation: float) -> Tensor:
-    """Images (N, H, W, C) uint8, each pixel a mean of those around it, with Gaussian weights of so many pixels."""
+    """Images (N, H, W, C) uint8 blurred by a Gaussian with a standard deviation of so many pixels."""
     if not deviation:
         return images
     reach = math.ceil(3 * deviation)
@@ -68,50 +69,50 @@ def blurred(images: Tensor, deviation: float) -> Tensor:
     return down.round().clamp(0, 255).to(torch.uint8).view(images.shape[3], *images.shape[:3]).permute(1, 2, 3, 0)
 
 
-def paler(images: Tensor, contrast: float) -> Tensor:
-    """Images uint8 with less contrast, around the grey in the middle of the range."""
+def with_contrast(images: Tensor, contrast: float) -> Tensor:
+    """Images uint8 with so many times their contrast, at most 1, around the grey in the middle of the range."""
     return (127.5 + (images - 127.5) * contrast).round().to(torch.uint8)
 
 
-class Change(NamedTuple):
-    """A kind of change, its unit, how strong it is made, and what makes it."""
+class Corruption(NamedTuple):
+    """What corrupts images (N, H, W, C) uint8, the strengths to try, ascending, and their unit."""
 
-    name: str
-    unit: str
-    strengths: tuple[float, ...]
     apply: Callable[[Tensor, float], Tensor]
+    strengths: tuple[float, ...]
+    unit: str
 
 
-CHANGES = (
-    Change(
-        "shift", "pixels, right and down", (0, 1, 2, 3, 4, 5, 6), lambda images, by: moved(images, int(by), int(by))
+CORRUPTIONS = {
+    "shift": Corruption(
+        lambda images, by: moved(images, int(by), int(by)), (0, 1, 2, 3, 4, 5, 6), "pixels, right and down"
     ),
-    Change("rotation", "degrees", (0, 10, 20, 30, 40, 50, 60), rotated),
-    Change("scale", "times its size", (0.5, 0.65, 0.8, 1, 1.2, 1.35, 1.5), scaled),
-    Change("noise", "deviation / range", (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), noisy),
-    Change("blur", "deviation, pixels", (0, 0.5, 1, 1.5, 2, 2.5, 3), blurred),
-    Change("contrast", "times its own", (1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1), paler),
-)
-
-
-def accuracies(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, list[tuple[float, float]]]:
-    """For each kind of change its strengths, ascending, and the accuracy on images (N, H, W, C) uint8 changed so."""
-    return {
-        change.name: [
-            (by, accuracy(predict_logits(cnn, change.apply(images, by)), labels)) for by in sorted(change.strengths)
-        ]
-        for change in CHANGES
-    }
-
-
-REPORTED: dict[str, Callable[[Tensor], Tensor]] = {
-    "shifted_2_pixels": lambda images: moved(images, 2, 2),
-    "rotated_15_degrees": lambda images: rotated(images, 15),
-    "noise_20_percent": lambda images: noisy(images, 0.2),
-    "half_contrast": lambda images: paler(images, 0.5),
+    "rotation": Corruption(rotated, (0, 10, 20, 30, 40, 50, 60), "degrees"),
+    "scale": Corruption(scaled, (0.5, 0.65, 0.8, 1, 1.2, 1.35, 1.5), "times its size"),
+    "noise": Corruption(noisy, (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), "deviation / range"),
+    "blur": Corruption(blurred, (0, 0.5, 1, 1.5, 2, 2.5, 3), "deviation, pixels"),
+    "contrast": Corruption(with_contrast, (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1), "times its own"),
+}
+REPORTED = {  # in metrics.json
+    "shifted_2_pixels": ("shift", 2),
+    "rotated_15_degrees": ("rotation", 15),
+    "noise_20_percent": ("noise", 0.2),
+    "half_contrast": ("contrast", 0.5),
 }
 
 
+def accuracies(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, list[tuple[float, float]]]:
+    """For each corruption (strength, accuracy) on images (N, H, W, C) uint8 that are corrupted so."""
+    return {
+        name: [(strength, _accuracy(cnn, images, labels, name, strength)) for strength in corruption.strengths]
+        for name, corruption in CORRUPTIONS.items()
+    }
+
+
 def robustness(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy on the same images (N, H, W, C) uint8 after each change that the metrics report."""
-    return {name: accuracy(predict_logits(cnn, change(images)), labels) for name, change in REPORTED.items()}
+    """Accuracy on images (N, H, W, C) uint8 after each corruption that the metrics report."""
+    return {name: _accuracy(cnn, images, labels, *corruption) for name, corruption in REPORTED.items()}
+
+
+def _accuracy(cnn: CNN, images: Tensor, labels: Tensor, corruption: str, strength: float) -> float:
+    corrupted = CORRUPTIONS[corruption].apply(images, strength)
+    return accuracy(predict_logits(cnn, corrupted), labels)

@@ -1,4 +1,4 @@
-"""The model card: what a registered model is, in Markdown (Mitchell et al., 2019). Facts in, text out."""
+"""The model card: what a registered model is and how good it is, in Markdown (Mitchell et al., 2019)."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,14 +18,14 @@ def model_card(dataset: Dataset, saved: TrainedModel, metrics: Mapping[str, Any]
             "## Data",
             *_data(dataset),
             "## Recipe",
-            _table(("knob", "value"), saved.recipe.items()),
+            _table(("parameter", "value"), saved.recipe.items()),
             "## Architecture",
             f"```text\n{summary(saved.cnn.architecture)}\n```",
             f"## How good it is, on the {dataset.splits[TEST].count:,} test images",
-            *_figures(dataset, metrics),
+            *_scores(dataset, metrics),
             "## Limits",
             _limits(dataset),
-            "## How to make it again",
+            "## How to reproduce it",
             _reproduction(tags),
         ]
     )
@@ -35,9 +35,9 @@ def _purpose(dataset: Dataset) -> list[str]:
     height, width, channels = dataset.image_shape
     colours = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
     return [
-        f"A convolutional network that tells {len(dataset.class_names)} classes apart in {colours} images of "
+        f"A convolutional network that distinguishes {len(dataset.class_names)} classes in {colours} images of "
         f"{height} x {width} pixels: {', '.join(map(_text, dataset.class_names))}.",
-        "It takes images (N, H, W, C) as bytes, 0 is black and 255 white, and answers a probability for each class.",
+        "It takes images (N, H, W, C) as bytes, from 0 (black) to 255 (white), and returns a probability per class.",
     ]
 
 
@@ -53,11 +53,11 @@ def _data(dataset: Dataset) -> list[str]:
     ]
     return [
         f"{_text(dataset.label)}, from {_text(dataset.source)}; SHA-256 `{dataset.sha256}`.",
-        _table(("split", "images", "a class", "SHA-256 of its file"), rows),
+        _table(("split", "images", "per class", "SHA-256 of its file"), rows),
     ]
 
 
-def _figures(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
+def _scores(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
     test, count = metrics["test"], dataset.splits[TEST].count
     rows = [
         ("accuracy", f"{test['accuracy']:.2%}", _interval(count - test["error_count"], count)),
@@ -81,7 +81,7 @@ def _figures(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
     return [
         _table(("", "measured", "95 % confidence"), rows),
         _table(("class", "images", "recall", "95 % confidence"), recalls),
-        "The intervals are Wilson's: what another draw of as many test images may give.",
+        "The intervals (Wilson) show how far chance in the choice of the test images goes.",
     ]
 
 
@@ -92,10 +92,10 @@ def _interval(right: int, count: int) -> str:
 
 def _limits(dataset: Dataset) -> str:
     lines = [
-        "It knows nothing but these classes: any other image gets one of them too, and often with confidence.",
-        "It expects images like those that it was trained on, in size, framing and contrast; the rows above that begin "
-        "with *accuracy,* tell how much it loses on others.",
-        "It comes from one training; another seed makes other mistakes.",
+        "It knows nothing but these classes: any other image is given one of them too, often with high confidence.",
+        "It expects images like those it was trained on, in size, framing and contrast; the rows above that begin with "
+        "*accuracy,* show how much it loses on others.",
+        "It comes from one training; with another seed it would make other mistakes.",
     ]
     if dataset.name != dataset.requested:
         lines.insert(0, f"**{_text(dataset.name)} stood in for {_text(dataset.requested)}**, which could not be had.")
@@ -105,10 +105,10 @@ def _limits(dataset: Dataset) -> str:
 def _reproduction(tags: Mapping[str, str]) -> str:
     if "git.commit" not in tags:
         return (
-            "DVC brought it back from a cache, or there was no git: of its code and its machine nothing is known. "
-            "`dvc repro` with the recipe above."
+            "DVC brought it back from a cache, or there was no git: its code and machine are not known. "
+            "Run `dvc repro` with the recipe above."
         )
-    dirty = " There were changes that nobody committed." if tags.get("git.dirty") == "true" else ""
+    dirty = " There were uncommitted changes." if tags.get("git.dirty") == "true" else ""
     machine = ", ".join(
         f"{key} {tags[key]}"
         for key in ("torch.version", "numba.version", "cpu.capability", "cpu.threads")
@@ -116,7 +116,7 @@ def _reproduction(tags: Mapping[str, str]) -> str:
     )
     return (
         f"`git checkout {tags['git.commit']}`, the recipe above in params.yaml, then `dvc repro`.{dirty} "
-        f"The same bytes come out on the same machine: {machine}."
+        f"A machine like this one gives the same bytes: {machine}."
     )
 
 
@@ -126,6 +126,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _text(name: str) -> str:
-    """A name from outside as Markdown shows it, whatever is in it."""
+    """A name from outside, escaped so that Markdown shows it as it is."""
     escaped = html.escape(" ".join(name.split()))
     return "".join(f"\\{character}" if character in "\\`*_{}[]()#+!|~" else character for character in escaped)

@@ -1,354 +1,300 @@
-"""Which figures and tables there are: what a model learned and where it fails, from the model and the images.
+"""The figures and tables of a report: what a model learned and where it fails.
 
-pipeline/network says what there is to see, as tensors, and pipeline/figures draws it; here one is handed to the other.
+A new figure is a function that draws arrays in pipeline/figures, and a function and a line of FIGURES here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
-from pipeline.data.splits import Dataset, LabelledImages
-from pipeline.errors import UserError
 from pipeline.explain import activation_maximization, attribution, corruptions
 from pipeline.explain.activation_maximization import Regularization
+from pipeline.explain.class_images import ascent
+from pipeline.explain.report_inputs import ReportInputs
 from pipeline.figures import canvas, curves, network, scores
-from pipeline.figures.network import Heat
+from pipeline.figures.network import Heatmap
 from pipeline.model import metrics
 from pipeline.model.cnn import CNN, as_input, layers
-from pipeline.params import Visualize
 
 Rows = list[dict[str, object]]
-MOST_POINTS = 1000  # images that are drawn as points, beside the mistakes; more would hide each other
-MOST_IN_A_ROW, MOST_IN_A_TABLE = 10, 30  # classes that have room beside each other
+MAX_POINTS = 1000  # images drawn as points, besides the mistakes; more would hide each other
 
 
-class ClassImages(NamedTuple):
-    """Images (classes, C, H, W) in [0, 1] made to raise the logit of one class each, under a wish.
-
-    How probable each class then is, and the class of the training image that is most like each: (classes,).
-    """
-
-    wish: str
-    images: Tensor
-    probabilities: Tensor
-    nearest: Tensor
+def _learning_curves(inputs: ReportInputs) -> Figure:
+    columns = {name: [float(row[name]) for row in inputs.history] for name in inputs.history[0]}
+    return curves.learning_curves(columns, dropout=inputs.cnn.architecture.dropout > 0)
 
 
-@dataclass(frozen=True)
-class ReportInputs:
-    """What is shown: a model, the images that it was trained and tested on, and what the other stages wrote of it."""
-
-    cnn: CNN
-    dataset: Dataset
-    train: LabelledImages
-    test: LabelledImages
-    history: Sequence[Mapping[str, str]]
-    predictions: Sequence[Mapping[str, str]]
-    params: Visualize
-    calibration_bins: int
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """Of the test images, (N, classes)."""
-        return metrics.predict_logits(self.cnn, self.test.images).softmax(dim=1)
-
-    @cached_property
-    def predicted(self) -> Tensor:
-        """The classes that evaluate found, (N,)."""
-        number = {name: index for index, name in enumerate(self.dataset.class_names)}
-        return torch.tensor([number[row["predicted"]] for row in self.predictions])
-
-    @cached_property
-    def confidence(self) -> Tensor:
-        """Of evaluate's predictions, (N,)."""
-        return torch.tensor([float(row["confidence"]) for row in self.predictions])
-
-    @cached_property
-    def class_images(self) -> list[ClassImages]:
-        """Under each wish in turn; of the first ten classes."""
-        classes = torch.arange(len(self.dataset.class_names[:MOST_IN_A_ROW]))
-        found = []
-        for words, wish in _wishes(self.params):
-            images = activation_maximization.made(
-                self.cnn, activation_maximization.class_logits, len(classes), wish, _ascent(self.params)
-            )
-            with torch.no_grad():
-                probabilities = self.cnn(images).softmax(dim=1).gather(1, classes[:, None])[:, 0]
-            nearest = self.train.labels[nearest_images(images, self.train.images)]
-            found.append(ClassImages(words, images, probabilities, nearest))
-        return found
-
-    @cached_property
-    def one_of_each(self) -> Tensor:
-        """The first test image of each of the first ten classes that have one, as indices."""
-        labels = self.test.labels.tolist()
-        there = [label for label in range(len(self.dataset.class_names)) if label in labels]
-        return torch.tensor([labels.index(label) for label in there[:MOST_IN_A_ROW]])
-
-    @cached_property
-    def harder(self) -> dict[str, list[tuple[float, float]]]:
-        """Accuracy on the test images against how much harder they were made, for each kind of change."""
-        return corruptions.accuracies(self.cnn, self.test.images, self.test.labels)
-
-    @cached_property
-    def confusion(self) -> Tensor:
-        """Counts of the test images (classes, classes): row = actual, column = predicted."""
-        return metrics.confusion_matrix(self.test.labels, self.predicted, len(self.dataset.class_names))
-
-    @cached_property
-    def confused(self) -> Tensor:
-        """The classes with the most mistakes, of and as them, in their order: at most thirty."""
-        mistakes = self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - 2 * self.confusion.diag()
-        return mistakes.argsort(descending=True, stable=True)[:MOST_IN_A_TABLE].sort().values
-
-    @cached_property
-    def bins(self) -> list[metrics.Bin]:
-        """How sure and how often right on the test images."""
-        return metrics.reliability(self.probabilities, self.test.labels, self.calibration_bins)
-
-    @cached_property
-    def shifts(self) -> dict[str, list[float]]:
-        """How alike each layer's maps of a thousand test images stay, see attribution.shift_similarity."""
-        return attribution.shift_similarity(self.cnn, self.test.images[:1000], shifts=4)
-
-    def names(self, labels: Tensor) -> list[str]:
-        """The classes' names."""
-        return [self.dataset.class_names[label] for label in labels.tolist()]
+def _first_layer_filters(inputs: ReportInputs) -> Figure:
+    use = attribution.use_of_first_filters(inputs.cnn, inputs.test.images)
+    return network.filters(attribution.first_filters(inputs.cnn).numpy(), use.numpy())
 
 
-def figures(of: ReportInputs) -> Iterator[tuple[str, Figure]]:
-    """Every figure by its name, one after the other: drawn, they are large."""
-    columns = {name: [float(row[name]) for row in of.history] for name in of.history[0]}
-    yield "learning_curves", curves.learning_curves(columns, dropout=of.cnn.architecture.dropout > 0)
-    yield from _inside(of)
-    yield from _made(of)
-    yield "explanations", _explanations(of)
-    yield from _properties(of)
-    yield from _scores(of)
+def _feature_maps(inputs: ReportInputs) -> Figure:
+    index = inputs.image_index
+    image = inputs.test.images[index]
+    maps = {layer: each[0].numpy() for layer, each in attribution.feature_maps(inputs.cnn, image[None])}
+    (name,) = inputs.names(inputs.test.labels[index : index + 1])
+    return network.feature_maps(image.numpy(), maps, f"Feature maps of test image {index} (class {name})")
 
 
-def _inside(of: ReportInputs) -> Iterator[tuple[str, Figure]]:
-    """Filters, maps and patches."""
-    use = attribution.use_of_first_filters(of.cnn, of.test.images)
-    yield "first_layer_filters", network.filters(attribution.first_filters(of.cnn).numpy(), use.numpy())
-    index = of.params.image
-    if index >= len(of.test):
-        raise UserError(f"params.yaml: visualize.image is {index}; allowed: 0 ... {len(of.test) - 1}, the test images")
-    image = of.test.images[index]
-    maps = {layer: each[0].numpy() for layer, each in attribution.feature_maps(of.cnn, image[None])}
-    (name,) = of.names(of.test.labels[index : index + 1])
-    title = f"What each layer makes of test image {index} (class {name})"
-    yield "feature_maps", network.feature_maps(image.numpy(), maps, title)
-
-    images = of.test.images[of.one_of_each]
-    of_all = {layer: each.numpy() for layer, each in attribution.feature_maps(of.cnn, images)}
-    names = of.names(of.test.labels[of.one_of_each])
-    yield "maps_of_classes", network.maps_of_classes(images.numpy(), names, of_all, chosen=4)
-
-    patches, strongest = attribution.strongest_patches(of.cnn, of.test.images, of.params.patches)
-    drawn = network.strongest_patches(patches.numpy(), strongest.numpy(), _last_layer(of.cnn))
-    yield "strongest_patches", drawn
+def _maps_of_classes(inputs: ReportInputs) -> Figure:
+    images = inputs.test.images[inputs.first_of_each_class]
+    maps = {layer: each.numpy() for layer, each in attribution.feature_maps(inputs.cnn, images)}
+    names = inputs.names(inputs.test.labels[inputs.first_of_each_class])
+    return network.maps_of_classes(images.numpy(), names, maps, chosen=4)
 
 
-def _last_layer(cnn: CNN) -> str:
+def _strongest_patches(inputs: ReportInputs) -> Figure:
+    patches, strongest = attribution.strongest_patches(inputs.cnn, inputs.test.images, inputs.params.patches)
+    return network.strongest_patches(patches.numpy(), strongest.numpy(), _last_convolution(inputs.cnn))
+
+
+def _class_images(inputs: ReportInputs) -> Figure:
+    """One row for each kind of regularization, one column for each of the first ten classes."""
+    rows = inputs.class_images
+    images = {row.regularization: row.images.permute(0, 2, 3, 1).numpy() for row in rows}
+    probabilities = {row.regularization: row.probabilities.numpy() for row in rows}
+    names = inputs.dataset.class_names[: len(rows[0].images)]
+    return network.class_images(images, probabilities, names, inputs.names(rows[-1].nearest))
+
+
+def _filter_images(inputs: ReportInputs) -> Figure:
+    """For each filter of the last convolution an image made to raise the sum of its map."""
+    settings, filters = inputs.params.maximisation, inputs.cnn.architecture.filters[-1]
+    smooth = Regularization(total_variation=settings.total_variation, jitter=settings.jitter)
+    images = activation_maximization.maximize(
+        inputs.cnn, activation_maximization.filter_sums, filters, smooth, ascent(settings)
+    )
+    with torch.no_grad():
+        sums = activation_maximization.filter_sums(inputs.cnn, torch.arange(filters))(images)
+    return network.filter_images(images.permute(0, 2, 3, 1).numpy(), sums.numpy(), _last_convolution(inputs.cnn))
+
+
+def _last_convolution(cnn: CNN) -> str:
     return [layer.name for layer in layers(cnn.architecture) if layer.name.startswith("conv2d")][-1]
 
 
-def _made(of: ReportInputs) -> Iterator[tuple[str, Figure]]:
-    """Images that were made to please the network."""
-    made, names = of.class_images, of.dataset.class_names[:MOST_IN_A_ROW]
-    shown = {each.wish: each.images.permute(0, 2, 3, 1).numpy() for each in made}
-    probabilities = {each.wish: each.probabilities.numpy() for each in made}
-    yield "class_images", network.class_images(shown, probabilities, names, of.names(made[-1].nearest))
+def _explanations(inputs: ReportInputs) -> Figure:
+    """Four correct predictions and four mistakes, explained in three ways, each once more with random weights."""
+    correct = inputs.first_of_each_class[~inputs.wrong[inputs.first_of_each_class]][:4]
+    mistakes = attribution.most_confident_mistakes(inputs.test.labels, inputs.predicted, inputs.confidence, 4)
+    chosen = torch.cat([correct, mistakes])
+    images, classes = inputs.test.images[chosen], inputs.predicted[chosen]
+    untrained = attribution.with_random_weights(inputs.cnn)
+    side = inputs.params.occlusion_side
+    heatmaps = _heatmaps(inputs.cnn, images, classes, side)
+    heatmaps |= {
+        f"{method}, random weights": each for method, each in _heatmaps(untrained, images, classes, side).items()
+    }
+    names = [canvas.shortened(name, 12) for name in inputs.names(classes)]
+    labels = [canvas.shortened(name, 12) for name in inputs.names(inputs.test.labels[chosen])]
+    titles = [name if name == label else f"{name}, labelled {label}" for name, label in zip(names, labels, strict=True)]
+    title = "Evidence for the predicted class, in correct and in wrong predictions"
+    return network.explanations(images.numpy(), titles, heatmaps, title)
 
-    wish = Regularization(total_variation=of.params.maximisation.total_variation, jitter=of.params.maximisation.jitter)
-    filters = of.cnn.architecture.filters[-1]
-    images = activation_maximization.made(
-        of.cnn, activation_maximization.filter_sums, filters, wish, _ascent(of.params)
+
+def _heatmaps(cnn: CNN, images: Tensor, classes: Tensor, side: int) -> dict[str, Heatmap]:
+    """What each method finds in images (N, H, W, C) for one class (N,) each; occluded by squares of ``side`` pixels."""
+    pixels, square = as_input(images), f"{side}\N{NO-BREAK SPACE}x\N{NO-BREAK SPACE}{side}"
+    return {
+        "saliency |dy/dx|": Heatmap(attribution.saliency(cnn, pixels, classes).numpy(), signed=False),
+        f"occlusion {square}": Heatmap(attribution.occlusion(cnn, pixels, classes, side).numpy(), signed=True),
+        "Grad-CAM": Heatmap(attribution.grad_cam(cnn, pixels, classes).numpy(), signed=False),
+    }
+
+
+def _same_pattern_everywhere(inputs: ReportInputs) -> Figure:
+    """The map of one filter moves as its image does, and subsampling hardly changes it."""
+    image = inputs.test.images[inputs.image_index][None]
+    variants = {
+        "original": image,
+        "3 down": corruptions.moved(image, 3, 0),
+        "3 to the right": corruptions.moved(image, 0, 3),
+        "3 to the left": corruptions.moved(image, 0, -3),
+        "one pixel in four": corruptions.subsampled(image, 2),
+    }
+    images = torch.cat(list(variants.values()))
+    predicted = inputs.names(metrics.predict_logits(inputs.cnn, images).argmax(dim=1))
+    titles = [f"{how}:\npredicted {canvas.shortened(name, 11)}" for how, name in zip(variants, predicted, strict=True)]
+    maps = attribution.feature_maps(inputs.cnn, images)[0].maps
+    original = maps[0].flatten(1)
+    # The filter whose map has the highest peak above its background.
+    strongest = int((original.amax(dim=1) - original.median(dim=1).values).argmax())
+    title = f"Filter {strongest} finds its pattern wherever it is: its map moves with the image"
+    return network.equivariance(images.numpy(), maps[:, strongest].numpy(), titles, title)
+
+
+def _pooling_and_shifts(inputs: ReportInputs) -> Figure:
+    return network.shift_similarity(inputs.shift_similarity)
+
+
+def _shared_weights(inputs: ReportInputs) -> Figure:
+    return network.parameter_sharing(attribution.parameters_of_convolutions(inputs.cnn.architecture))
+
+
+def _confusion_matrix(inputs: ReportInputs) -> Figure:
+    mistakes = canvas.counted(int(inputs.wrong.sum()), "mistake")
+    title = f"{mistakes} in {len(inputs.test):,} test images of {inputs.dataset.label}"
+    classes = inputs.hardest_classes
+    if len(classes) < len(inputs.dataset.class_names):
+        title += f"; the {len(classes)} classes with the most"
+    return scores.confusion_matrix(inputs.confusion[classes][:, classes].numpy(), inputs.names(classes), title)
+
+
+def _per_class(inputs: ReportInputs) -> Figure:
+    classes = inputs.hardest_classes
+    shares = {measure: [of_each[index] for index in classes] for measure, of_each in inputs.shares.items()}
+    return scores.per_class(shares, inputs.names(classes))
+
+
+def _reliability(inputs: ReportInputs) -> Figure:
+    error = metrics.expected_calibration_error(inputs.probabilities, inputs.test.labels, inputs.calibration_bins)
+    title = f"Confidence and accuracy on {inputs.dataset.label}; expected calibration error {error:.2%}"
+    return scores.reliability(inputs.reliability, title)
+
+
+def _robustness(inputs: ReportInputs) -> Figure:
+    units = {name: corruption.unit for name, corruption in corruptions.CORRUPTIONS.items()}
+    return scores.robustness(inputs.robustness, units)
+
+
+def _confident_mistakes(inputs: ReportInputs) -> Figure:
+    images = attribution.most_confident_mistakes(
+        inputs.test.labels, inputs.predicted, inputs.confidence, inputs.params.mistakes
     )
-    with torch.no_grad():
-        sums = activation_maximization.filter_sums(of.cnn, torch.arange(filters))(images)
-    shown_images = images.permute(0, 2, 3, 1).numpy()
-    yield "filter_images", network.filter_images(shown_images, sums.numpy(), _last_layer(of.cnn))
+    title = f"The {canvas.counted(len(images), 'most confident mistake')}: predicted class (confidence), label"
+    if not len(images):
+        title = f"No mistake in {len(inputs.test):,} test images"
+    return _captioned(inputs, images, inputs.predicted[images], inputs.confidence[images], title)
 
 
-def _wishes(params: Visualize) -> list[tuple[str, Regularization]]:
-    """From none to all of them, as the lesson goes."""
-    m = params.maximisation
+def _doubtful_labels(inputs: ReportInputs) -> Figure:
+    found = attribution.likely_label_errors(inputs.probabilities, inputs.test.labels)
+    images, classes = (each[: inputs.params.mistakes] for each in found)
+    title = f"{len(images)} of the {canvas.counted(len(found.images), 'label')} that confident learning flags"
+    if not len(images):
+        title = "Confident learning flags no label"
+    return _captioned(inputs, images, classes, inputs.probabilities[images, classes], title)
+
+
+def _captioned(inputs: ReportInputs, images: Tensor, classes: Tensor, probabilities: Tensor, title: str) -> Figure:
+    """Test images, given by index, each with a class that it may be, this class's probability, and its label."""
+    guesses, labels = (
+        [canvas.shortened(name, 16) for name in inputs.names(each)] for each in (classes, inputs.test.labels[images])
+    )
+    facts = zip(guesses, probabilities.tolist(), labels, strict=True)
+    captions = [f"{guess} ({probability:.1%}), labelled {label}" for guess, probability, label in facts]
+    return scores.captioned(inputs.test.images[images].numpy(), captions, title)
+
+
+def _principal_components(inputs: ReportInputs) -> Figure:
+    """The first thousand test images and all mistakes in the plane in which their features differ most."""
+    classes, labels = inputs.hardest_classes, inputs.test.labels
+    shown = (inputs.wrong | (torch.arange(len(labels)) < MAX_POINTS)) & torch.isin(labels, classes)
+    features = attribution.penultimate_features(inputs.cnn, inputs.test.images[shown])
+    points, variance = attribution.principal_components(features, 2)
+    rank = torch.searchsorted(classes, labels[shown])  # of each image's class among those that are drawn
+    wrong = inputs.wrong[shown].numpy()
+    return scores.components(points.numpy(), variance.tolist(), rank.numpy(), wrong, inputs.names(classes))
+
+
+# In the order in which they are drawn: what takes long comes last.
+FIGURES: dict[str, Callable[[ReportInputs], Figure]] = {
+    "learning_curves": _learning_curves,
+    "feature_maps": _feature_maps,
+    "maps_of_classes": _maps_of_classes,
+    "same_pattern_everywhere": _same_pattern_everywhere,
+    "shared_weights": _shared_weights,
+    "confusion_matrix": _confusion_matrix,
+    "per_class": _per_class,
+    "reliability": _reliability,
+    "confident_mistakes": _confident_mistakes,
+    "doubtful_labels": _doubtful_labels,
+    "principal_components": _principal_components,
+    "first_layer_filters": _first_layer_filters,
+    "strongest_patches": _strongest_patches,
+    "pooling_and_shifts": _pooling_and_shifts,
+    "explanations": _explanations,
+    "robustness": _robustness,
+    "filter_images": _filter_images,
+    "class_images": _class_images,
+}
+
+
+def _class_images_rows(inputs: ReportInputs) -> Rows:
     return [
-        ("left to itself", Regularization()),
-        ("few bright pixels (L1)", Regularization(l1=m.l1)),
-        ("smooth (total variation)", Regularization(total_variation=m.total_variation)),
-        ("smooth, and moved at each step", Regularization(total_variation=m.total_variation, jitter=m.jitter)),
-        ("all of it", Regularization(m.l1, m.total_variation, m.jitter)),
+        {
+            "regularization": row.regularization,
+            "class": name,
+            "probability": f"{probability:.6f}",
+            "total_variation": f"{variation:.6f}",
+            "nearest": nearest,
+        }
+        for row in inputs.class_images
+        for name, probability, variation, nearest in zip(
+            inputs.dataset.class_names[: len(row.images)],
+            row.probabilities.tolist(),
+            activation_maximization.total_variation(row.images).tolist(),
+            inputs.names(row.nearest),
+            strict=True,
+        )
     ]
 
 
-def _ascent(params: Visualize) -> activation_maximization.Ascent:
-    m = params.maximisation
-    return activation_maximization.Ascent(m.steps, m.step_size, m.noise, m.seed)
+def _reliability_rows(inputs: ReportInputs) -> Rows:
+    return [
+        {name: f"{value:.6f}" for name, value in each._asdict().items()} | {"images": each.images}
+        for each in inputs.reliability
+    ]
 
 
-def nearest_images(made: Tensor, images: Tensor) -> Tensor:
-    """For each image made (M, C, H, W) the index of the real one (N, H, W, C) most like it, (M,).
-
-    Both are brought to mean 0 and length 1 first, so that neither brightness nor contrast counts.
-    """
-
-    def normalised(pixels: Tensor) -> Tensor:
-        return F.normalize(pixels - pixels.mean(dim=1, keepdim=True))
-
-    ours = normalised(made.flatten(1))
-    best, index = torch.full((len(made),), -2.0), torch.zeros(len(made), dtype=torch.long)
-    for start in range(0, len(images), 10_000):
-        alike, place = (ours @ normalised(as_input(images[start : start + 10_000]).flatten(1)).T).max(dim=1)
-        index = torch.where(alike > best, place + start, index)
-        best = torch.maximum(alike, best)
-    return index
-
-
-def _explanations(of: ReportInputs) -> Figure:
-    """Right and wrong predictions, explained in three ways, each once more with random weights."""
-    right = of.one_of_each[of.predicted[of.one_of_each] == of.test.labels[of.one_of_each]][:4]
-    wrong = attribution.most_confident_mistakes(of.test.labels, of.predicted, of.confidence, 4)
-    chosen = torch.cat([right, wrong])
-    images, classes = as_input(of.test.images[chosen]), of.predicted[chosen]
-    side = of.params.occlusion_side
-    squares = f"{side}\N{NO-BREAK SPACE}x\N{NO-BREAK SPACE}{side}"
-    heats = {}
-    for weights, cnn in (("", of.cnn), (", random weights", attribution.with_random_weights(of.cnn))):
-        heats[f"saliency |dy/dx|{weights}"] = Heat(attribution.saliency(cnn, images, classes).numpy(), False)
-        heats[f"occlusion {squares}{weights}"] = Heat(attribution.occlusion(cnn, images, classes, side).numpy(), True)
-        heats[f"Grad-CAM{weights}"] = Heat(attribution.grad_cam(cnn, images, classes).numpy(), False)
-    said, labels = (
-        [canvas.shortened(name, 12) for name in of.names(each)] for each in (classes, of.test.labels[chosen])
-    )
-    titles = [a if a == b else f"{a}, labelled {b}" for a, b in zip(said, labels, strict=True)]
-    title = "What speaks for the predicted class, in right predictions and in wrong ones"
-    return network.explanations(of.test.images[chosen].numpy(), titles, heats, title)
-
-
-def _properties(of: ReportInputs) -> Iterator[tuple[str, Figure]]:
-    """Why convolution and pooling suit images."""
-    image = of.test.images[of.params.image]
-    moves = {"3 down": (3, 0), "3 to the right": (0, 3), "3 to the left": (0, -3)}
-    made = {"as it is": image} | {words: corruptions.moved(image[None], *by)[0] for words, by in moves.items()}
-    made["one pixel in four"] = corruptions.subsampled(image[None], 2)[0]
-    images = torch.stack(list(made.values()))
-    _, maps = attribution.feature_maps(of.cnn, images)[0]
-    # The filter whose map has the highest peak above what it answers to nothing.
-    strongest = int((maps[0].flatten(1).amax(dim=1) - maps[0].flatten(1).median(dim=1).values).argmax())
-    found = of.names(metrics.predict_logits(of.cnn, images).argmax(dim=1))
-    titles = [f"{how}:\npredicted {canvas.shortened(name, 11)}" for how, name in zip(made, found, strict=True)]
-    yield (
-        "same_pattern_everywhere",
-        network.equivariance(
-            images.numpy(),
-            maps[:, strongest].numpy(),
-            titles,
-            f"Filter {strongest} finds its pattern wherever it is: its map moves with the image",
-        ),
-    )
-    yield "pooling_and_shifts", network.shifts(of.shifts)
-    yield "shared_weights", network.parameter_sharing(attribution.parameters_of_convolutions(of.cnn.architecture))
-
-
-def _scores(of: ReportInputs) -> Iterator[tuple[str, Figure]]:
-    wrong, names = of.predicted != of.test.labels, of.names(of.confused)
-    mistakes = canvas.counted(int(wrong.sum()), "mistake")
-    title = f"{mistakes} in {len(of.test):,} test images of {of.dataset.label}"
-    if len(names) < len(of.dataset.class_names):
-        title += f"; the {len(names)} classes with the most"
-    yield "confusion_matrix", scores.confusion_matrix(of.confusion[of.confused][:, of.confused].numpy(), names, title)
-    shares = {fact: [each[index] for index in of.confused] for fact, each in metrics.shares(of.confusion).items()}
-    yield "per_class", scores.per_class(shares, names)
-    error = metrics.expected_calibration_error(of.probabilities, of.test.labels, of.calibration_bins)
-    title = f"How sure it is, and how often right: {of.dataset.label}; expected calibration error {error:.2%}"
-    yield "reliability", scores.reliability(of.bins, title)
-    units = {change.name: change.unit for change in corruptions.CHANGES}
-    yield "robustness", scores.robustness(of.harder, units)
-
-    worst = attribution.most_confident_mistakes(of.test.labels, of.predicted, of.confidence, of.params.mistakes)
-    title = f"The {canvas.counted(len(worst), 'most confident mistake')}: predicted class (confidence), label"
-    told = list(zip(worst, of.predicted[worst], of.confidence[worst], strict=True))
-    yield "confident_mistakes", _captioned(of, told, title if told else f"No mistake in {len(of.test):,} test images")
-    doubts = attribution.likely_label_errors(of.probabilities, of.test.labels)
-    all_told = list(zip(*doubts, of.probabilities[doubts.images, doubts.classes], strict=True))
-    told = all_told[: of.params.mistakes]
-    title = f"{len(told)} of the {canvas.counted(len(all_told), 'label')} that confident learning would look at again"
-    yield "doubtful_labels", _captioned(of, told, title if told else "No label that confident learning would doubt")
-
-    shown = (wrong | (torch.arange(len(wrong)) < MOST_POINTS)) & torch.isin(of.test.labels, of.confused)
-    features = attribution.penultimate_features(of.cnn, of.test.images[shown])
-    points, of_variance = attribution.principal_components(features, 2)
-    place = torch.searchsorted(of.confused, of.test.labels[shown])
-    picture = scores.components(points.numpy(), of_variance.tolist(), place.numpy(), wrong[shown].numpy(), names)
-    yield "principal_components", picture
-
-
-def _captioned(of: ReportInputs, told: Sequence[tuple[Tensor, Tensor, Tensor]], title: str) -> Figure:
-    """Test images, each told of as (index, a class that it may be of, how probable that is), and their labels."""
-    short = [canvas.shortened(name, 16) for name in of.dataset.class_names]
-    captions = [f"{short[guess]} ({sure:.1%}), labelled {short[of.test.labels[index]]}" for index, guess, sure in told]
-    chosen = torch.tensor([int(index) for index, _, _ in told], dtype=torch.long)
-    return scores.captioned(of.test.images[chosen].numpy(), captions, title)
-
-
-def tables(of: ReportInputs) -> dict[str, Rows]:
-    """What `dvc plots` compares between experiments: each table's rows by its name."""
-    layers = list(of.shifts.values())
-    # The same columns whatever the layers are called and however many there are: dvc.yaml names them.
-    ends = {"first_convolution": layers[0], "first_pooling": layers[1]}
-    ends |= {"last_convolution": layers[-2], "last_pooling": layers[-1]}
-    found: dict[str, Rows] = {
-        "class_images": [
-            {
-                "wish": each.wish,
-                "class": name,
-                "probability": f"{probability:.6f}",
-                "total_variation": f"{rough:.6f}",
-                "nearest": like,
-            }
-            for each in of.class_images
-            for name, probability, rough, like in zip(
-                of.dataset.class_names,
-                each.probabilities.tolist(),
-                activation_maximization.total_variation(each.images).tolist(),
-                of.names(each.nearest),
-                strict=False,  # of many classes the first ones have images
-            )
-        ],
-        "reliability": [
-            {**{name: f"{value:.6f}" for name, value in each._asdict().items()}, "images": each.images}
-            for each in of.bins
-        ],
-        "per_class": _shares_of_classes(metrics.shares(of.confusion), of.dataset.class_names),
-        "shared_weights": [
-            {"layer": layer, "convolution": ours, "dense": dense}
-            for layer, (ours, dense) in attribution.parameters_of_convolutions(of.cnn.architecture).items()
-        ],
-        "pooling_and_shifts": [
-            {"pixels": pixels} | {end: f"{alike[pixels]:.6f}" for end, alike in ends.items()}
-            for pixels in range(len(layers[0]))
-        ],
-    }
-    for change, curve in of.harder.items():
-        found[f"accuracy_{change}"] = [
-            {"strength": f"{strength:g}", "accuracy": f"{accuracy:.6f}"} for strength, accuracy in curve
-        ]
-    return found
-
-
-def _shares_of_classes(shares: metrics.Shares, class_names: Sequence[str]) -> Rows:
-    """A row a class: precision and recall, each with the ends of its interval."""
-    rows: Rows = [{"class": name} for name in class_names]
-    for fact, of_classes in shares.items():
-        for row, (share, low, high) in zip(rows, of_classes, strict=True):
-            row |= {fact: f"{share:.6f}", f"{fact}_low": f"{low:.6f}", f"{fact}_high": f"{high:.6f}"}
+def _per_class_rows(inputs: ReportInputs) -> Rows:
+    """Precision and recall of each class, each with the ends of its interval."""
+    rows: Rows = [{"class": name} for name in inputs.dataset.class_names]
+    for measure, of_each in inputs.shares.items():
+        for row, (share, low, high) in zip(rows, of_each, strict=True):
+            row |= {measure: f"{share:.6f}", f"{measure}_low": f"{low:.6f}", f"{measure}_high": f"{high:.6f}"}
     return rows
+
+
+def _shared_weights_rows(inputs: ReportInputs) -> Rows:
+    parameters = attribution.parameters_of_convolutions(inputs.cnn.architecture)
+    return [
+        {"layer": layer, "convolution": convolution, "dense": dense}
+        for layer, (convolution, dense) in parameters.items()
+    ]
+
+
+def _pooling_and_shifts_rows(inputs: ReportInputs) -> Rows:
+    """The first and the last block: the columns are the same for every network, since dvc.yaml names them."""
+    similarity = list(inputs.shift_similarity.values())
+    columns = {
+        "first_convolution": similarity[0],
+        "first_pooling": similarity[1],
+        "last_convolution": similarity[-2],
+        "last_pooling": similarity[-1],
+    }
+    return [
+        {"pixels": pixels} | {name: f"{values[pixels]:.6f}" for name, values in columns.items()}
+        for pixels in range(len(similarity[0]))
+    ]
+
+
+def _accuracy_rows(corruption: str, inputs: ReportInputs) -> Rows:
+    curve = inputs.robustness[corruption]
+    return [{"strength": f"{strength:g}", "accuracy": f"{accuracy:.6f}"} for strength, accuracy in curve]
+
+
+# What `dvc plots` compares between experiments.
+TABLES: dict[str, Callable[[ReportInputs], Rows]] = {
+    "class_images": _class_images_rows,
+    "reliability": _reliability_rows,
+    "per_class": _per_class_rows,
+    "shared_weights": _shared_weights_rows,
+    "pooling_and_shifts": _pooling_and_shifts_rows,
+    **{f"accuracy_{name}": partial(_accuracy_rows, name) for name in corruptions.CORRUPTIONS},
+}

@@ -1,6 +1,6 @@
 """What all figures share: their width, their colours, how an image is shown, and how they become PNG bytes.
 
-On a light and on a dark page alike: every figure brings its white ground.
+Every figure has a white background, so that it can be read on light and on dark pages.
 """
 
 import io
@@ -15,15 +15,15 @@ from pipeline.figures.tiles import Array
 WIDTH = 8.5  # inches
 DOTS_PER_INCH = 110
 LABEL_WIDTH = 12  # characters
-# Told apart by every kind of colour vision (Okabe and Ito, 2008).
+# Distinguishable with every kind of colour vision (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000")
 
 
 def as_png(figure: Figure, tight: bool = False) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes, since nothing of the machine is written into it.
+    """The figure as PNG; the same figure gives the same bytes, since no time and no version is written into it.
 
-    ``tight`` makes room for what would stick out, in figures that were not laid out here.
+    ``tight`` makes room for what would be cut off, in figures that were not laid out here.
     """
     buffer = io.BytesIO()
     figure.savefig(
@@ -43,7 +43,7 @@ def of_height(height: float) -> Figure:
 
 
 def bare(axes: Axes) -> None:
-    """Take the ticks off what is a picture."""
+    """Remove the ticks, for axes that hold a picture."""
     axes.set(xticks=[], yticks=[])
 
 
@@ -56,29 +56,29 @@ def show_image(axes: Axes, image: Array) -> None:
         axes.imshow(image.astype(np.uint8), interpolation="nearest")
 
 
-def say_zero(axes: Axes, values: Array, colour: str) -> None:
-    """Write into a picture of nothing but zeros that it is one; another is left as it is."""
+def mark_zero(axes: Axes, values: Array, colour: str) -> None:
+    """Label a picture whose values are all zero, which would look like a fault."""
     if not np.nan_to_num(values).any():
-        words, middle = "0 every-\nwhere", axes.transAxes
-        axes.text(0.5, 0.5, words, transform=middle, color=colour, fontsize=8, ha="center", va="center")
+        text = "0 every-\nwhere"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, color=colour, fontsize=8, ha="center", va="center")
 
 
 def sides(stack: Array) -> str:
-    """The two sides of maps (..., H, W), as text."""
+    """The height and width of maps (..., H, W), as text."""
     return f"{stack.shape[-2]} x {stack.shape[-1]}"
 
 
 def label_row(axes: Axes, text: str) -> None:
-    """Words at the left of a row of pictures, below each other."""
+    """Wrapped text at the left of a row of pictures."""
     lines = textwrap.wrap(text, LABEL_WIDTH)
     axes.set_ylabel("\n".join(f"{line} " for line in lines), rotation=0, ha="right", va="center", fontsize=8)
 
 
-def shortened(name: str, most: int) -> str:
-    """A class name of at most so many characters."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def shortened(name: str, length: int) -> str:
+    """A class name cut to at most so many characters."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def counted(number: int, thing: str, ending: str = "s") -> str:
-    """A number with its noun, which takes the ending for its plural."""
+    """A number and its noun, with the ending unless there is one of it."""
     return f"{number:,} {thing}{'' if number == 1 else ending}"

@@ -1,4 +1,4 @@
-"""Lines and points: how a training and a study went, and accuracy against size."""
+"""Lines and points: the course of a training and of a study, and accuracy against size."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from pipeline.figures import canvas
 def learning_curves(history: Mapping[str, Sequence[float]], dropout: bool) -> Figure:
     """Loss and accuracy of the training and validation images over the epochs; the columns are those of history.csv.
 
-    ``dropout`` says whether the training images were seen through it, which the legend tells.
+    ``dropout``: whether it was on for the training images, which the legend then says.
     """
     labels = {
         "train": "training (with dropout)" if dropout else "training",
@@ -31,33 +31,32 @@ def learning_curves(history: Mapping[str, Sequence[float]], dropout: bool) -> Fi
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     left.set(ylabel="cross-entropy (nats)", ylim=(0, None))
-    right.set(ylabel="images classified rightly")
+    right.set(ylabel="images classified correctly")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
 def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: Sequence[bool]) -> Figure:
-    """A point a trial; a line is the best complete one so far. At least one is complete.
+    """One point per trial and a line for the best complete trial so far; at least one trial is complete.
 
-    The pruned ones, which were ended early, stand with the accuracy of their last epoch. So that the best can be told
-    apart, the axis ends below the middle by three times what the best is above it; what lies lower stands on its edge,
-    with a mark of its own.
+    A pruned trial is drawn at the accuracy of its last epoch. The axis ends as far below the median as three times the
+    distance from the median to the best, so that good trials can be told apart; lower ones are marked on its edge.
     """
     figure = canvas.of_height(4.2)
     axes = figure.subplots()
     rows = sorted(zip(numbers, accuracies, pruned, strict=True))
     complete = [(number, accuracy) for number, accuracy, was_pruned in rows if not was_pruned]
-    best, middle = max(accuracy for _, accuracy in complete), np.median([accuracy for _, accuracy in complete])
-    room = max(best - middle, 1e-4)
-    lowest = middle - 3 * room
+    best, median = max(accuracy for _, accuracy in complete), np.median([accuracy for _, accuracy in complete])
+    room = max(best - median, 1e-4)
+    lowest = median - 3 * room
 
     def draw(points: Sequence[tuple[int, float]], marker: str, label: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker, color=canvas.BLUE, alpha=0.6, markersize=5, label=label)
 
     draw([trial for trial in complete if trial[1] >= lowest], "o", "complete")
-    ended_early = [(number, accuracy) for number, accuracy, was_pruned in rows if was_pruned]
-    draw([trial for trial in ended_early if trial[1] >= lowest], "x", "pruned, at its last epoch")
+    ended = [(number, accuracy) for number, accuracy, was_pruned in rows if was_pruned]
+    draw([trial for trial in ended if trial[1] >= lowest], "x", "pruned, at its last epoch")
     draw([(number, lowest) for number, accuracy, _ in rows if accuracy < lowest], "v", "lower than shown")
     steps = list(itertools.accumulate(complete, lambda so_far, trial: (trial[0], max(so_far[1], trial[1]))))
     steps.append((rows[-1][0], best))
@@ -71,7 +70,7 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
 
 
 def accuracy_against_size(parameters: Sequence[int], accuracies: Sequence[float]) -> Figure:
-    """A point a network; a line joins those that no smaller one is as accurate as (the Pareto front)."""
+    """One point per network; a line joins those with no smaller network as accurate (the Pareto front)."""
     figure = canvas.of_height(4.2)
     axes = figure.subplots()
     axes.plot(parameters, accuracies, "o", color=canvas.BLUE, alpha=0.6, markersize=5, markeredgewidth=0)

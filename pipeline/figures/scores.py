@@ -1,4 +1,4 @@
-"""How good the CNN is, and where it is not: counts, intervals, mistakes, and what the images look like to it."""
+"""How good the CNN is and where it fails: counts, intervals, mistakes, and the space of its features."""
 
 import math
 import textwrap
@@ -11,17 +11,17 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from pipeline.figures import canvas
 from pipeline.figures.tiles import Array
 
-TITLES = {"precision": "precision: of what is called so", "recall": "recall: of what is so"}
+TITLES = {"precision": "precision: of predictions of the class", "recall": "recall: of images of the class"}
 
 
 def confusion_matrix(counts: Array, class_names: Sequence[str], title: str) -> Figure:
-    """Counts (classes, classes), row = actual. Colour is the share of the row, so that mistakes can be seen."""
+    """Counts (classes, classes), row = actual; a mistake is coloured by its share of the row."""
     figure = canvas.of_height(7.2)
     axes = figure.subplots()
     mistakes = counts * (1 - np.eye(len(counts), dtype=int))
     shade = np.sqrt(mistakes / np.maximum(counts.sum(axis=1, keepdims=True), 1))
     picture = axes.imshow(shade, cmap="Oranges", vmin=0)
-    # The diagonal would drown every mistake if it shared their colours.
+    # The diagonal has its own colours: on one scale with it, every mistake would be white.
     axes.imshow(np.where(np.eye(len(counts), dtype=bool), 1.0, np.nan), cmap="Greys", vmin=0, vmax=6)
     size = 9 if len(counts) <= 12 else 6.5 if len(counts) <= 20 else 4.5
     for (row, column), count in np.ndenumerate(counts):
@@ -33,7 +33,7 @@ def confusion_matrix(counts: Array, class_names: Sequence[str], title: str) -> F
     if max(map(len, class_names)) > 2:
         axes.tick_params("x", labelrotation=45 if len(class_names) <= 12 else 90)
     axes.set_yticks(range(len(class_names)), class_names)
-    axes.set_title(f"{title}\nthe darker, the larger the share of the row that went there", fontsize=10)
+    axes.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
     axes.set(xlabel="predicted class", ylabel="actual class")
     return figure
 
@@ -41,29 +41,29 @@ def confusion_matrix(counts: Array, class_names: Sequence[str], title: str) -> F
 def per_class(shares: Mapping[str, Sequence[tuple[float, float, float]]], class_names: Sequence[str]) -> Figure:
     """Precision and recall of each class, each as (share, low, high): a point with its 95 % interval."""
     figure = canvas.of_height(1.5 + 0.3 * len(class_names))
-    for axes, (fact, title) in zip(figure.subplots(1, 2, sharey=True, sharex=True), TITLES.items(), strict=True):
-        for place, (share, low, high) in enumerate(shares[fact]):
-            axes.plot([low, high], [place, place], color=canvas.BLUE, linewidth=2)
-            axes.plot([share], [place], "o", color=canvas.BLUE, markersize=5)
+    for axes, (measure, title) in zip(figure.subplots(1, 2, sharey=True, sharex=True), TITLES.items(), strict=True):
+        for position, (share, low, high) in enumerate(shares[measure]):
+            axes.plot([low, high], [position, position], color=canvas.BLUE, linewidth=2)
+            axes.plot([share], [position], "o", color=canvas.BLUE, markersize=5)
         axes.set_title(title)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x", alpha=0.3)
     axes.set_yticks(range(len(class_names)), [canvas.shortened(name, 20) for name in class_names])
     axes.invert_yaxis()
-    figure.suptitle("The share that is right, with its 95 % interval (Wilson)", fontsize=11)
+    figure.suptitle("The share that is correct, with its 95 % interval (Wilson)", fontsize=11)
     return figure
 
 
 def reliability(bins: Sequence[tuple[float, float, float, float, int]], title: str) -> Figure:
-    """Bins of images as (mean confidence, accuracy, low, high, count), those without images left out.
+    """Bins of images as (mean confidence, accuracy, low, high, count), without empty ones.
 
     ``low`` and ``high`` are the ends of the accuracy's 95 % interval.
     """
     figure = canvas.of_height(4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     confidence, accuracy, low, high, counts = (np.array(each) for each in zip(*bins, strict=True))
-    above.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="as sure as right")
+    above.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="perfect calibration")
     above.vlines(confidence, low, high, color=canvas.BLUE, alpha=0.5, label="95 % interval (Wilson)")
     above.plot(confidence, accuracy, "o-", color=canvas.BLUE, markersize=5, label="this network")
     above.set(ylabel="accuracy", ylim=(0, 1.03), xlim=(0, 1.01), title=title)
@@ -77,26 +77,26 @@ def reliability(bins: Sequence[tuple[float, float, float, float, int]], title: s
 
 
 def robustness(accuracies: Mapping[str, Sequence[tuple[float, float]]], units: Mapping[str, str]) -> Figure:
-    """For each change of the images a curve of (strength, accuracy); ``units`` are those of the strengths."""
+    """For each corruption of the images a curve of (strength, accuracy); ``units`` are those of the strengths."""
     columns = 3
     rows = math.ceil(len(accuracies) / columns)
     figure = canvas.of_height(0.6 + rows * 2.3)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes, (change, curve) in zip(grid.flat, accuracies.items(), strict=False):
+    for axes, (corruption, curve) in zip(grid.flat, accuracies.items(), strict=False):
         axes.plot(*zip(*curve, strict=True), "o-", color=canvas.BLUE, markersize=4)
-        axes.set(title=change, xlabel=units[change], ylim=(0, 1.03))
+        axes.set(title=corruption, xlabel=units[corruption], ylim=(0, 1.03))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
     for axes in list(grid.flat)[len(accuracies) :]:
         axes.set_axis_off()
     for row in grid:
         row[0].set_ylabel("accuracy")
-    figure.suptitle("Accuracy on the test images when they are made harder", fontsize=11)
+    figure.suptitle("Accuracy on corrupted test images", fontsize=11)
     return figure
 
 
 def captioned(images: Array, captions: Sequence[str], title: str) -> Figure:
-    """Images (N, H, W, C) in [0, 255], each with its caption; a strip with the title alone where there are none."""
+    """Images (N, H, W, C) in [0, 255], each with its caption; the title alone if there are none."""
     if not len(images):
         figure = canvas.of_height(1)
         figure.text(0.5, 0.5, title, ha="center", va="center", fontsize=11)
@@ -117,16 +117,16 @@ def captioned(images: Array, captions: Sequence[str], title: str) -> Figure:
 def components(
     points: Array, shares: Sequence[float], labels: Array, wrong: Array, class_names: Sequence[str]
 ) -> Figure:
-    """Images as points (N, 2), drawn as their class; rings around the images that are ``wrong``."""
+    """Images as points (N, 2), each drawn as its class, with a ring where its prediction is ``wrong``."""
     figure = canvas.of_height(6.4)
     axes = figure.subplots()
-    are_signs = all(len(name) == 1 and name.isalnum() for name in class_names)
+    short = all(len(name) == 1 and name.isalnum() for name in class_names)
     for index, name in enumerate(class_names):
-        sign = name if are_signs else str(index)
+        symbol = name if short else str(index)
         colour = canvas.COLOURS[index % len(canvas.COLOURS)]
-        (dots,) = axes.plot(*points[labels == index].T, color=colour, marker=f"${sign}$", linestyle="none")
-        dots.set_label("" if are_signs else canvas.shortened(name, 16))
-        dots.set(markersize=4 + len(sign), markeredgewidth=0.3, alpha=0.7)
+        (dots,) = axes.plot(*points[labels == index].T, color=colour, marker=f"${symbol}$", linestyle="none")
+        dots.set_label("" if short else canvas.shortened(name, 16))
+        dots.set(markersize=4 + len(symbol), markeredgewidth=0.3, alpha=0.7)
     (rings,) = axes.plot(*points[wrong].T, color="black", marker="o", linestyle="none", label="mistake")
     rings.set(markersize=9, markerfacecolor="none")
     figure.legend(
@@ -136,6 +136,6 @@ def components(
         xlabel=f"first principal component ({shares[0]:.0%} of the variance)",
         ylabel=f"second ({shares[1]:.0%})",
     )
-    words = f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; the mistakes are ringed"
-    axes.set_title(words, fontsize=10)
+    title = f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; mistakes are ringed"
+    axes.set_title(title, fontsize=10)
     return figure

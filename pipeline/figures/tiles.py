@@ -1,4 +1,4 @@
-"""Small pictures side by side as one, as arrays: for the figures, and for what a run shows while it trains."""
+"""Small pictures side by side as one array: for the figures, and for the live images of a training run."""
 
 import math
 
@@ -9,7 +9,7 @@ Array = NDArray[np.floating | np.integer]
 
 
 def mosaic(tiles: Array, columns: int, gap: int = 1) -> NDArray[np.float64]:
-    """Tiles (count, H, W) or (count, H, W, C) side by side, ``columns`` a row; the gaps between them are NaN."""
+    """Tiles (count, H, W) or (count, H, W, C) side by side, ``columns`` per row; the gaps between them are NaN."""
     count, height, width, *channels = tiles.shape
     rows = math.ceil(count / columns)
     sides = (rows * (height + gap) - gap, columns * (width + gap) - gap)
@@ -20,6 +20,6 @@ def mosaic(tiles: Array, columns: int, gap: int = 1) -> NDArray[np.float64]:
     return whole
 
 
-def of_filters(weights: Array) -> Array:
-    """A tile a filter, (filters, H, C x W) of weights (filters, C, H, W): the channels side by side."""
+def filter_tiles(weights: Array) -> Array:
+    """One tile per filter, (filters, H, C x W), of weights (filters, C, H, W): the channels side by side."""
     return weights.transpose(0, 2, 1, 3).reshape(len(weights), weights.shape[2], -1)

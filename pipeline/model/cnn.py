@@ -1,23 +1,26 @@
-"""The CNN: blocks of convolution, pooling and ReLU, then flatten, dropout and one dense layer."""
+"""The CNN, written once: blocks of convolution, ReLU and pooling, then flatten, dropout and one dense layer.
+
+Training, scoring, explanations, exports and the server all call ``CNN.forward``. A change to ``Block`` changes all of
+them, the summary table and the receptive fields included: these are read off the layers.
+"""
 
 import copy
 import functools
 import itertools
-import math
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-Pool = Literal["max", "mean", "min"]
+from pipeline.model import cpu_ops
+from pipeline.model.layers import Dropout, Flatten, Pool, Pooling, as_float
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that decides the CNN's layers. ``image_shape`` is (H, W, C); one filter count a block."""
+    """Everything that determines the CNN's layers. ``image_shape`` is (H, W, C); one filter count per block."""
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -31,68 +34,193 @@ class Architecture:
     batch_norm: bool = False
 
 
+class Block(nn.Sequential):
+    """Convolution, batch normalisation if wanted, ReLU and pooling, in this order.
+
+    A CPU operation may compute several of these layers at once (see cpu_ops.run). It is used only where the layers are
+    exactly the ones that it computes, so a layer that is added or replaced here takes effect everywhere.
+    """
+
+    convolution: nn.Conv2d
+    activation: nn.Module
+    pooling: Pooling
+
+    def __init__(self, channels: int, filters: int, architecture: Architecture) -> None:
+        a = architecture
+        layers = OrderedDict[str, nn.Module]()
+        layers["convolution"] = nn.Conv2d(channels, filters, a.kernel_size, a.stride, a.padding)
+        if a.batch_norm:
+            layers["normalisation"] = nn.BatchNorm2d(filters)
+        layers["activation"] = nn.ReLU()
+        layers["pooling"] = Pooling(a.pool, a.pool_size)
+        super().__init__(layers)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, C, H, W) in, floats or bytes of which 255 stands for 1; (N, filters, H', W') out."""
+        return cpu_ops.run(self, inputs)
+
+    def before(self, name: str, inputs: Tensor) -> Tensor:
+        """What reaches the layer ``name`` when the block is given ``inputs``: (N, filters, H, W).
+
+        For "activation" these are the convolution's responses, for "pooling" its feature maps.
+        """
+        names = list(self._modules)
+        return cpu_ops.run(list(self)[: names.index(name)], inputs)
+
+    def onwards(self, name: str, maps: Tensor) -> Tensor:
+        """The block's output where ``maps`` reach the layer ``name``: the rest of the way after ``before``."""
+        names = list(self._modules)
+        return cpu_ops.run(list(self)[names.index(name) :], maps)
+
+
+class CNN(nn.Module):
+    """The network. Weights are Glorot-uniform (Glorot and Bengio, 2010), biases zero, as in Keras."""
+
+    def __init__(self, architecture: Architecture, generator: torch.Generator | None) -> None:
+        """Build the layers of ``architecture`` with initial weights drawn from ``generator`` (on the CPU).
+
+        Raises ValueError where the layers do not fit the images.
+        """
+        super().__init__()
+        channels, height, width = _output_shape(architecture)
+        self.architecture = architecture
+        self.blocks = _blocks(architecture)
+        self.flatten = Flatten()
+        self.dropout = Dropout(architecture.dropout)
+        self.dense = nn.Linear(channels * height * width, len(architecture.class_names))
+        self.seen = _seen_side(self.blocks, 0, architecture), _seen_side(self.blocks, 1, architecture)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+                nn.init.zeros_(layer.get_parameter("bias"))
+        self.to(memory_format=torch.channels_last)
+
+    def block_list(self) -> list[Block]:
+        """The blocks in order. The type of an nn.Sequential says only that it holds modules."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Logits (N, classes) of images (N, H, W, C) uint8, or of (N, C, H, W) floats in [0, 1].
+
+        ``generator`` draws the dropout masks and is needed during training only. Under autocast the convolutions
+        compute in bfloat16. Raises ValueError for images of another shape than the network's.
+        """
+        return self.head(self.maps(images), generator)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The last block's maps (N, filters, H, W) of images as ``forward`` takes them."""
+        pixels = images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images
+        height, width, channels = self.architecture.image_shape
+        if pixels.shape[1:] != (channels, height, width):
+            expected = " x ".join(map(str, self.architecture.image_shape))
+            raise ValueError(
+                f"images are {tuple(images.shape)} {images.dtype}; the network takes N x {expected} torch.uint8"
+            )
+        # Where a convolution or a pooling does not come out even, rows and columns at the right and bottom reach no
+        # logit: of a 28 x 28 image the published network sees 26 x 26. They are not computed.
+        maps: Tensor = self.blocks(pixels[:, :, : self.seen[0], : self.seen[1]])
+        return maps
+
+    def head(self, maps: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Logits (N, classes) of the last block's maps (N, filters, H, W)."""
+        features = self.flatten(maps)
+        if cpu_ops.computes_dropout_dense(self.dropout, self.dense, features):
+            return cpu_ops.dropout_dense(self.dropout, self.dense, features, generator)
+        logits: Tensor = self.dense(self.dropout(features, generator))
+        return logits
+
+
+def _blocks(architecture: Architecture) -> nn.Sequential:
+    channels = (architecture.image_shape[2], *architecture.filters)
+    return nn.Sequential(*(Block(before, after, architecture) for before, after in itertools.pairwise(channels)))
+
+
+@functools.cache
+def _output_shape(architecture: Architecture) -> tuple[int, int, int]:
+    """(C, H, W) of the last block's maps, computed without any data. Raises ValueError where a block does not fit."""
+    height, width, channels = architecture.image_shape
+    with torch.device("meta"):
+        maps = torch.empty(1, channels, height, width)
+        for number, block in enumerate(_blocks(architecture).eval(), 1):
+            shape = f"{maps.shape[2]} x {maps.shape[3]}"
+            try:
+                maps = block(maps)
+            except RuntimeError as error:
+                raise ValueError(f"block {number} does not fit the {shape} pixels that reach it ({error})") from error
+            if 0 in maps.shape:
+                raise ValueError(f"block {number} leaves nothing of the {shape} pixels that reach it")
+    _, channels, height, width = maps.shape
+    return channels, height, width
+
+
+def _seen_side(blocks: nn.Sequential, axis: int, architecture: Architecture) -> int:
+    """How many rows (axis 0) or columns (axis 1) of an image can change a logit.
+
+    All of them behind a layer that looks at the right and bottom edge, such as a convolution with padding, or at
+    everything, such as batch normalisation.
+    """
+    side = _output_shape(architecture)[1 + axis]
+    for layer in reversed([layer for block in blocks for layer in block.children()]):
+        match layer:
+            case nn.ReLU():
+                pass
+            case Pooling():
+                side *= layer.size
+            case nn.Conv2d() if layer.padding == (0, 0) and layer.dilation == (1, 1):
+                side = (side - 1) * layer.stride[axis] + layer.kernel_size[axis]
+            case _:
+                return architecture.image_shape[axis]
+    return side
+
+
 class Layer(NamedTuple):
-    """One row of the summary table: ``output_shape`` is (H, W, C) or (features,) for one image."""
+    """One row of the summary table, for one image: ``output_shape`` is (H, W, C) or (features,)."""
 
     name: str
     output_shape: tuple[int, ...]
     parameters: int
-
-
-def layers(architecture: Architecture) -> list[Layer]:
-    """The CNN's layers in order, with their output shapes and parameter counts, without building it.
-
-    Raises ValueError where a filter or a pooling window is larger than what reaches it.
-    """
-    return list(_layers(architecture))
-
-
-def _layers(architecture: Architecture) -> Iterator[Layer]:
-    a = architecture
-    height, width, channels = a.image_shape
-    for index, filters in enumerate(a.filters):
-        suffix = f"_{index}" if index else ""
-        height, width = (
-            _places(side, a.kernel_size, a.stride, a.padding, f"block {index + 1}'s filter") for side in (height, width)
-        )
-        yield Layer(f"conv2d{suffix}", (height, width, filters), filters * (channels * a.kernel_size**2 + 1))
-        if a.batch_norm:
-            yield Layer(f"batch_norm{suffix}", (height, width, filters), 2 * filters)
-        height, width = (
-            _places(side, a.pool_size, a.pool_size, 0, f"block {index + 1}'s pooling window")
-            for side in (height, width)
-        )
-        yield Layer(f"{a.pool}_pooling2d{suffix}", (height, width, filters), 0)
-        channels = filters
-    features = height * width * channels
-    yield Layer("flatten", (features,), 0)
-    yield Layer("dropout", (features,), 0)
-    yield Layer("dense", (len(a.class_names),), (features + 1) * len(a.class_names))
-
-
-def _places(side: int, window: int, stride: int, padding: int, what: str) -> int:
-    """At how many places along one side a window fits."""
-    if window > side + 2 * padding:
-        raise ValueError(f"{what} ({window} x {window}) is larger than the {side + 2 * padding} pixels that reach it")
-    return (side + 2 * padding - window) // stride + 1
+    multiply_adds: int
 
 
 @functools.cache
-def seen_sides(architecture: Architecture) -> tuple[tuple[int, int], ...]:
-    """Height and width of what the dense layer sees of the images, and of each block's maps in turn.
+def layers(architecture: Architecture) -> tuple[Layer, ...]:
+    """The CNN's layers in the order in which they run, activations left out, read off the network itself.
 
-    Where a convolution or a pooling does not come out even, it leaves rows and columns at the right and bottom out:
-    of a 28 x 28 image the published network sees 26 x 26. The rest need not be computed. With padding the right edge
-    is seen, and batch normalisation looks at all there is.
+    Raises ValueError where the layers do not fit the images.
     """
-    a = architecture
-    whole = [a.image_shape[:2], *(layer.output_shape[:2] for layer in layers(a) if "pooling" in layer.name)]
-    sides = [(height, width) for height, width in whole]
-    if not a.padding and not a.batch_norm:
-        for index in range(len(a.filters), 0, -1):
-            height, width = ((side * a.pool_size - 1) * a.stride + a.kernel_size for side in sides[index])
-            sides[index - 1] = (height, width)
-    return tuple(sides)
+    with torch.device("meta"):  # shapes alone, no data
+        cnn = CNN(architecture, None).eval()
+        rows, named = list[Layer](), Counter[str]()
+
+        def add_row(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            name = _layer_name(layer)
+            suffix = f"_{named[name]}" if named[name] else ""
+            named[name] += 1
+            shape = output.permute(0, 2, 3, 1).shape[1:] if output.dim() == 4 else output.shape[1:]
+            parameters = sum(parameter.numel() for parameter in layer.parameters())
+            rows.append(Layer(name + suffix, tuple(shape), parameters, _multiply_adds(layer, output)))
+
+        for layer in cnn.modules():
+            if not list(layer.children()) and not isinstance(layer, nn.ReLU):
+                layer.register_forward_hook(add_row)
+        height, width, channels = architecture.image_shape
+        cnn.head(cnn.blocks(torch.empty(1, channels, height, width)))
+    return tuple(rows)
+
+
+def _layer_name(layer: nn.Module) -> str:
+    """As in Keras's summaries."""
+    if isinstance(layer, Pooling):
+        return f"{layer.kind}_pooling2d"
+    known = {nn.Conv2d: "conv2d", nn.BatchNorm2d: "batch_norm", nn.Linear: "dense"}
+    return known.get(type(layer), type(layer).__name__.lower())
+
+
+def _multiply_adds(layer: nn.Module, output: Tensor) -> int:
+    """Multiplications with an addition for one image: every number of the output is a sum over the weights of one."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return output.numel() * layer.weight[0].numel()
+    return 0
 
 
 def summary(architecture: Architecture) -> str:
@@ -111,127 +239,12 @@ def parameter_count(architecture: Architecture) -> int:
 
 def multiply_adds(architecture: Architecture) -> int:
     """How many multiplications with an addition the convolutions and the dense layer do for one image."""
-    total, channels = 0, architecture.image_shape[2]
-    for layer in layers(architecture):
-        if layer.name.startswith("conv2d"):
-            height, width, filters = layer.output_shape
-            total += height * width * filters * channels * architecture.kernel_size**2
-            channels = filters
-        elif layer.name == "flatten":
-            total += layer.output_shape[0] * len(architecture.class_names)
-    return total
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask is drawn from the generator that is passed in (Srivastava et al., 2014).
-
-    While training each feature is set to zero with probability ``p`` (in steps of 1/65,536, and at most 65,535 of
-    them) and the others are divided by the share that is kept, so that the expected sum does not change.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        # 8 or 16 random bits a feature are cut from numbers of 64 bits: bernoulli_ draws a number a feature, on one
-        # thread. Eight decide for a half, a quarter, an eighth ...
-        self.bits: int = 8 if (p * 2**8).is_integer() else 16
-        # Of the 2^bits numbers that can be drawn, so many drop a feature.
-        self.dropped: int = min(round(p * 2**self.bits), 2**self.bits - 1)
-        self.scale: float = 2**self.bits / (2**self.bits - self.dropped)
-
-    @property
-    def lowest_kept(self) -> int:
-        """The lowest number from ``draw`` that keeps a feature."""
-        return self.dropped - (1 << self.bits - 1)
-
-    def draw(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A random integer of ``bits`` bits, with sign, for each feature."""
-        numbers = torch.empty(math.ceil(features.numel() * self.bits / 64), dtype=torch.int64, device=features.device)
-        numbers.random_(-(2**63), None, generator=generator)
-        drawn = numbers.view(torch.int8 if self.bits == 8 else torch.int16)
-        return drawn[: features.numel()].view(features.shape)
-
-    def forward(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Features of any shape in, the same shape out; ``generator`` is needed while training only."""
-        if not self.training or not self.dropped:
-            return features
-        kept: Tensor = self.draw(features, generator) >= self.lowest_kept
-        return features * kept * self.scale
-
-
-class Block(nn.Module):
-    """Convolution, batch normalisation if wanted, pooling and ReLU: (N, C, H, W) -> (N, filters, H', W')."""
-
-    def __init__(self, channels: int, filters: int, architecture: Architecture) -> None:
-        super().__init__()
-        a = architecture
-        self.convolution = nn.Conv2d(channels, filters, a.kernel_size, a.stride, a.padding)
-        self.normalisation = nn.BatchNorm2d(filters) if a.batch_norm else nn.Identity()
-        self.pool, self.pool_size = a.pool, a.pool_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in, (N, filters, H', W') out."""
-        maps: Tensor = self.normalisation(self.convolution(images))
-        if self.pool == "mean":
-            return pooled(F.relu(maps), self.pool, self.pool_size)
-        # ReLU never changes which value of a window is the largest or smallest: after pooling it has a quarter
-        # of the work and the result is the same.
-        return F.relu(pooled(maps, self.pool, self.pool_size))
-
-
-def pooled(maps: Tensor, pool: Pool, size: int) -> Tensor:
-    """The maximum, mean or minimum of each ``size`` x ``size`` window of (N, C, H, W); what is left over is cut off."""
-    if size == 1:
-        return maps
-    match pool:
-        case "max":
-            return F.max_pool2d(maps, size)
-        case "mean":
-            return F.avg_pool2d(maps, size)
-        case "min":
-            return -F.max_pool2d(-maps, size)
-
-
-def flattened(maps: Tensor) -> Tensor:
-    """(N, filters, H, W) as (N, features), pixel by pixel: as they lie in memory, and as in Keras."""
-    return maps.permute(0, 2, 3, 1).flatten(1)
-
-
-class CNN(nn.Module):
-    """The network. Weights are Glorot-uniform (Glorot and Bengio, 2010), biases zero, as in Keras."""
-
-    def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
-        """Build the layers of ``architecture`` with first weights drawn from ``generator`` (on the CPU).
-
-        Raises ValueError where the layers do not fit the images.
-        """
-        super().__init__()
-        features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
-        channels = (architecture.image_shape[2], *architecture.filters)
-        self.architecture = architecture
-        self.blocks = nn.Sequential(
-            *(Block(before, after, architecture) for before, after in itertools.pairwise(channels))
-        )
-        self.dropout = Dropout(architecture.dropout)
-        self.dense = nn.Linear(features, len(architecture.class_names))
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(layer.weight, generator=generator)
-                nn.init.zeros_(layer.get_parameter("bias"))
-        self.to(memory_format=torch.channels_last)
-
-    def block_list(self) -> list[Block]:
-        """The blocks in order. The type of an nn.Sequential says only that it holds modules."""
-        return [block for block in self.blocks if isinstance(block, Block)]
-
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W) float in [0, 1]; ``generator`` draws the dropout masks."""
-        logits: Tensor = self.dense(self.dropout(flattened(self.blocks(images)), generator))
-        return logits
+    return sum(layer.multiply_adds for layer in layers(architecture))
 
 
 def as_input(images: Tensor) -> Tensor:
-    """What the CNN takes, (N, C, H, W) float32 in [0, 1], from images (N, H, W, C) uint8."""
-    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    """Images (N, H, W, C) uint8 as (N, C, H, W) float32 in [0, 1], which have gradients."""
+    return as_float(images.permute(0, 3, 1, 2))
 
 
 MOST_IMAGES = 1000
@@ -249,5 +262,5 @@ class Classifier(nn.Module):
         """Probabilities, each row adding up to 1; a RuntimeError for more than MOST_IMAGES."""
         # The exported graph keeps this check: a server's memory must not depend on who asks.
         torch._check(images.shape[0] <= MOST_IMAGES, lambda: f"at most {MOST_IMAGES:,} images at a time")
-        logits: Tensor = self.cnn(as_input(images))
+        logits: Tensor = self.cnn(images)
         return logits.softmax(dim=1)

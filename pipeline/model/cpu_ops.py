@@ -1,10 +1,11 @@
-"""The CNN's logits and gradients on the CPU by the shortest way; on a GPU PyTorch's.
+"""CPU operations that compute several layers of a block at once, faster than PyTorch's one after the other.
 
-Where a block allows it, convolution, pooling and ReLU are one operation. What that takes of a block, a module of
-``cnn.py``, is its weights and sizes; the function is the same, and a test holds it to it.
+``run`` puts one only in the place of exactly the layers that it computes. The function is the same: a test compares it
+with the layers in float64.
 """
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +14,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from pipeline.model import cpu_kernels
-from pipeline.model.cnn import CNN, Block, Dropout, as_input, flattened, pooled, seen_sides
 from pipeline.model.cpu_kernels import Loop, Pair
+from pipeline.model.layers import Dropout, Pooling, as_float
 
-Precision = Literal["float32", "bfloat16"]
 SIGNS = {"max": 1, "min": -1}
 MOST_UNROLLED = 36  # multiply-adds for one filter and one pooling window; beyond, the compiler keeps loops, and is slow
 FEWEST_FILTERS = 16  # a vector's length
@@ -25,41 +25,65 @@ SUMS_OF_THREE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5]
 SUMS_OF_NINE = torch.kron(SUMS_OF_THREE, SUMS_OF_THREE)  # of a filter's weights, for ``cpu_kernels.winograd``
 
 
-def logits(
-    cnn: CNN, images: Tensor, generator: torch.Generator | None = None, precision: Precision = "float32"
-) -> Tensor:
-    """Logits (N, classes) float32 of images (N, H, W, C) uint8, on their device.
+class FusedLayers(NamedTuple):
+    """An operation that computes one layer of each of ``kinds``, in this order, if it ``suits`` them and the maps."""
 
-    The function and the gradients of ``cnn(as_input(images), generator)``. With bfloat16 the convolutions take and give
-    numbers of 8 significant bits, but not one that reads bytes; all sums are float32. On a GPU PyTorch's autocast
-    decides: there the dense layer takes such numbers too. Raises ValueError for images of another shape or type than
-    the network's: the loops would read beyond them.
+    kinds: tuple[type[nn.Module], ...]
+    suits: Callable[..., bool]
+    compute: Callable[..., Tensor]
+
+
+def run(layers: Iterable[nn.Module], maps: Tensor) -> Tensor:
+    """The maps that ``layers``, one after the other, make of (N, C, H, W): floats, or bytes of which 255 stands for 1.
+
+    A layer that no operation computes is called as it is. So are all layers on another device, in an export, in other
+    number formats, and where a hook is registered on them.
     """
-    if images.shape[1:] != cnn.architecture.image_shape or images.dtype != torch.uint8:
-        expected = " x ".join(map(str, cnn.architecture.image_shape))
-        raise ValueError(
-            f"images are {tuple(images.shape)} {images.dtype}; the network takes N x {expected} torch.uint8"
-        )
-    sides = seen_sides(cnn.architecture)
-    seen = images[:, : sides[0][0], : sides[0][1]]
-    if images.device.type != "cpu":
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            scores: Tensor = cnn(as_input(seen), generator)
-        return scores.float()
-    first, *others = cnn.block_list()
-    if _can_read_bytes(first):
-        maps = _first_block(first, images, sides[1])
-    else:
-        maps, others = as_input(seen), [first, *others]
-    for block in others:
-        maps = _block(block, maps, precision)
-    return _dropout_dense(flattened(maps), cnn.dropout, cnn.dense, generator)
+    waiting = list(layers)
+    while waiting:
+        if fused := _matching(waiting, maps):
+            maps = fused.compute(*waiting[: len(fused.kinds)], maps)
+            del waiting[: len(fused.kinds)]
+        elif maps.dtype == torch.uint8:
+            maps = as_float(maps)
+        else:
+            maps = waiting.pop(0)(maps)
+    return maps
+
+
+def _matching(layers: list[nn.Module], maps: Tensor) -> FusedLayers | None:
+    if not _is_computed_here(maps):
+        return None
+    for fused in FUSED:
+        found = layers[: len(fused.kinds)]
+        if tuple(map(type, found)) == fused.kinds and not any(map(_has_hooks, found)) and fused.suits(*found, maps):
+            return fused
+    return None
+
+
+def _is_computed_here(maps: Tensor) -> bool:
+    """Whether the loops can read these numbers: not on a GPU, and not the stand-ins of an export."""
+    readable = maps.device.type == "cpu" and maps.dtype in (torch.uint8, torch.float32, torch.bfloat16)
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return readable and type(maps) is Tensor and not traced
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _is_unpadded(convolution: nn.Conv2d, pooling: Pooling) -> bool:
+    """Whether this is a convolution with square filters, no padding and a bias before pooling that one value wins."""
+    (height, width), (down, right) = convolution.kernel_size, convolution.stride
+    is_plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
+    return height == width and down == right and is_plain and convolution.bias is not None and pooling.kind in SIGNS
 
 
 class _Context(FunctionCtx):
     """What an operation leaves for the backward pass."""
 
-    block: Block
+    convolution: nn.Conv2d
+    pooling: Pooling
     argmax: Tensor
     images: Tensor
     pair: Pair
@@ -73,158 +97,157 @@ class _Context(FunctionCtx):
 Gradients = tuple[Tensor | None, ...]
 
 
-def _can_read_bytes(block: Block) -> bool:
-    """Whether ``_first_block`` can stand in for this block, and is faster."""
-    convolution = block.convolution
-    taps = convolution.kernel_size[0] ** 2 * convolution.in_channels
-    return _is_bare(block) and taps * block.pool_size**2 <= MOST_UNROLLED and convolution.out_channels >= FEWEST_FILTERS
+def _can_read_bytes(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
+    """Whether ``_bytes_block`` computes these layers, and is faster."""
+    multiply_adds = convolution.weight[0].numel() * pooling.size**2
+    is_fast = multiply_adds <= MOST_UNROLLED and convolution.out_channels >= FEWEST_FILTERS
+    return maps.dtype == torch.uint8 and is_fast and _is_unpadded(convolution, pooling)
 
 
-def _is_bare(block: Block) -> bool:
-    """Whether this block is convolution, pooling that one value wins, and ReLU: no padding, no normalisation."""
-    return block.pool in SIGNS and isinstance(block.normalisation, nn.Identity) and block.convolution.padding == (0, 0)
-
-
-def _first_block(block: Block, images: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Of images (N, H, W, C) uint8 the maps (N, filters, H', W'), ``sides`` high and wide."""
-    maps: Tensor = _FirstBlock.apply(block.convolution.weight, block.convolution.bias, images, block, sides)
+def _bytes_block(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, pixels: Tensor) -> Tensor:
+    maps: Tensor = _BytesBlock.apply(convolution.weight, convolution.bias, pixels, convolution, pooling)
     return maps
 
 
-class _FirstBlock(torch.autograd.Function):
+class _BytesBlock(torch.autograd.Function):
+    """Convolution, ReLU and pooling of pixels (N, C, H, W) uint8."""
+
     @staticmethod
     def forward(
-        ctx: _Context, weight: Tensor, bias: Tensor, images: Tensor, block: Block, sides: tuple[int, int]
+        ctx: _Context, weight: Tensor, bias: Tensor, pixels: Tensor, convolution: nn.Conv2d, pooling: Pooling
     ) -> Tensor:
         filters, channels, size, _ = weight.shape
-        stride, sign = block.convolution.stride[0], SIGNS[block.pool]
-        ctx.pair = cpu_kernels.first_block(size, stride, channels, filters, block.pool_size, sign)
-        ctx.images, ctx.shape = images, weight.shape
-        maps = torch.empty(len(images), *sides, filters)
+        stride = convolution.stride[0]
+        ctx.pair = cpu_kernels.first_block(size, stride, channels, filters, pooling.size, SIGNS[pooling.kind])
+        ctx.images, ctx.shape = pixels.permute(0, 2, 3, 1).contiguous(), weight.shape
+        height, width = (((side - size) // stride + 1) // pooling.size for side in pixels.shape[2:])
+        maps = torch.empty(len(pixels), height, width, filters)
         ctx.argmax = torch.empty(maps.shape, dtype=torch.uint8)
         weights = weight.permute(2, 3, 1, 0).div(255).contiguous()  # the loop takes pixels as 0 ... 255
-        ctx.pair.forward(images.numpy(), weights.numpy(), bias.numpy(), maps.numpy(), ctx.argmax.numpy())
+        ctx.pair.forward(ctx.images.numpy(), weights.numpy(), bias.numpy(), maps.numpy(), ctx.argmax.numpy())
         return maps.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad_maps: Tensor) -> Gradients:
         filters, channels, size, _ = ctx.shape
-        grad_weights, grad_biases = torch.zeros(size, size, channels, filters), torch.zeros(filters)
-        ctx.pair.backward(
-            ctx.images.numpy(),
-            _by_pixel(grad_maps).numpy(),
-            ctx.argmax.numpy(),
-            grad_weights.numpy(),
-            grad_biases.numpy(),
-        )
-        return grad_weights.div_(255).permute(3, 2, 0, 1), grad_biases, None, None, None
+        grad_weight, grad_bias = torch.zeros(size, size, channels, filters), torch.zeros(filters)
+        gradients = grad_weight.numpy(), grad_bias.numpy()
+        ctx.pair.backward(ctx.images.numpy(), _by_pixel(grad_maps).numpy(), ctx.argmax.numpy(), *gradients)
+        return grad_weight.div_(255).permute(3, 2, 0, 1), grad_bias, None, None, None
 
 
-def _block(block: Block, inputs: Tensor, precision: Precision) -> Tensor:
-    """Of inputs (N, C, H, W) float32 the maps (N, filters, H', W') float32."""
-    maps: Tensor
-    if block.pool == "mean":
-        maps = F.relu(block.normalisation(_convolved(block, inputs, precision)).float())
-        return pooled(maps, block.pool, block.pool_size)
-    if _is_bare(block) and block.pool_size > 1:
-        maps = _BareBlock.apply(inputs, block.convolution.weight, block.convolution.bias, block, precision)
-    else:
-        maps = _PoolRelu.apply(block.normalisation(_convolved(block, inputs, precision)), block)
+def _can_follow_argmax(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
+    """Whether ``_block`` computes these layers, and is faster."""
+    return maps.dtype != torch.uint8 and pooling.size > 1 and _is_unpadded(convolution, pooling)
+
+
+def _block(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, inputs: Tensor) -> Tensor:
+    maps: Tensor = _Block.apply(inputs, convolution.weight, convolution.bias, convolution, pooling)
     return maps
 
 
-def _convolved(block: Block, inputs: Tensor, precision: Precision) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        maps: Tensor = block.convolution(inputs)
-    return maps
+class _Block(torch.autograd.Function):
+    """Convolution, ReLU and pooling of inputs (N, C, H, W)."""
 
-
-def _suits_winograd(block: Block) -> bool:
-    """Whether ``_by_winograd`` can stand in for this bare block, and is faster."""
-    convolution = block.convolution
-    sizes = convolution.kernel_size[0], convolution.stride[0], block.pool_size
-    return sizes == (3, 1, 2) and min(convolution.in_channels, convolution.out_channels) >= FEWEST_FACTORS
-
-
-def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """Of inputs (N, C, H, W) what ``_pooled`` gives of their convolution."""
-    filters, channels, *_ = weight.shape
-    factors = (SUMS_OF_NINE @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
-    factors = F.pad(factors, (0, 0, 0, -channels % cpu_kernels.DEPTH))
-    left = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
-    argmax = torch.empty(left.shape, dtype=torch.uint8)
-    loop = cpu_kernels.winograd(channels, filters, sign)
-    loop(_by_pixel(inputs).numpy(), factors.numpy(), bias.numpy(), left.numpy(), argmax.numpy())
-    return left, argmax
-
-
-def _pooled(block: Block, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Of maps (N, filters, H, W) what pooling and ReLU leave, (N, H', W', filters), and the numbers of the argmax."""
-    by_pixel = _by_pixel(maps)
-    count, height, width, filters = by_pixel.shape
-    left = torch.empty(count, height // block.pool_size, width // block.pool_size, filters)
-    argmax = torch.empty(left.shape, dtype=torch.uint8)
-    cpu_kernels.pool_relu(block.pool_size, SIGNS[block.pool]).forward(by_pixel.numpy(), left.numpy(), argmax.numpy())
-    return left, argmax
-
-
-class _PoolRelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, maps: Tensor, block: Block) -> Tensor:
-        left, ctx.argmax = _pooled(block, maps)
-        ctx.block, ctx.shape, ctx.dtype = block, maps.shape, maps.dtype
-        return left.permute(0, 3, 1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, grad_left: Tensor) -> Gradients:
-        count, filters, height, width = ctx.shape
-        grad_maps = torch.zeros(count, height, width, filters)
-        pair = cpu_kernels.pool_relu(ctx.block.pool_size, SIGNS[ctx.block.pool])
-        pair.backward(_by_pixel(grad_left).numpy(), ctx.argmax.numpy(), grad_maps.numpy())
-        return grad_maps.permute(0, 3, 1, 2).to(ctx.dtype), None
-
-
-class _BareBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, inputs: Tensor, weight: Tensor, bias: Tensor, block: Block, precision: Precision
+        ctx: _Context, inputs: Tensor, weight: Tensor, bias: Tensor, convolution: nn.Conv2d, pooling: Pooling
     ) -> Tensor:
-        if precision == "float32" and _suits_winograd(block):
-            left, ctx.argmax = _by_winograd(inputs, weight, bias, SIGNS[block.pool])
+        if _suits_winograd(convolution, pooling) and not torch.is_autocast_enabled("cpu"):
+            pooled, ctx.argmax = _by_winograd(inputs, weight, bias, SIGNS[pooling.kind])
         else:
-            left, ctx.argmax = _pooled(block, _convolved(block, inputs, precision))
-        ctx.block = block
+            pooled, ctx.argmax = _pooled(pooling, convolution(inputs))
+        ctx.convolution, ctx.pooling = convolution, pooling
         ctx.save_for_backward(inputs, weight)
-        return left.permute(0, 3, 1, 2)
+        return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad_left: Tensor) -> Gradients:
+    def backward(ctx: _Context, grad_pooled: Tensor) -> Gradients:
         inputs, weights = (_by_pixel(each) for each in ctx.saved_tensors)
         filters, size, _, channels = weights.shape
-        inputs_learn = ctx.needs_input_grad[0]  # not those of the first block, the images
+        inputs_learn = ctx.needs_input_grad[0]  # pixels do not
         grad_inputs = torch.zeros(inputs.shape if inputs_learn else (0, 0, 0, 0))
-        grad_weights, grad_biases = torch.zeros_like(weights), torch.zeros(filters)
-        stride, window = ctx.block.convolution.stride[0], ctx.block.pool_size
+        grad_weight, grad_bias = torch.zeros_like(weights), torch.zeros(filters)
+        stride, window = ctx.convolution.stride[0], ctx.pooling.size
         loop: Loop = cpu_kernels.conv_backward(size, stride, channels, window, inputs_learn)
         loop(
             inputs.flatten(2).numpy(),
             weights.flatten(2).numpy(),
-            _by_pixel(grad_left).numpy(),
+            _by_pixel(grad_pooled).numpy(),
             ctx.argmax.numpy(),
             grad_inputs.flatten(2).numpy(),
-            grad_weights.flatten(2).numpy(),
-            grad_biases.numpy(),
+            grad_weight.flatten(2).numpy(),
+            grad_bias.numpy(),
         )
-        return (
-            grad_inputs.permute(0, 3, 1, 2) if inputs_learn else None,
-            grad_weights.permute(0, 3, 1, 2),
-            grad_biases,
-            None,
-            None,
-        )
+        returned = grad_inputs.permute(0, 3, 1, 2) if inputs_learn else None
+        return returned, grad_weight.permute(0, 3, 1, 2), grad_bias, None, None
+
+
+def _suits_winograd(convolution: nn.Conv2d, pooling: Pooling) -> bool:
+    """Whether ``_by_winograd`` can compute this convolution and pooling, and is faster."""
+    sizes = convolution.kernel_size[0], convolution.stride[0], pooling.size
+    return sizes == (3, 1, 2) and min(convolution.in_channels, convolution.out_channels) >= FEWEST_FACTORS
+
+
+def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """What ``_pooled`` makes of the convolution of inputs (N, C, H, W)."""
+    filters, channels, *_ = weight.shape
+    factors = (SUMS_OF_NINE @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
+    factors = F.pad(factors, (0, 0, 0, -channels % cpu_kernels.DEPTH))
+    pooled = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
+    argmax = torch.empty(pooled.shape, dtype=torch.uint8)
+    loop = cpu_kernels.winograd(channels, filters, sign)
+    loop(_by_pixel(inputs).numpy(), factors.numpy(), bias.numpy(), pooled.numpy(), argmax.numpy())
+    return pooled, argmax
+
+
+def _pooled(pooling: Pooling, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (N, filters, H, W) after ReLU and pooling, (N, H', W', filters), and which place of each window won."""
+    by_pixel = _by_pixel(maps)
+    count, height, width, filters = by_pixel.shape
+    pooled = torch.empty(count, height // pooling.size, width // pooling.size, filters)
+    argmax = torch.empty(pooled.shape, dtype=torch.uint8)
+    loop = cpu_kernels.pool_relu(pooling.size, SIGNS[pooling.kind]).forward
+    loop(by_pixel.numpy(), pooled.numpy(), argmax.numpy())
+    return pooled, argmax
+
+
+def _has_argmax(activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
+    return maps.dtype != torch.uint8 and pooling.kind in SIGNS
+
+
+def _relu_pooling(activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> Tensor:
+    pooled: Tensor = _ReluPooling.apply(maps, pooling)
+    return pooled
+
+
+class _ReluPooling(torch.autograd.Function):
+    """ReLU and pooling of maps (N, filters, H, W)."""
+
+    @staticmethod
+    def forward(ctx: _Context, maps: Tensor, pooling: Pooling) -> Tensor:
+        pooled, ctx.argmax = _pooled(pooling, maps)
+        ctx.pooling, ctx.shape, ctx.dtype = pooling, maps.shape, maps.dtype
+        return pooled.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_pooled: Tensor) -> Gradients:
+        count, filters, height, width = ctx.shape
+        grad_maps = torch.zeros(count, height, width, filters)
+        loop = cpu_kernels.pool_relu(ctx.pooling.size, SIGNS[ctx.pooling.kind]).backward
+        loop(_by_pixel(grad_pooled).numpy(), ctx.argmax.numpy(), grad_maps.numpy())
+        return grad_maps.permute(0, 3, 1, 2).to(ctx.dtype), None
+
+
+# The first operation that matches is taken.
+FUSED = (
+    FusedLayers((nn.Conv2d, nn.ReLU, Pooling), _can_read_bytes, _bytes_block),
+    FusedLayers((nn.Conv2d, nn.ReLU, Pooling), _can_follow_argmax, _block),
+    FusedLayers((nn.ReLU, Pooling), _has_argmax, _relu_pooling),
+)
 
 
 def _by_pixel(maps: Tensor) -> Tensor:
@@ -232,13 +255,22 @@ def _by_pixel(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).float().contiguous()
 
 
-def _dropout_dense(features: Tensor, dropout: Dropout, dense: nn.Linear, generator: torch.Generator | None) -> Tensor:
-    """Of features (N, features) float32 the logits (N, classes)."""
-    if not dropout.training or not dropout.dropped:
-        return F.linear(features, dense.weight, dense.bias)
-    drawn = dropout.draw(features, generator)
-    scores: Tensor = _DropoutDense.apply(features, dense.weight, dense.bias, dropout, drawn)
-    return scores
+def computes_dropout_dense(dropout: nn.Module, dense: nn.Module, features: Tensor) -> bool:
+    """Whether ``dropout_dense`` computes these two layers for features (N, features)."""
+    is_known = type(dropout) is Dropout and type(dense) is nn.Linear and dense.bias is not None
+    return is_known and _is_computed_here(features) and not _has_hooks(dropout) and not _has_hooks(dense)
+
+
+def dropout_dense(dropout: Dropout, dense: nn.Linear, features: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Logits (N, classes) float32 of features (N, features): in float32 under autocast too."""
+    with torch.autocast("cpu", enabled=False):
+        logits: Tensor
+        if dropout.training and dropout.dropped:
+            drawn = dropout.draw(features, generator)
+            logits = _DropoutDense.apply(features.float(), dense.weight, dense.bias, dropout, drawn)
+        else:
+            logits = dense(features.float())
+    return logits
 
 
 class _DropoutDense(torch.autograd.Function):
@@ -247,25 +279,22 @@ class _DropoutDense(torch.autograd.Function):
         ctx: _Context, features: Tensor, weight: Tensor, bias: Tensor, dropout: Dropout, drawn: Tensor
     ) -> Tensor:
         features = features.contiguous()
-        kept, scores = torch.empty(features.shape), torch.empty(len(features), len(weight))
+        kept, logits = torch.empty(features.shape), torch.empty(len(features), len(weight))
         ctx.drawing = drawn.numpy(), dropout.lowest_kept, np.float32(dropout.scale)
         ctx.save_for_backward(kept, weight)
         cpu_kernels.dropout_dense().forward(
-            features.numpy(), *ctx.drawing, weight.numpy(), bias.numpy(), kept.numpy(), scores.numpy()
+            features.numpy(), *ctx.drawing, weight.numpy(), bias.numpy(), kept.numpy(), logits.numpy()
         )
-        return scores
+        return logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad_scores: Tensor) -> Gradients:
+    def backward(ctx: _Context, grad_logits: Tensor) -> Gradients:
         kept, weight = ctx.saved_tensors
-        grad_features, grad_weight, grad_bias = (
-            torch.zeros_like(kept),
-            torch.zeros_like(weight),
-            torch.zeros(len(weight)),
-        )
+        grad_features, grad_weight = torch.zeros_like(kept), torch.zeros_like(weight)
+        grad_bias = torch.zeros(len(weight))
         cpu_kernels.dropout_dense().backward(
-            grad_scores.contiguous().numpy(),
+            grad_logits.contiguous().numpy(),
             *ctx.drawing,
             weight.numpy(),
             kept.numpy(),

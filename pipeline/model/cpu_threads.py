@@ -1,38 +1,31 @@
-"""All cores for one batch: its images are dealt out to threads, chunk by chunk."""
+"""All cores for one batch: threads take chunks of its images."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.model.cnn import CNN
-
-LARGEST_CHUNK = 64  # images; what is in work then stays near its core
+LARGEST_CHUNK = 64  # images; what is being computed then stays near its core
 SMALLEST_CHUNK = 16  # images; with fewer the operations' own overhead takes over
 Result = TypeVar("Result")
 
 
-def most_threads(batch_size: int, batch_norm: bool) -> int:
-    """On how many threads at most a training gives the same bits as on one."""
-    return 1 if batch_norm else max(1, batch_size // LARGEST_CHUNK)
-
-
 class ThreadPool:
-    """Threads among which images are dealt out, chunk by chunk.
+    """Threads that each take a chunk of a batch, and compute every operation on one thread.
 
-    One thread for each chunk, and each operation on one thread. PyTorch's own way, all threads at each operation, has
-    them wait for each other some fifty times a step.
+    PyTorch's own way, all threads at each operation, has them wait for each other some fifty times a step.
     """
 
     def __init__(self, count: int, others: ThreadPoolExecutor | None) -> None:
         self.count, self._others = count, others
 
     def chunk(self, batch_size: int) -> int:
-        """How many images of such a batch make a chunk; all of them where a batch cannot be parted.
+        """How many images of a batch make a chunk; all of them where a batch cannot be split.
 
         The number of threads does not change a bit of the result as long as there is a largest chunk for each.
         """
@@ -41,10 +34,9 @@ class ThreadPool:
         return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, math.ceil(batch_size / self.count)))
 
     def map(self, function: Callable[..., Result], *chunks: Iterable[Any]) -> Iterator[Result]:
-        """What the function gives for each chunk, in their order. Settings such as no_grad do not reach it.
+        """The function's results for the chunks, in their order. Settings such as no_grad do not reach the function.
 
-        No more chunks are in work or waiting to be taken than there are threads. Ends with the shortest of ``chunks``,
-        as Python's own map does.
+        No more chunks are started than there are threads. Ends with the shortest of ``chunks``, as Python's map does.
         """
         calls = list(zip(*chunks, strict=False))
         for start in range(0, len(calls), self.count):
@@ -54,37 +46,20 @@ class ThreadPool:
             yield from (future.result() for future in futures)
 
 
-_now: list[ThreadPool] = []  # the open ones, the last one last
-
-
-def use_threads(count: int) -> None:
-    """From the next batch on take so many threads; torch.set_num_threads reaches only pools opened later.
-
-    Up to ``most_threads`` no bit of the result changes.
-    """
-    if _now:
-        _now[-1].count = count
-    else:
-        torch.set_num_threads(count)
-
-
 @contextmanager
-def thread_pool(cnn: CNN, device: torch.device) -> Iterator[ThreadPool]:
-    """As many workers as torch has threads; one that takes a batch whole where it cannot be parted.
+def thread_pool(network: nn.Module, device: torch.device) -> Iterator[ThreadPool]:
+    """As many threads as torch has; a single one where a batch must stay whole.
 
     That is on a GPU, and while batch normalisation is trained, which looks at the whole batch.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or (cnn.architecture.batch_norm and cnn.training):
+    normalises = network.training and any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    if device.type != "cpu" or normalises:
         yield ThreadPool(1, None)
         return
     torch.set_num_threads(1)
-    # Threads begin when they are first needed, so there may be as many as there will ever be.
-    with ThreadPoolExecutor(max(threads, os.cpu_count() or 1)) as others:
-        pool = ThreadPool(threads, others)
-        _now.append(pool)
+    with ThreadPoolExecutor(threads) as others:
         try:
-            yield pool
+            yield ThreadPool(threads, others)
         finally:
-            _now.pop()
-            torch.set_num_threads(pool.count)
+            torch.set_num_threads(threads)

@@ -1,17 +1,15 @@
-"""The numbers of a training on their way into its MLflow run.
+"""Send the numbers of a training to its MLflow run while it goes on.
 
-A thread sends them, so that the training waits for no store that is slow, locked or gone. What had not arrived by the
-end is put down beside the checkpoints, and sent by the next command that writes into the store: once, and in order.
+A thread sends them, so that the training never waits for a store that is slow, locked or gone. What has not arrived by
+the end is saved beside the checkpoints. The next command that writes into the store sends it: once, and in order.
 """
 
 import json
-import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,16 +21,18 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import Fault
-from pipeline.tracking.store import STORE_ERRORS, one_line
+from pipeline.tracking.store import STORE_ERRORS, one_line, quick_answers
 
 PATIENCE = 10.0  # seconds for which the end of a training waits for the store
 SUFFIX = ".undelivered.json"
-NUMBERS, PICTURES = "numbers", "pictures"  # what is sent
+METRICS, IMAGES = "metrics", "images"  # what the thread sends
+
+Send = Callable[[MlflowClient], object]
 
 
 @dataclass
 class PendingUpdates:
-    """All that a run is still to be told: rows of metrics by their epoch, and how it ended.
+    """What a run lacks: metrics by their epoch, parameters, tags, and how it ended.
 
     ``times`` are those of the rows, in milliseconds since 1970, as is ``ended``.
     """
@@ -46,96 +46,98 @@ class PendingUpdates:
     ended: int = 0
 
     def add(self, epoch: int, row: Mapping[str, float]) -> None:
-        """One more row."""
+        """Add the metrics of an epoch."""
         self.rows[epoch], self.times[epoch] = dict(row), _now()
 
     def metrics(self, epoch: int) -> list[Metric]:
-        """Of a row, as MLflow takes them: all or none."""
+        """The metrics of an epoch as MLflow takes them, in one call: all or none."""
         return [Metric(name, value, self.times[epoch], epoch) for name, value in self.rows[epoch].items()]
 
 
 class AsyncLogger:
-    """Sends the rows of an open run while the training goes on, as long as the store answers."""
+    """Sends the metrics and images of an open run from a thread, as long as the store answers."""
 
     def __init__(self, run_id: str) -> None:
-        self.updates = PendingUpdates(run_id)
-        self._waiting: queue.SimpleQueue[tuple[str, Callable[[MlflowClient], object]] | None] = queue.SimpleQueue()
+        self.pending = PendingUpdates(run_id)
+        self._queue: queue.SimpleQueue[tuple[str, Send] | None] = queue.SimpleQueue()
         self._given_up: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="tracking", daemon=True)
         self._thread.start()
 
-    def send(self, epoch: int, row: Mapping[str, float]) -> None:
-        """Does not wait for the store."""
-        self.updates.add(epoch, row)
-        metrics = self.updates.metrics(epoch)
-        self._waiting.put((NUMBERS, lambda client: client.log_batch(self.updates.run_id, metrics=metrics)))
+    def log_metrics(self, epoch: int, row: Mapping[str, float]) -> None:
+        """Send the metrics of an epoch, without waiting for the store."""
+        self.pending.add(epoch, row)
+        metrics = self.pending.metrics(epoch)
+        self._queue.put((METRICS, lambda client: client.log_batch(self.pending.run_id, metrics=metrics)))
 
-    def show(self, epoch: int, name: str, picture: NDArray[np.uint8]) -> None:
-        """An image (H, W, 3) that the run's page plays. Unlike a row it is lost where the store does not take it."""
-        self._waiting.put(
-            (PICTURES, lambda client: client.log_image(self.updates.run_id, picture, key=name, step=epoch))
-        )
+    def log_image(self, epoch: int, name: str, image: NDArray[np.uint8]) -> None:
+        """Send an image (H, W, 3). Unlike metrics it is lost where the store does not take it."""
+        self._queue.put((IMAGES, lambda client: client.log_image(self.pending.run_id, image, key=name, step=epoch)))
 
     def _send_all(self) -> None:
         client = MlflowClient()
-        while (waiting := self._waiting.get()) is not None:
-            what, send = waiting
+        while (item := self._queue.get()) is not None:
+            what, send = item
             if what in self._given_up:
                 continue
             try:
                 send(client)
             except STORE_ERRORS as error:
-                # Files lie elsewhere than numbers, on a disk of their own maybe.
-                self._given_up |= {PICTURES} if what == PICTURES else {NUMBERS, PICTURES}
-                without = "live images" if what == PICTURES else "it"
+                # Images are files: they may be on another disk than the metrics.
+                self._given_up |= {IMAGES} if what == IMAGES else {METRICS, IMAGES}
+                without = "live images" if what == IMAGES else "it"
                 _warn(f"the tracking store failed ({one_line(error)}): the training goes on without {without}")
 
     def end(self, status: str) -> None:
-        """Tell the run all that it does not know yet, and how it ended; put it down where that cannot be told."""
-        self.updates.status, self.updates.ended = status, _now()
-        self._waiting.put(None)
+        """End the run with this status and send what it lacks; save that where the store does not take it."""
+        self.pending.status, self.pending.ended = status, _now()
+        self._queue.put(None)
         self._thread.join(PATIENCE / 2)
-        self._given_up.add(PICTURES)  # they must not hold up the numbers
+        self._given_up.add(IMAGES)  # they must not delay the metrics
         self._thread.join(PATIENCE / 2)
         try:
             if self._thread.is_alive():
                 raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
-            deliver(self.updates)
+            deliver(self.pending)
         except STORE_ERRORS as error:
             _warn(f"the tracking store failed ({one_line(error)}): {self._save()}")
 
     def _save(self) -> str:
-        """What becomes of a updates that nobody takes."""
-        path = _path(self.updates.run_id)
+        """Save the pending updates, and say where."""
+        path = files.checkpoints_folder() / f"{self.pending.run_id}{SUFFIX}"
         try:
-            files.write_json(path, asdict(self.updates))
+            files.write_json(path, asdict(self.pending))
         except Fault as fault:  # must not hide why the run ended
-            return f"the end of the run is not told, {fault}"
-        return f"nothing is lost, what the run is still to be told is in {path}, and the next `dvc repro` sends it"
+            return f"the end of the run is lost, {fault}"
+        return f"nothing is lost, what the run lacks is in {path}, and the next `dvc repro` sends it"
 
 
 def deliver(updates: PendingUpdates) -> None:
-    """Tell a run what it does not know. Done twice, it is as if it had been done once."""
+    """Send a run what it lacks, and end it where ``updates`` has a status. Safe to repeat."""
     client = MlflowClient()
     with quick_answers():
-        known: set[int] = set()
-        if updates.rows:
-            name = next(iter(next(iter(updates.rows.values()))))
-            known = {metric.step for metric in client.get_metric_history(updates.run_id, name)}
-        for epoch in sorted(set(updates.rows) - known):
+        for epoch in sorted(set(updates.rows) - _logged_epochs(client, updates)):
             client.log_batch(updates.run_id, metrics=updates.metrics(epoch))
         params = [Param(*each) for each in updates.params.items()]
         client.log_batch(updates.run_id, params=params, tags=[RunTag(*each) for each in updates.tags.items()])
-        client.set_terminated(updates.run_id, updates.status, updates.ended)
+        if updates.status:
+            client.set_terminated(updates.run_id, updates.status, updates.ended)
+
+
+def _logged_epochs(client: MlflowClient, updates: PendingUpdates) -> set[int]:
+    if not updates.rows:
+        return set()
+    name = next(iter(next(iter(updates.rows.values()))))
+    return {metric.step for metric in client.get_metric_history(updates.run_id, name)}
 
 
 def deliver_all() -> None:
-    """Send what earlier trainings could not. What is of a run that this store does not know stays where it is."""
+    """Send what earlier trainings could not. Updates of a run that this store does not have stay where they are."""
     for path in undelivered():
         try:
             updates = read(path)
         except DamagedError as error:
-            _warn(f"{path} is damaged ({error}): its run is not told the rest, delete it")
+            _warn(f"{path} is damaged ({error}), so its run stays incomplete: delete the file")
             continue
         try:
             deliver(updates)
@@ -145,45 +147,28 @@ def deliver_all() -> None:
             _warn(f"{path} is of a run that this tracking store does not have")
             continue
         path.unlink()
-        print(f"the tracking store has now been told the rest of run {updates.run_id}")
+        print(f"sent the tracking store what run {updates.run_id} lacked")
 
 
 class DamagedError(Exception):
-    """A file that holds no updates."""
+    """A file that does not hold pending updates."""
 
 
 def read(path: Path) -> PendingUpdates:
-    """A updates that was put down. Raises DamagedError."""
+    """The pending updates that were saved in a file. Raises DamagedError."""
     content = path.read_bytes()
     try:
         fields = json.loads(content)
-        for numbered in ("rows", "times"):  # JSON has text for keys
-            fields[numbered] = {int(epoch): value for epoch, value in fields[numbered].items()}
+        for by_epoch in ("rows", "times"):  # JSON has text for keys
+            fields[by_epoch] = {int(epoch): value for epoch, value in fields[by_epoch].items()}
         return PendingUpdates(**fields)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(one_line(error)) from error
 
 
 def undelivered() -> list[Path]:
-    """The files of what could not be sent."""
+    """The files with pending updates."""
     return sorted(files.checkpoints_folder().glob(f"*{SUFFIX}"))
-
-
-@contextmanager
-def quick_answers() -> Iterator[None]:
-    """mlflow tries for four minutes to reach a server; inside, one that does not answer is given up in seconds."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-    lent = {name: value for name, value in short.items() if name not in os.environ}
-    os.environ.update(lent)
-    try:
-        yield
-    finally:
-        for name in lent:
-            os.environ.pop(name, None)
-
-
-def _path(run_id: str) -> Path:
-    return files.checkpoints_folder() / f"{run_id}{SUFFIX}"
 
 
 def _now() -> int:

@@ -1,4 +1,4 @@
-"""The champion gate: which of two models is better, judged on the same test images. Knows no MLflow and no file."""
+"""The champion gate: which of two models is better, judged on the same test images. Pure: no MLflow and no files."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,20 +10,20 @@ from scipy.stats import binomtest
 from pipeline.params import Promotion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-NOT_WORSE = 0.05  # p-value from which on more errors may be chance, where evaluate.promotion.alpha is not set
+NOT_WORSE = 0.05  # the p-value above which more errors may be chance, where evaluate.promotion.alpha is not set
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A model before the gate: which of the test images it gets right, (N,) bool, and how large it is."""
+class ScoredModel:
+    """What the gate looks at: which test images a model classifies correctly, (N,) bool, and its size."""
 
-    right: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
     parameters: int
 
     @property
     def error_count(self) -> int:
         """How many test images it gets wrong."""
-        return int((~self.right).sum())
+        return int((~self.correct).sum())
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,28 @@ class Paired:
     def p_value(self) -> float:
         """How likely two equally good models differ as much (exact McNemar test, two-sided; McNemar, 1947).
 
-        Images that both get right, or both wrong, tell nothing of which is better. Of the others, a coin decides.
+        Images that both get right or both get wrong do not count. For the others, equally good models toss a coin.
         """
-        decided = self.only_challenger_right + self.only_champion_right
-        return float(binomtest(self.only_challenger_right, decided).pvalue) if decided else 1.0
+        differing = self.only_challenger_right + self.only_champion_right
+        return float(binomtest(self.only_challenger_right, differing).pvalue) if differing else 1.0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The alias that a model deserves, why, and the comparison where there was one."""
+    """The alias that a model gets, why, and the comparison if there was one."""
 
     alias: str
     reason: str
     paired: Paired | None = None
 
-    def as_row(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON and for tags."""
         table = {"p_value": self.paired.p_value, "table": asdict(self.paired)} if self.paired else {}
         return {"decision": self.alias, "reason": self.reason, **table}
 
 
 def compare(challenger: NDArray[np.bool_], champion: NDArray[np.bool_]) -> Paired:
-    """The 2x2 table of two models on the same images: ``right`` of each, both (N,) bool."""
+    """The 2x2 table of two models on the same images: ``correct`` of each, both (N,) bool."""
     return Paired(
         int((challenger & champion).sum()),
         int((challenger & ~champion).sum()),
@@ -69,24 +69,25 @@ def compare(challenger: NDArray[np.bool_], champion: NDArray[np.bool_]) -> Paire
     )
 
 
-def decide(challenger: Scored, ece: float, champion: Scored | None, version: str, rules: Promotion) -> Decision:
-    """Whether ``challenger`` takes the place of ``champion``, which is registered as ``version``.
+def decide(
+    challenger: ScoredModel, ece: float, champion: ScoredModel | None, version: str, rules: Promotion
+) -> Decision:
+    """Whether ``challenger`` replaces ``champion``, which is registered as ``version``.
 
-    It must reach the floors of ``rules``, one of them for its expected calibration error ``ece``, and either make
+    It must meet the limits of ``rules``, one of them for its expected calibration error ``ece``, and either make
     (significantly) fewer errors or be smaller and not significantly worse.
     """
-    paired = compare(challenger.right, champion.right) if champion else None
-    if failed := list(_below(challenger, ece, rules)):
-        return Decision(CHALLENGER, "; ".join(failed), paired)
+    paired = compare(challenger.correct, champion.correct) if champion else None
+    if missed := list(_missed_limits(challenger, ece, rules)):
+        return Decision(CHALLENGER, "; ".join(missed), paired)
     if champion is None or paired is None:
         return Decision(CHAMPION, "there was no champion")
     alias, reason = _compared(challenger, champion, version, paired.p_value, rules.alpha)
     return Decision(alias, reason, paired)
 
 
-def _below(challenger: Scored, ece: float, rules: Promotion) -> Iterator[str]:
-    """What the challenger does not reach."""
-    accuracy = float(challenger.right.mean())
+def _missed_limits(challenger: ScoredModel, ece: float, rules: Promotion) -> Iterator[str]:
+    accuracy = float(challenger.correct.mean())
     if rules.min_accuracy is not None and accuracy < rules.min_accuracy:
         yield f"its accuracy {accuracy:.4f} is below evaluate.promotion.min_accuracy {rules.min_accuracy:g}"
     if rules.max_ece is not None and ece > rules.max_ece:
@@ -99,8 +100,9 @@ def _below(challenger: Scored, ece: float, rules: Promotion) -> Iterator[str]:
 
 
 def _compared(
-    challenger: Scored, champion: Scored, version: str, p_value: float, alpha: float | None
+    challenger: ScoredModel, champion: ScoredModel, version: str, p_value: float, alpha: float | None
 ) -> tuple[str, str]:
+    """The alias and the reason for it."""
     counts = f"{challenger.error_count} test errors against {champion.error_count} of version {version}"
     test = f"p = {p_value:.2g}"
     fewer = challenger.error_count < champion.error_count

@@ -1,4 +1,4 @@
-"""Where a model comes from: the tags that say so, and whether this checkout would make the same model again."""
+"""Where a model comes from: the tags that say so, and whether this checkout would train the same model again."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ PARAMS_SHA256, DATA_SHA256 = "params.sha256", "data.sha256"
 def code() -> str:
     """JSON: the files of code that the stage `train` depends on, and the start of the SHA-256 of each.
 
-    A commit does not tell of changes that nobody committed; these do.
+    Unlike a commit they show changes that were not committed.
     """
     return json.dumps({path: digest[:16] for path, digest in dvc_files.code_of("train").items()})
 
@@ -22,26 +22,26 @@ def code() -> str:
 def differences(
     tags: Mapping[str, str], recipe: Mapping[str, object], data_sha256: str | None
 ) -> Iterator[tuple[str, str]]:
-    """What keeps this checkout from training the model with these tags again: the kind of thing, and what differs.
+    """What differs between this checkout and the one that trained the model with these tags: its kind, and a message.
 
     ``recipe`` is that of params.yaml, ``data_sha256`` that of the prepared data, None where there are none.
     """
     before = json.loads(tags[RECIPE])
-    for knob in sorted(set(before) | set(recipe)):
-        if (was := before.get(knob)) != (now := recipe.get(knob)):
-            yield "params", f"{knob} was {was}, here it is {now}"
+    for name in sorted(set(before) | set(recipe)):
+        if (was := before.get(name)) != (now := recipe.get(name)):
+            yield "params", f"{name} was {was}, here it is {now}"
     if data_sha256 is None:
-        yield "data", "there are none here yet: dvc repro prepare"
+        yield "data", "none are prepared here yet: dvc repro prepare"
     elif data_sha256 != tags[DATA_SHA256]:
         yield "data", f"SHA-256 was {tags[DATA_SHA256][:12]}..., here it is {data_sha256[:12]}..."
     before_code, code_here = json.loads(tags.get(CODE, "{}")), json.loads(code())
     for path in sorted(before_code):
         if code_here.get(path) != before_code[path]:
-            yield "code", f"{path} is another"
+            yield "code", f"{path} has changed"
 
 
 def other_machine(tags: Mapping[str, str], device: torch.device) -> list[str]:
-    """What may change the last bits of a model that is trained again here, on ``device``."""
+    """What may change the last bits if the model is trained again here, on ``device``."""
     here = machine.environment_tags(device)
     return [
         f"{key} was {tags[key]}, here it is {here.get(key)}"

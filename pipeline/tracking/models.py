@@ -1,6 +1,6 @@
-"""The model as MLflow keeps it: an exported PyTorch graph (`pt2`), and beside it the model file that it is of.
+"""The model as MLflow stores it: an exported PyTorch graph (`pt2`), and beside it the model file.
 
-Others load the graph. This project reads the model file, which is weights and facts alone: a graph is a program, and
+Others load the graph. This project reads the model file, which holds only weights and facts: a graph is a program, and
 one that somebody has changed would run.
 """
 
@@ -14,7 +14,6 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import PyFuncModel
 from mlflow.types import Schema, TensorSpec
 
 from pipeline import files
@@ -23,28 +22,29 @@ from pipeline.errors import Fault
 from pipeline.model import model_file
 from pipeline.model.cnn import CNN, Architecture, Classifier
 from pipeline.model.model_file import TrainedModel
+from pipeline.tracking.lineage import DATA_SHA256
 from pipeline.tracking.runs import MODEL_SHA256
 from pipeline.tracking.store import one_line, store_faults
 
-ROOM = 1_000_000  # bytes that a logged model takes beside its weights, at most
+ROOM = 1_000_000  # bytes that a logged model takes at most, without its weights
 MODEL_FILE = f"extra_files/{files.MODEL.name}"  # in a logged model, where MLflow puts it
 
 
 @store_faults()
 def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str:
-    """The model of a run that has ended, with its file, if the run does not have it whole; its status stays.
+    """Log the model of a run that has ended, with its file, unless the run already has it complete.
 
-    Returns the model's id. The model takes images (N, H, W, C) uint8 and gives class probabilities (N, classes). It is
-    logged when it is evaluated, since exporting it is no part of the training.
+    Returns the model's id; the run's status stays. The model takes images (N, H, W, C) uint8 and gives class
+    probabilities (N, classes).
     """
     client = MlflowClient()
     found = client.search_logged_models(
         experiment_ids=[client.get_run(run_id).info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
     )
     for model in found:
-        if model.status == LoggedModelStatus.READY and is_whole(str(model.artifact_location), model_sha256):
+        if model.status == LoggedModelStatus.READY and is_complete(str(model.artifact_location), model_sha256):
             return str(model.model_id)
-    # torch.export ends the process where it cannot write on, and mlflow has it write into the temporary folder.
+    # torch.export ends the process on a full disk, and mlflow has it write into the temporary folder.
     files.check_room(Path(gettempdir()), ROOM + 3 * files.MODEL.stat().st_size)
     logged = Model.log(
         artifact_path=None,
@@ -57,7 +57,7 @@ def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str
         input_example=_example(cnn.architecture),
         pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "torch")],
         extra_files=[str(files.MODEL.resolve())],
-        tags={MODEL_SHA256: model_sha256, "data.sha256": dataset.sha256},
+        tags={MODEL_SHA256: model_sha256, DATA_SHA256: dataset.sha256},
     )
     return str(logged.model_id)
 
@@ -74,15 +74,15 @@ def _example(architecture: Architecture) -> "np.ndarray[tuple[int, ...], np.dtyp
 
 
 def read(artifact_uri: str, model_sha256: str) -> TrainedModel:
-    """The model file of a logged model. It may come from anybody, and nothing in it can run.
+    """The content of a logged model's model file. Whoever wrote it, nothing in it can run.
 
-    Raises Fault where it cannot be had, or is not the file with this hash.
+    Raises Fault where the file cannot be read, or does not have this hash.
     """
     return model_file.from_bytes(_content(artifact_uri, model_sha256), f"the model file of {artifact_uri}")
 
 
-def is_whole(artifact_uri: str, model_sha256: str) -> bool:
-    """Whether the model file of a logged model can be had, and is the file with this hash."""
+def is_complete(artifact_uri: str, model_sha256: str) -> bool:
+    """Whether the model file of a logged model can be read, and has this hash."""
     try:
         _content(artifact_uri, model_sha256)
     except Fault:
@@ -96,22 +96,7 @@ def _content(artifact_uri: str, model_sha256: str) -> bytes:
             path = mlflow.artifacts.download_artifacts(artifact_uri=f"{artifact_uri}/{MODEL_FILE}", dst_path=folder)
             content = Path(path).read_bytes()
         except (MlflowException, OSError) as error:
-            raise Fault(f"the files of {artifact_uri} cannot be had: {one_line(error)}") from error
+            raise Fault(f"the files of {artifact_uri} cannot be read: {one_line(error)}") from error
     if files.sha256(content) != model_sha256:
         raise Fault(f"the model file of {artifact_uri} is not the one that was registered (another SHA-256)")
     return content
-
-
-def as_served(cnn: CNN) -> PyFuncModel:
-    """The model as MLflow's scoring server takes it, exported here and now."""
-    with TemporaryDirectory(prefix="convtrack-") as folder:
-        mlflow.pytorch.save_model(
-            Classifier(cnn),
-            folder,
-            serialization_format="pt2",
-            signature=_signature(cnn.architecture),
-            input_example=_example(cnn.architecture),
-            pip_requirements=[],
-        )
-        served: PyFuncModel = mlflow.pyfunc.load_model(folder)
-    return served

@@ -1,42 +1,41 @@
-"""A registered model behind HTTP: MLflow's own scoring server, and before it a guard against what that answers badly.
+"""A registered model behind HTTP, with the routes and answers of MLflow's own scoring server.
 
-MLflow's server takes a body of any size, cuts fractions off (a picture in 0 ... 1 becomes black), reads text as
-numbers, and answers 500 to a request without a content type. Memory must not depend on who asks, and a wrong answer is
-worse than none.
+That server takes a body of any size, cuts fractions off (an image in 0 ... 1 becomes black), reads text as numbers, and
+answers 500 to a request without a content type. Here the memory is bounded whoever asks, and what is not an image is
+refused with the reason.
 """
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import threading
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
+import mlflow
 import numpy as np
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.pyfunc import scoring_server
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from pipeline.model.cnn import MOST_IMAGES
-from pipeline.tracking import models, registry
+from pipeline.tracking import registry
+from pipeline.tracking.registry import Loaded
 from pipeline.tracking.store import store_faults
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-INVOCATIONS = "/invocations"
-ANYWHERE = ("0.0.0.0", "::")  # to listen at every address of the machine, whatever its names are
+ALL_ADDRESSES = ("0.0.0.0", "::")  # listens at every address of the machine, whatever its names are
 KEYS = ("inputs", "instances")
-BYTES_A_PIXEL = 8  # "[255], " and one more
-AT_A_TIME = 4  # requests that are read and answered; others wait, with what they send still on their side
-PATIENCE = 30.0  # seconds in which a body must have come
+BYTES_PER_PIXEL = 8  # "[255], " and one more
+AT_A_TIME = 4  # requests that are read and answered; the others wait, and their bodies with the clients
+PATIENCE = 30.0  # seconds within which a body must have come
 
 
 class RefusedError(Exception):
-    """Why a request is not answered, and the status that says so."""
+    """Why a request is refused, and the HTTP status."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -44,87 +43,94 @@ class RefusedError(Exception):
 
 
 @store_faults()
-def application(version: ModelVersion, host: str) -> App:
-    """The ASGI application that answers for a registered model, where it is asked for under the name of ``host``.
+def application(version: ModelVersion, host: str) -> Starlette:
+    """The ASGI application that serves a registered model to those who call this server ``host``.
 
     Raises Fault for a version that models.read refuses.
     """
-    loaded = registry.load(version)
-    guard = Guard(scoring_server.init(models.as_served(loaded.cnn)), loaded.image_shape)
-    # Else any page in a browser on this machine could ask, under a name of its own that leads here.
-    names = ["localhost", "127.0.0.1", "[::1]", host]
-    return TrustedHostMiddleware(guard, ["*"] if host in ANYWHERE else names, www_redirect=False)
+    predictor = Predictor(registry.load(version))
+    predictor.classify(np.zeros((1, *predictor.loaded.image_shape), np.uint8))  # compiles what the first request needs
+    routes = [
+        Route("/ping", _health),
+        Route("/health", _health),
+        Route("/version", _version),
+        Route("/invocations", predictor.answer, methods=["POST"]),
+    ]
+    # Otherwise a page in a browser on this machine could send requests, through a name of its own that leads here.
+    names = ["*"] if host in ALL_ADDRESSES else ["localhost", "127.0.0.1", "[::1]", host]
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
+    return Starlette(routes=routes, middleware=[hosts])
+
+
+def _health(request: Request) -> Response:
+    return Response("\n", media_type="application/json")
+
+
+def _version(request: Request) -> Response:
+    return Response(mlflow.__version__, media_type="application/json")
 
 
 @dataclass(frozen=True)
-class Guard:
-    """Lets through to ``app`` only what it can answer: 1 to MOST_IMAGES images of whole numbers from 0 to 255.
+class Predictor:
+    """Answers POST /invocations: 1 to MOST_IMAGES images of whole numbers from 0 to 255.
 
-    However many ask at once, the memory is that of AT_A_TIME requests.
+    However many clients ask at once, the memory is that of AT_A_TIME requests.
     """
 
-    app: App
-    image_shape: tuple[int, int, int]
+    loaded: Loaded
     turns: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, AT_A_TIME))
+    cnn_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        if scope["type"] != "http" or scope["path"] != INVOCATIONS or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
+    async def answer(self, request: Request) -> Response:
+        """The probabilities of each image, or why there are none."""
         try:
-            _check_content_type([value for name, value in scope["headers"] if name == b"content-type"])
+            _check_content_type(request.headers.getlist("content-type"))
             async with self.turns:
-                body = await _body(receive, BYTES_A_PIXEL * MOST_IMAGES * int(np.prod(self.image_shape)))
-                await asyncio.to_thread(check, body, self.image_shape)
-                await self.app(scope, _again(body, receive), send)
+                body = await _body(request, BYTES_PER_PIXEL * MOST_IMAGES * int(np.prod(self.loaded.image_shape)))
+                return await asyncio.to_thread(self._predictions, body)
         except RefusedError as refused:
-            await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
+            return JSONResponse({"error": str(refused)}, refused.status)
+
+    def _predictions(self, body: bytearray) -> Response:
+        return JSONResponse({"predictions": self.classify(images_from(body, self.loaded.image_shape)).tolist()})
+
+    def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """One batch at a time, on all cores: a CNN cannot score two at once."""
+        with self.cnn_lock:
+            return self.loaded.classify(images)
 
 
-def _check_content_type(given: list[bytes]) -> None:
-    if [value.split(b";")[0].strip().lower() for value in given] != [b"application/json"]:
+def _check_content_type(given: list[str]) -> None:
+    if [value.split(";")[0].strip().lower() for value in given] != ["application/json"]:
         raise RefusedError(415, "the content type must be application/json")
 
 
-async def _body(receive: Receive, most: int) -> bytes:
-    parts, length, more = [], 0, True
-    until = asyncio.get_running_loop().time() + PATIENCE
-    while more:
-        try:
-            async with asyncio.timeout_at(until):
-                message = await receive()
-        except TimeoutError:
-            raise RefusedError(408, f"the request did not come within {PATIENCE:.0f} s") from None
-        if message["type"] == "http.disconnect":
-            raise RefusedError(400, "the request broke off")
-        parts.append(message.get("body", b""))
-        length, more = length + len(parts[-1]), message.get("more_body", False)
-        if length > most:
-            raise RefusedError(413, f"more than {most:,} bytes; at most {MOST_IMAGES:,} images at a time")
-    return b"".join(parts)
+async def _body(request: Request, most: int) -> bytearray:
+    """The body of a request, of at most so many bytes."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise RefusedError(413, f"more than {most:,} bytes; at most {MOST_IMAGES:,} images at a time")
+    except TimeoutError:
+        raise RefusedError(408, f"the request did not come within {PATIENCE:.0f} s") from None
+    except ClientDisconnect:
+        raise RefusedError(400, "the request broke off") from None
+    return body
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """What was received once, for who comes next."""
-    waiting = [body]
-
-    async def replay() -> Message:
-        return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
-
-    return replay
-
-
-def check(body: bytes, image_shape: tuple[int, int, int]) -> None:
-    """Raises RefusedError for a body that is no JSON of images (N, H, W, C)."""
+def images_from(body: bytes | bytearray, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The images (N, H, W, C) in a body. Raises RefusedError if it is not JSON of such images."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"no JSON: {error}") from error
+        raise RefusedError(400, f"not JSON: {error}") from error
     if not isinstance(content, dict) or len(content) != 1 or next(iter(content)) not in KEYS:
         raise RefusedError(400, 'the body must be an object with one key: {"inputs": [images]}')
     try:
-        # As they are: converted, text of a million letters would take a million letters' room for each pixel.
+        # As objects: an array of text would take the length of its longest string for each of them.
         images = np.asarray(next(iter(content.values())), dtype=object)
     except ValueError as error:
         raise RefusedError(400, f"the images are not all of the same shape: {error}") from error
@@ -136,3 +142,4 @@ def check(body: bytes, image_shape: tuple[int, int, int]) -> None:
     pixels = images.ravel().tolist()
     if set(map(type, pixels)) != {int} or min(pixels) < 0 or max(pixels) > 255:
         raise RefusedError(400, "pixels are whole numbers from 0 (black) to 255 (white)")
+    return images.astype(np.uint8)

@@ -1,22 +1,34 @@
-"""Errors of the tracking store, as a line for the person who reads it."""
+"""The tracking store: reach it, create it where there is none, and report its errors in one line."""
 
 import errno
+import fcntl
+import logging
+import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 
 import mlflow
+import sqlalchemy
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline import files
 from pipeline.errors import Fault, without_password
 
-# The last one from the disk with the artifacts, and from a server that takes no file.
+EXPERIMENT = "convtrack"
+# OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+CONNECT_TIMEOUT = 8  # seconds, for a database on a server
+NEW_DATABASE_BYTES = 8 << 20  # an empty database, a copy of it and SQLite's own files beside it
 
 
 @contextmanager
 def store_faults() -> Iterator[None]:
-    """Errors of the tracking store leave as a Fault of one line. Also a decorator."""
+    """Turn errors of the tracking store into a Fault of one line. Also a decorator."""
     try:
         yield
     except STORE_ERRORS as error:
@@ -24,13 +36,111 @@ def store_faults() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says first, without a password."""
-    # Before some errors SQLAlchemy tells what it was about to do.
+    """The first line of an error's message, without a password."""
+    # SQLAlchemy puts what it was about to do in front of some errors.
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(raised as a result of")]
     remedy = ": make room on that disk" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
     return without_password(lines[0] if lines else type(error).__name__) + remedy
 
 
 def address() -> str:
-    """That of the tracking store, without a password."""
+    """The address of the tracking store, without a password."""
     return without_password(mlflow.get_tracking_uri())
+
+
+def own_store() -> str:
+    """The address of the store in this repository, which is used unless MLFLOW_TRACKING_URI names another."""
+    return f"sqlite:///{files.root() / 'mlflow.db'}"
+
+
+@store_faults()
+def connect() -> None:
+    """Point mlflow at ``MLFLOW_TRACKING_URI``, else at mlflow.db and mlruns/ in the repository's root.
+
+    `mlflow ui` looks in the same two places when it is started there without a flag. Raises Fault.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(given or own_store())
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of a few kilobytes
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database logs each of its migrations
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
+    # mlflow lets several processes create the tables of an empty database at once, and then all but one fail.
+    with one_at_a_time("connect"), quick_answers():
+        _check_database_server(given or own_store())
+        _create_database(given or own_store())
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            _create_experiment(None if given else (files.root() / "mlruns").as_uri())
+        mlflow.set_experiment(EXPERIMENT)
+
+
+def experiment_id() -> str:
+    """The id of this project's experiment, which ``connect`` creates."""
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    return str(experiment.experiment_id)
+
+
+@contextmanager
+def quick_answers() -> Iterator[None]:
+    """Give up a server that does not answer after seconds; mlflow itself tries for four minutes."""
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    added = {name: value for name, value in short.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _check_database_server(uri: str) -> None:
+    """Give up a database server that does not answer after seconds; mlflow itself tries for two minutes."""
+    if uri.startswith(("postgresql", "mysql")):
+        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_TIMEOUT})
+        engine.connect().close()
+        engine.dispose()
+
+
+def _create_database(uri: str) -> None:
+    """Create an SQLite file that does not exist yet, complete or not at all.
+
+    mlflow creates the tables one after the other, and cannot continue if it is killed in between.
+    """
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
+        return
+    files.check_room(Path(gettempdir()), NEW_DATABASE_BYTES)
+    with TemporaryDirectory(prefix="convtrack-") as folder:
+        created, copied = Path(folder) / "created.db", Path(folder) / "copied.db"
+        MlflowClient(f"sqlite:///{created}").search_experiments()  # creates the tables
+        with closing(sqlite3.connect(created)) as source, closing(sqlite3.connect(copied)) as target:
+            source.backup(target)  # with what may still be in a log beside the file
+        files.write(path, copied.read_bytes())
+
+
+def _create_experiment(artifact_location: str | None) -> None:
+    try:
+        mlflow.create_experiment(EXPERIMENT, artifact_location)
+    except MlflowException:
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            raise  # otherwise another process has just created it
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Let one process on this machine at a time do ``what`` in the same store; the others wait."""
+    with _lock_file(what).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
+        yield
+
+
+def _lock_file(what: str) -> Path:
+    """The same file for all who use the same store: in this repository for its own, else named after the address."""
+    uri = mlflow.get_tracking_uri()
+    if uri == own_store():
+        path = files.root() / "mlruns" / f".{what}.lock"
+    else:
+        folder = Path(gettempdir()) / f"convtrack-{os.getuid()}"
+        path = folder / f"{files.sha256(uri.encode())[:16]}.{what}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,13 +1,15 @@
 """A tuning study in MLflow: a parent run, and a child for each trial, written once the trial has ended.
 
-So no child is left running, whatever is killed: what is not there yet is written when the study goes on.
+So no child is left running, whatever is killed: what is missing is written when the study is resumed.
 """
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import mlflow
 from mlflow import MlflowClient
@@ -17,53 +19,74 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pipeline import machine
 from pipeline.data.splits import Dataset
 from pipeline.params import Params
-from pipeline.tracking import lineage, runs
+from pipeline.tracking import lineage, runs, store
 from pipeline.tracking.store import store_faults
-from pipeline.tuning.records import TrialRecord
 
 STUDY, TRIAL = "study.id", "trial.number"
-MOST_METRICS = 1000  # that MLflow takes at a time
-STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+MAX_METRICS = 1000  # that MLflow takes at a time
+Status = Literal["complete", "pruned", "failed"]
+STATUS: dict[Status, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial that has ended.
+
+    ``values`` are those of the tuned parameters by their dotted paths, ``scores`` what the study compares by name,
+    empty unless it is complete; ``history`` has a row for each epoch with its number under "epoch"; ``failure`` says
+    why it failed. ``parameters`` is None for one that failed, whose layers may not even fit.
+    Times are milliseconds since 1970.
+    """
+
+    number: int
+    status: Status
+    failure: str
+    values: Mapping[str, object]
+    parameters: int | None
+    scores: Mapping[str, float]
+    history: Sequence[Mapping[str, float]]
+    started: int
+    ended: int
 
 
 class StudyRun:
-    """The parent run of a study, open to be written to; ``written`` are the numbers of the trials in it."""
+    """The open parent run of a study; ``written`` has the numbers of the trials that are in the store."""
 
     def __init__(self, run_id: str, experiment_id: str, params: Params, tags: Mapping[str, str]) -> None:
         self.run_id, self._experiment_id, self.written = run_id, experiment_id, set[int]()
-        self._params, self._tags = params, tags  # these say where all the trials come from
-        self._begun: dict[int, str] = {}  # children that are not written to their end
+        self._params, self._tags = params, tags  # the tags of every trial
+        self._unfinished: dict[int, str] = {}  # child runs by the number of their trial
 
     @store_faults()
     def log_missing(self, trials: Iterable[TrialRecord]) -> None:
-        """Child runs for those that nobody has written: others may write to the same store."""
-        self._look()
+        """Write those that are not in the store, into which other machines may write, too."""
+        self._look_up()
         self.log_trials(trial for trial in trials if trial.number not in self.written)
 
     def log_trials(self, trials: Iterable[TrialRecord]) -> None:
-        """A child run for each, of which none are among those ``written``."""
+        """Write a child run for each; none of them may be ``written`` already."""
         for trial in trials:
             self._log_trial(trial)
 
     @store_faults()
     def _log_trial(self, trial: TrialRecord) -> None:
-        """Write a child run, or the rest of one that was begun. What is there already, MLflow leaves as it is."""
+        """Write a child run, or the rest of an unfinished one: MLflow does not write the same values twice."""
         client = MlflowClient()
-        child = self._begun.get(trial.number) or self._begin(trial)
+        child = self._unfinished.get(trial.number) or self._start(trial)
         metrics = [
             Metric(key, float(value), trial.ended, int(row["epoch"]))
             for row in trial.history
             for key, value in row.items()
             if key != "epoch"
         ] + [Metric(key, value, trial.ended, 0) for key, value in trial.scores.items()]
-        for start in range(0, len(metrics), MOST_METRICS):
-            client.log_batch(child, metrics[start : start + MOST_METRICS])
+        for start in range(0, len(metrics), MAX_METRICS):
+            client.log_batch(child, metrics[start : start + MAX_METRICS])
         facts = {**trial.values, **({"parameters": trial.parameters} if trial.parameters else {})}
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
         self.written.add(trial.number)
 
-    def _begin(self, trial: TrialRecord) -> str:
+    def _start(self, trial: TrialRecord) -> str:
         knobs = {**trial.values, "train.epochs": self._params.tune.epochs}
         recipe = {lineage.PARAMS_SHA256: self._params.changed(knobs).sha256}
         tags = {**self._tags, **recipe, MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
@@ -72,8 +95,8 @@ class StudyRun:
         child = MlflowClient().create_run(self._experiment_id, trial.started, tags, f"trial {trial.number}")
         return str(child.info.run_id)
 
-    def _look(self) -> None:
-        """See which trials have a child run in the store."""
+    def _look_up(self) -> None:
+        """Find the trials that have a child run in the store."""
         client, token = MlflowClient(), None
         while token != "":
             page = client.search_runs(
@@ -85,31 +108,31 @@ class StudyRun:
             for child in page:
                 number = int(child.data.tags[TRIAL])
                 if child.info.status == "RUNNING":
-                    self._begun[number] = child.info.run_id
+                    self._unfinished[number] = child.info.run_id
                 else:
                     self.written.add(number)
             token = page.token or ""
 
     @store_faults()
     def log_best(self, trials: int, values: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        """The best values after so many trials.
+        """The best values after this many trials.
 
-        MLflow never changes a parameter, so its name tells after how many, and which time: other finalists, or more
-        seeds, can make others the best of the same trials.
+        MLflow never changes a parameter, so its name has the number of trials, and a count where other finalists or
+        more seeds have given another result for the same trials.
         """
         client, now = MlflowClient(), round(time.time() * 1000)
-        there = client.get_run(self.run_id).data.params
+        present = client.get_run(self.run_id).data.params
         for attempt in itertools.count(1):
             name = f"best_of_{trials}" if attempt == 1 else f"best_of_{trials}.{attempt}"
             named = {f"{name}/{path}": str(value) for path, value in values.items()}
-            if all(there.get(key, value) == value for key, value in named.items()):
+            if all(present.get(key, value) == value for key, value in named.items()):
                 break
         figures = [Metric(key, value, now, trials) for key, value in metrics.items()]
         client.log_batch(self.run_id, metrics=figures, params=[Param(*each) for each in named.items()])
 
     @store_faults()
     def log_applied(self, study: str, trial: int | None, values: Mapping[str, object]) -> None:
-        """What was written into params.yaml, and where it comes from."""
+        """The values that were written into params.yaml, and where they come from."""
         facts = {"study": study, "trial": trial, **values}
         tags = [RunTag(f"applied.{key}", str(value)) for key, value in facts.items()]
         MlflowClient().log_batch(self.run_id, tags=tags)
@@ -121,19 +144,19 @@ class StudyRun:
 
 @contextmanager
 def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Iterator[StudyRun]:
-    """The parent run of a study, found again by the study's id or made. Its status ends true, as that of a training."""
+    """The parent run of a study, found by the study's id or made. It ends FINISHED, KILLED or FAILED, as it should."""
     with ExitStack() as stack:
-        with store_faults():  # not around what the study does: its own storage has errors of the same types
-            experiment = MlflowClient().get_experiment_by_name(runs.EXPERIMENT)
+        with store_faults():  # not around the study itself, whose storage raises errors of the same types
+            experiment = MlflowClient().get_experiment_by_name(store.EXPERIMENT)
             assert experiment is not None
             experiment_id = experiment.experiment_id
-            run_id = _found(study_id) or _made(study_id, experiment_id, name, params)
+            run_id = _find(study_id) or _create(study_id, experiment_id, name, params)
             tags = machine.environment_tags() | {lineage.PARAMS_SHA256: params.sha256}
             stack.enter_context(runs.open_run(dataset, tags, name, run_id))
         yield StudyRun(run_id, experiment_id, params, dataset.tags | tags)
 
 
-def _found(study_id: str) -> str | None:
+def _find(study_id: str) -> str | None:
     oldest_first = mlflow.search_runs(
         filter_string=f"tags.`{STUDY}` = '{study_id}'",
         order_by=["attributes.start_time", "attributes.run_id"],
@@ -142,15 +165,15 @@ def _found(study_id: str) -> str | None:
     return str(oldest_first[0].info.run_id) if oldest_first else None
 
 
-def _made(study_id: str, experiment_id: str, name: str, params: Params) -> str:
+def _create(study_id: str, experiment_id: str, name: str, params: Params) -> str:
     client = MlflowClient()
-    made = client.create_run(experiment_id, run_name=name, tags={STUDY: study_id}).info.run_id
-    run_id = _found(study_id) or made
-    if run_id != made:  # other machines begin the same study at the same time
-        client.delete_run(made)
+    created = client.create_run(experiment_id, run_name=name, tags={STUDY: study_id}).info.run_id
+    run_id = _find(study_id) or created
+    if run_id != created:  # other machines create the same run at the same time
+        client.delete_run(created)
     client.log_batch(run_id, params=[Param(f"tune.space.{path}", space) for path, space in _space(params).items()])
     return run_id
 
 
 def _space(params: Params) -> dict[str, str]:
-    return {path: str(space.model_dump(exclude_unset=True)) for path, space in params.tune.space.items()}
+    return {path: str(space.model_dump(exclude_defaults=True)) for path, space in params.tune.space.items()}

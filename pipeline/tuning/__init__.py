@@ -1,1 +1,1 @@
-"""The tuning study: what it may try, what it has tried, and the processes that try it."""
+"""The tuning study: its trials, its storage, and the processes that train."""

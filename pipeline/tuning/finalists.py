@@ -1,16 +1,25 @@
-"""The last word: the best trials and the present parameters, trained again with other seeds."""
+"""The best trials and the present parameters, trained again with other seeds, and which of them wins."""
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import optuna
+from optuna.pruners import NopPruner
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from pipeline.errors import Fault
+from pipeline.model.training import Epoch
+from pipeline.tuning.storage import expected_warnings, one_machine_at_a_time, storage_faults
+from pipeline.tuning.study import HISTORY, Study, load_or_create
+
 Values = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A set of values for the tuned knobs. ``trial`` is None for the present ones."""
+    """A set of values for the tuned parameters. ``trial`` is None for the present ones."""
 
     trial: int | None
     values: Values
@@ -18,13 +27,13 @@ class Finalist:
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Its name in the table."""
         return "present" if self.trial is None else f"trial {self.trial}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The validation accuracies of a finalist, one a seed, in the order of the seeds."""
+    """The validation accuracies of a finalist, one for each seed, in the order of the seeds."""
 
     finalist: Finalist
     accuracies: tuple[float, ...]
@@ -40,6 +49,94 @@ class Outcome:
         return statistics.stdev(self.accuracies)
 
 
+def choose(study: Study) -> list[Finalist]:
+    """The present values, and the best trials with other values."""
+    knobs = study.params.by_path()
+    present = {path: knobs[path] for path in study.space}
+    best = study.best(study.params.tune.finalists + 1)
+    chosen = [(None, present), *((trial.number, trial.values) for trial in best if trial.values != present)]
+    return [
+        Finalist(number, values, study.parameters(values))
+        for number, values in chosen[: study.params.tune.finalists + 1]
+    ]
+
+
+class FinalistStudy(Study):
+    """A study in the same storage whose trials are given: each finalist with each seed, none of them pruned.
+
+    A pair that is complete is not trained again, whoever trained it. One that failed is tried at each call.
+    """
+
+    def __init__(self, search: Study, study: optuna.Study, finalists: Sequence[Finalist]) -> None:
+        params = search.params
+        self.finalists = finalists
+        self.seeds = [(params.seed + 1 + number) % 2**32 for number in range(params.tune.seeds)]  # not the trials' seed
+        self._pairs = [{**each.values, "seed": seed} for seed in self.seeds for each in finalists]
+        super().__init__(study, params, search.dataset, len(self._pairs))
+
+    def is_done(self) -> bool:
+        """Whether each pair is complete."""
+        return not self._pairs_without(TrialState.COMPLETE)
+
+    def wants_another(self) -> bool:
+        """Whether there is a pair that is neither complete nor running."""
+        return bool(self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING))
+
+    def _pairs_without(self, *states: TrialState) -> list[dict[str, object]]:
+        """The pairs that no trial in one of these states has."""
+        found = [self.values_of(trial) for trial in self.trials(*states)]
+        return [pair for pair in self._pairs if pair not in found]
+
+    def next(self) -> Trial | None:
+        """Start the next pair; None where another machine has just started it, or it is no longer wanted."""
+        with one_machine_at_a_time():
+            missing = self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING)
+            if not missing:
+                return None
+            if not self.trials(TrialState.WAITING):  # those to be tried again come first
+                self.optuna.enqueue_trial(missing[0])
+            with expected_warnings():
+                trial = self.optuna.ask()
+            if self.values_of(trial) not in missing:  # it was requeued twice, or the finalists are others now
+                self.optuna.tell(trial.number, state=TrialState.FAIL)
+                return None
+        self.asked.add(trial.number)
+        return trial
+
+    def values_of(self, trial: Trial | FrozenTrial) -> dict[str, object]:
+        """As they were given: those of the present parameters may lie outside the space."""
+        return dict(self.trials()[trial.number].system_attrs["fixed_params"])
+
+    def fail(self, trial: Trial, history: Sequence[Epoch], reason: str) -> None:
+        """End a trial that would fail again. Raises Fault, since the finalists cannot be compared without it."""
+        super().fail(trial, history, reason)
+        values = self.values_of(trial)
+        for each in self.finalists:
+            if values == {**each.values, "seed": values["seed"]}:
+                raise Fault(f"{each.name} with seed {values['seed']} failed: {reason}")
+
+    def outcomes(self) -> list[Outcome]:
+        """The accuracies of each finalist, once the study is done."""
+        complete = self.trials(TrialState.COMPLETE)
+        found = [(self.values_of(trial), trial.user_attrs[HISTORY][-1]["validation_accuracy"]) for trial in complete]
+
+        def accuracy(finalist: Finalist, seed: int) -> float:
+            return next(float(value) for values, value in found if values == {**finalist.values, "seed": seed})
+
+        return [Outcome(each, tuple(accuracy(each, seed) for seed in self.seeds)) for each in self.finalists]
+
+
+@storage_faults()
+def open_finalists(search: Study, finalists: Sequence[Finalist]) -> FinalistStudy:
+    """The study of the finalists, made if there is none."""
+    name, storage = f"{search.optuna.study_name} finalists", search.optuna._storage
+    with one_machine_at_a_time():
+        study = load_or_create(storage, name, search.params, {"finalists of": search.id}, NopPruner())
+    opened = FinalistStudy(search, study, finalists)
+    opened.requeue_unfinished()
+    return opened
+
+
 def winner(outcomes: Iterable[Outcome]) -> Outcome:
     """The highest mean; of equal ones that with the fewest parameters."""
     return max(outcomes, key=lambda outcome: (outcome.mean, -outcome.finalist.parameters))
@@ -53,35 +150,50 @@ def gain(best: Outcome, present: Outcome) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner, and what it gains on the present values: mean and standard error of the paired differences."""
+    """The winner and its gain over the present values: mean and standard error of the paired differences."""
 
     best: Outcome
-    gained: float
+    gain: float
     error: float
 
     @property
     def is_real(self) -> bool:
-        """Whether the gain is more than chance would give: above two standard errors."""
-        return self.gained > 2 * self.error
+        """Whether the gain is above two standard errors, more than chance would give."""
+        return self.gain > 2 * self.error
 
     def __str__(self) -> str:
         if self.best.finalist.trial is None:
             return "the present values are the best"
         meaning = "a real gain" if self.is_real else "within two standard errors: it may be chance"
-        return (
-            f"{self.best.finalist.name} against the present values: {self.gained:+.3%} +- {self.error:.3%}, {meaning}"
-        )
+        return f"{self.best.finalist.name} against the present values: {self.gain:+.3%} +- {self.error:.3%}, {meaning}"
 
 
-def judged(outcomes: Sequence[Outcome]) -> Verdict:
+def judge(outcomes: Sequence[Outcome]) -> Verdict:
     """Which of the finalists, the present values among them, is the best."""
     best = winner(outcomes)
     (present,) = (outcome for outcome in outcomes if outcome.finalist.trial is None)
     return Verdict(best, *gain(best, present))
 
 
+def summary(outcomes: Sequence[Outcome], verdict: Verdict) -> dict[str, object]:
+    """The winner, its gain and all finalists as JSON, the best first."""
+    return {
+        "winner": verdict.best.finalist.name,
+        "gain": {"mean": verdict.gain, "standard_error": verdict.error, "real": verdict.is_real},
+        "finalists": [
+            {
+                "name": each.finalist.name,
+                "values": dict(each.finalist.values),
+                "parameters": each.finalist.parameters,
+                "validation_accuracy": {"mean": each.mean, "deviation": each.deviation, "n": len(each.accuracies)},
+            }
+            for each in sorted(outcomes, key=lambda outcome: -outcome.mean)
+        ],
+    }
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A row a finalist, the best first."""
+    """One row for each finalist, the best first."""
     rows = [f"{'':<12}{'validation accuracy':<24}{'n':>3}{'parameters':>12}  values"]
     for outcome in sorted(outcomes, key=lambda outcome: -outcome.mean):
         values = "  ".join(f"{path}={_short(value)}" for path, value in outcome.finalist.values.items())

@@ -1,4 +1,4 @@
-"""The study as pictures: its history and accuracy against size, and what Optuna draws of the knobs."""
+"""Figures of the study: its history, accuracy against size, and Optuna's figures of the tuned parameters."""
 
 import warnings
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from optuna.visualization import matplotlib as drawings
 from pipeline import files
 from pipeline.figures import curves
 from pipeline.figures.canvas import as_png
-from pipeline.tuning.records import TrialRecord
+from pipeline.tracking.studies import TrialRecord
 from pipeline.tuning.study import ERROR, Study
 
 DRAWINGS: dict[str, Callable[..., object]] = {
@@ -20,11 +20,11 @@ DRAWINGS: dict[str, Callable[..., object]] = {
     "slice": drawings.plot_slice,
     "parallel_coordinates": drawings.plot_parallel_coordinate,
 }
-FEWEST_TRIALS = 2  # complete ones; the importance of a knob cannot be told from a single trial
+FEWEST_TRIALS = 2  # complete ones; a single trial does not show which parameter matters
 
 
 def write(study: Study, folder: Path) -> list[Path]:
-    """Write the pictures that the study has enough complete trials for; returns their paths."""
+    """Write the figures for which there are enough complete trials; returns their paths."""
     ended = study.ended()
     complete = [trial for trial in ended if trial.status == "complete"]
     pictures = {"history": as_png(_history(ended)), "accuracy_against_size": as_png(_front(complete))}
@@ -51,8 +51,8 @@ def _front(complete: list[TrialRecord]) -> Figure:
 
 
 def _drawn(draw: Callable[..., object], study: Study) -> bytes:
-    with warnings.catch_warnings(), pyplot.rc_context():  # Optuna sets a style, for all figures from then on
-        warnings.simplefilter("ignore")  # it is experimental, and says that a low error is taken for good, as it is
+    with warnings.catch_warnings(), pyplot.rc_context():  # Optuna changes the style of all later figures
+        warnings.simplefilter("ignore")  # it is experimental, and explains that lower is better
         draw(study.optuna, target=_error, target_name=ERROR.replace("_", " "))
         picture = as_png(pyplot.gcf(), tight=True)
         pyplot.close("all")

@@ -1,4 +1,4 @@
-"""Where the study is kept: a journal in a folder, or a database that several machines share."""
+"""The storage of the study: a journal in a folder, or a database that several machines share."""
 
 import os
 import warnings
@@ -20,9 +20,9 @@ from pipeline.errors import Fault, UserError, without_password
 FOLDER = Path("tuning")
 JOURNAL = FOLDER / "study.journal"
 STORAGE = "OPTUNA_STORAGE"
-HEARTBEAT, GRACE = 10, 60  # seconds between signs of life, and after which a trial without one is given up
+HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a trial is requeued
 LOCK_TIMEOUT = 30  # seconds
-IN_TURN = 0xC0117ACC  # any number that nothing else locks
+ADVISORY_LOCK = 0xC0117ACC  # any number that nothing else locks
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
 
@@ -42,8 +42,8 @@ class Journal(JournalFileBackend):
 
 
 @contextmanager
-def as_it_is() -> Iterator[None]:
-    """What Optuna calls experimental and is needed here; the versions are pinned. `Study.beat` gives the heartbeats."""
+def expected_warnings() -> Iterator[None]:
+    """Silences Optuna on what it calls experimental (the versions are pinned) and on heartbeats (`Study.heartbeat`)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
@@ -52,7 +52,7 @@ def as_it_is() -> Iterator[None]:
 
 @contextmanager
 def storage_faults() -> Iterator[None]:
-    """Errors of the storage leave as a Fault of one line. Also a decorator."""
+    """Turns errors of the storage into a Fault of one line. Also a decorator."""
     try:
         yield
     except STORAGE_ERRORS as error:
@@ -60,9 +60,9 @@ def storage_faults() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What the database said first: what it says to the next statement is only that the one before has failed."""
+    """The database's first error: later ones only say that an earlier statement failed."""
     earlier = error.__cause__ or error.__context__
-    # No further than the storage's own: this may have happened while something else was handled, an interrupt say.
+    # Only the storage's own: this may have happened while something else was handled, such as an interrupt.
     of_the_storage = isinstance(earlier, STORAGE_ERRORS) or earlier is getattr(error, "orig", None)
     if earlier is not None and of_the_storage:
         return _reason(earlier)
@@ -70,8 +70,8 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
-    """In PostgreSQL, one machine after the other: two on an empty database would both make its tables and the study."""
+def one_machine_at_a_time() -> Iterator[None]:
+    """A lock in PostgreSQL, where two machines might make the same tables and study, or start the same finalist."""
     url = os.environ.get(STORAGE, "")
     if not url.startswith("postgresql"):
         yield
@@ -80,21 +80,21 @@ def in_turn() -> Iterator[None]:
         with storage_faults(), _driver_needed():
             engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_options(url))
             connection = stack.enter_context(engine.connect())  # the lock ends with it
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({IN_TURN})"))
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_LOCK})"))
         yield
 
 
 def open_storage() -> BaseStorage:
-    """Where ``OPTUNA_STORAGE`` says, else a journal in tuning/. Raises Fault, and UserError for a missing driver."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of errors that it also raises
+    """The one in ``OPTUNA_STORAGE``, else a journal in tuning/. Raises Fault, and UserError for a missing driver."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it logs warnings for errors that it also raises
     url = os.environ.get(STORAGE)
     if url is None:
         FOLDER.mkdir(exist_ok=True)
-        # No other process writes here, so a lock that is there was left by one that was killed. Optuna would wait half
-        # a minute for it, and for ever where the journal's path is a relative one.
+        # No other process writes here, so a lock was left by a process that was killed. Optuna would wait half a minute
+        # for it, and for ever where the journal's path is relative.
         JOURNAL.with_name(JOURNAL.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
         return JournalStorage(Journal(str(JOURNAL.resolve())))
-    with storage_faults(), as_it_is(), _driver_needed():
+    with storage_faults(), expected_warnings(), _driver_needed():
         return RDBStorage(
             url,
             engine_kwargs={"pool_pre_ping": True, **_options(url)},
@@ -105,7 +105,7 @@ def open_storage() -> BaseStorage:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """PostgreSQL would wait for ever for a table that another keeps locked."""
+    """By default PostgreSQL waits for ever for a table that another connection has locked."""
     return {"connect_args": {"options": f"-c lock_timeout={LOCK_TIMEOUT}s"}} if url.startswith("postgresql") else {}
 
 

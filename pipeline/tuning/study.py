@@ -1,4 +1,4 @@
-"""The study in its storage: made or gone on with, its next trial, and what counts as one."""
+"""The study: its search space, how its trials begin and end, which of them count, and which are tried again."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, JournalStorage
@@ -20,21 +21,21 @@ from pipeline.data.splits import Dataset
 from pipeline.errors import UserError
 from pipeline.model.cnn import multiply_adds, parameter_count
 from pipeline.model.training import Epoch
-from pipeline.params import MACHINE, Params
+from pipeline.params import MACHINE_PARAMETERS, Params, Range
 from pipeline.recipe import architecture
-from pipeline.tuning.finalists import Finalist
-from pipeline.tuning.records import Status, TrialRecord
-from pipeline.tuning.space import present_values, space_of
-from pipeline.tuning.storage import HEARTBEAT, as_it_is, open_storage, storage_faults
+from pipeline.tracking.studies import Status, TrialRecord
+from pipeline.tuning.storage import HEARTBEAT, expected_warnings, open_storage, storage_faults
 
-FAILURE = "failure"  # why a trial cannot be done; one without it and FAIL was lost, and is tried again
-HISTORY = "history"  # a row an epoch
-SAME_AS = "same_as"  # the number of the earlier trial that answered this one
-RETRIES = "retries"
-MOST_RETRIES = 2
+Space = dict[str, BaseDistribution]
+
+FAILURE = "failure"  # why a trial failed; one that is FAIL without it was interrupted, and is tried again
+HISTORY = "history"  # one row for each epoch
+SAME_AS = "same_as"  # the number of the earlier trial with the same values, whose result was copied
+RETRIES = "retries"  # how often a worker has died with these values
+MAX_RETRIES = 2
 STARTUP_TRIALS = 10
 ERROR = "validation_error"
-LOST = "its process was killed or interrupted"
+INTERRUPTED = "its process was killed or interrupted"
 ENDED: dict[TrialState, Status] = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -43,76 +44,49 @@ ENDED: dict[TrialState, Status] = {
 
 
 class Study:
-    """Optuna's study of ``tune.space``, with its rules of what counts as a trial and what is tried again.
+    """Optuna's study of ``tune.space``, to be run until ``total`` trials count.
 
-    A trial counts once it is complete, pruned, or failed for a reason of its own. One that was lost, because a process
-    was killed, does not: the same values are tried again.
+    A trial counts once it is complete, pruned, or failed for a reason of its own. One whose process was killed does
+    not: the same values are tried again.
     """
 
-    def __init__(self, study: optuna.Study, params: Params, dataset: Dataset) -> None:
-        self.optuna, self.params, self.dataset, self.space = study, params, dataset, space_of(params)
-        self.present = present_values(params, self.space)  # None where they are outside the space
-        self.asked = set[int]()  # numbers of the trials that this process has begun
+    def __init__(self, study: optuna.Study, params: Params, dataset: Dataset, total: int) -> None:
+        self.optuna, self.params, self.dataset, self.total = study, params, dataset, total
+        self.space = space_of(params)
+        self.asked = set[int]()  # numbers of the trials that this process has started
         self._seen, self._last_heartbeat = set[int](), -math.inf
-
-    @classmethod
-    @storage_faults()
-    def open(cls, storage: BaseStorage, name: str, params: Params, dataset: Dataset) -> "Study":
-        """The study of this name, made if there is none. Raises UserError where it was made for something else."""
-        second = params.tune.second_objective
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            load_if_exists=True,
-            directions=["minimize"] * (2 if second else 1),
-            pruner=_pruner(params),
-        )
-        made_for, wanted = study.user_attrs.get("made_for"), _identity(params, dataset)
-        if made_for is None:
-            study.set_user_attr("id", str(uuid.uuid4()))
-            with as_it_is():
-                study.set_metric_names([ERROR, *([second] if second else [])])
-            present = present_values(params, space_of(params))
-            if present is not None:
-                study.enqueue_trial(present, skip_if_exists=True)
-            study.set_user_attr("made_for", wanted)
-        elif made_for != wanted:
-            key = next(key for key in wanted | made_for if made_for.get(key) != wanted.get(key))
-            raise UserError(
-                f"the study {name} was made with {key} = {made_for.get(key, 'none')}, "
-                f"and now it is {wanted.get(key, 'none')}: change it back, or start another study with --study NAME"
-            )
-        opened = cls(study, params, dataset)
-        opened._requeue_unfinished()
-        return opened
 
     @property
     def id(self) -> str:
-        """One that no other study has, whatever its name."""
+        """Unique, whatever the study's name."""
         return str(self.optuna.user_attrs["id"])
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Those in these states, in the order of their numbers; all of them for no states."""
+        """Those in these states, in the order of their numbers; all of them if no state is given."""
         return self.optuna.get_trials(deepcopy=False, states=states or None)
 
     def counted(self) -> int:
-        """How many trials have been done."""
+        """How many trials count."""
         return self.count_by_status().total()
 
-    def wants_another(self, total: int) -> bool:
-        """Whether those that are done and those at work, here or elsewhere, are fewer."""
-        return self.counted() + len(self.trials(TrialState.RUNNING)) < total
+    def is_done(self) -> bool:
+        """Whether it has all its trials."""
+        return self.counted() >= self.total
 
-    def elsewhere(self) -> int:
-        """How many are at work in other processes."""
+    def wants_another(self) -> bool:
+        """Whether the trials that count and those that are running, here or elsewhere, are too few."""
+        return self.counted() + len(self.trials(TrialState.RUNNING)) < self.total
+
+    def running_elsewhere(self) -> int:
+        """How many trials other processes are running."""
         return sum(trial.number not in self.asked for trial in self.trials(TrialState.RUNNING))
 
     def ended(self, without: Collection[int] = ()) -> list[TrialRecord]:
-        """The trials that have ended, also those that are tried again, but for these numbers."""
+        """The trials that have ended, ``without`` these numbers; also those that are tried again."""
         return [self._record(trial) for trial in self.trials(*ENDED) if trial.number not in without]
 
     def has_others_since(self, seconds: float) -> bool:
-        """Whether a trial of another process has ended since then, in seconds since 1970."""
+        """Whether a trial of another process has ended since this time, in seconds since 1970."""
         return any(trial.ended > 1000 * seconds for trial in self.ended(without=self.asked))
 
     def count_by_status(self) -> Counter[Status]:
@@ -122,21 +96,21 @@ class Study:
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         assert trial.datetime_start is not None or trial.datetime_complete is not None
         ended = trial.datetime_complete or datetime.now()
-        failure = trial.user_attrs.get(FAILURE, LOST) if trial.state == TrialState.FAIL else ""
+        failure = trial.user_attrs.get(FAILURE, INTERRUPTED) if trial.state == TrialState.FAIL else ""
         return TrialRecord(
             number=trial.number,
             status=ENDED[trial.state],
             failure=failure,
-            counts=counts(trial),
-            values=knobs_of(trial),
-            parameters=None if trial.state == TrialState.FAIL else self._parameters(knobs_of(trial)),
+            values=self.values_of(trial),
+            parameters=None if trial.state == TrialState.FAIL else self.parameters(self.values_of(trial)),
             scores=dict(zip(self.optuna.metric_names or (), trial.values or (), strict=False)),
             history=trial.user_attrs.get(HISTORY, ()),
             started=round((trial.datetime_start or ended).timestamp() * 1000),
             ended=round(ended.timestamp() * 1000),
         )
 
-    def _parameters(self, values: Mapping[str, object]) -> int:
+    def parameters(self, values: Mapping[str, object]) -> int:
+        """The number of parameters of the network with these values."""
         return parameter_count(architecture(self.params.changed(values), self.dataset))
 
     def best(self, count: int) -> list[TrialRecord]:
@@ -148,58 +122,56 @@ class Study:
                 found[name] = self._record(trial)
         return list(found.values())
 
-    def finalists(self) -> list[Finalist]:
-        """The best trials, and the present values."""
-        knobs = self.params.knobs()
-        present = {path: knobs[path] for path in self.space}
-        return [
-            Finalist(None, present, self._parameters(present)),
-            *(
-                Finalist(trial.number, trial.values, self._parameters(trial.values))
-                for trial in self.best(self.params.tune.finalists + 1)
-                if trial.values != present
-            ),
-        ][: self.params.tune.finalists + 1]
+    def values_of(self, trial: Trial | FrozenTrial) -> dict[str, object]:
+        """The values that it is trained with: 0.15 where the steps of a range add up to 0.15000000000000002."""
+        return {
+            path: float(f"{value:.12g}") if isinstance(value, float) else value for path, value in trial.params.items()
+        }
 
-    def next(self) -> Trial:
-        """Another trial: one that waits to be tried again, else what the sampler proposes."""
+    def params_of(self, trial: Trial) -> Params:
+        """The parameters that it is trained with."""
+        return self.params.changed(self.values_of(trial) | {"train.epochs": self.params.tune.epochs})
+
+    def next(self) -> Trial | None:
+        """Start a trial: one that waits to be tried again, else what the sampler proposes.
+
+        None where these values have been tried before: the trial has ended with the same result.
+        """
         # A sampler that starts anew with each call of the command would repeat its first proposals.
         seed = (self.params.seed + len(self.trials())) % 2**32
         self.optuna.sampler = TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
-        with as_it_is():
+        with expected_warnings():
             trial = self.optuna.ask(self.space)
         self.asked.add(trial.number)
+        for earlier in filter(counts, self.trials(*ENDED)):
+            if self.values_of(earlier) == self.values_of(trial) and earlier.number != trial.number:
+                self._copy_result(earlier, trial)
+                return None
         return trial
 
-    def answer_from_history(self, trial: Trial) -> bool:
-        """Finish a trial whose values have been tried before with what came of them; False if they have not."""
-        for earlier in filter(counts, self.trials(*ENDED)):
-            if knobs_of(earlier) == knobs_of(trial) and earlier.number != trial.number:
-                trial.set_user_attr(SAME_AS, earlier.number)
-                trial.set_user_attr(HISTORY, earlier.user_attrs.get(HISTORY, []))
-                if earlier.state == TrialState.FAIL:
-                    trial.set_user_attr(FAILURE, earlier.user_attrs[FAILURE])
-                for step, value in earlier.intermediate_values.items():
-                    trial.report(value, step)
-                values = earlier.values if earlier.state == TrialState.COMPLETE else None
-                self.optuna.tell(trial, values, earlier.state)
-                return True
-        return False
+    def _copy_result(self, earlier: FrozenTrial, trial: Trial) -> None:
+        trial.set_user_attr(SAME_AS, earlier.number)
+        trial.set_user_attr(HISTORY, earlier.user_attrs.get(HISTORY, []))
+        if earlier.state == TrialState.FAIL:
+            trial.set_user_attr(FAILURE, earlier.user_attrs[FAILURE])
+        for step, value in earlier.intermediate_values.items():
+            trial.report(value, step)
+        self.optuna.tell(trial, earlier.values if earlier.state == TrialState.COMPLETE else None, earlier.state)
 
     def report(self, trial: Trial, epoch: Epoch) -> bool:
-        """Tell the pruner of an epoch; False where the trial should end."""
-        if len(self.optuna.directions) > 1:  # Optuna prunes no study of several objectives
+        """Report an epoch to the pruner; False where the trial should end."""
+        if len(self.optuna.directions) > 1:  # Optuna does not prune with several objectives
             return True
         trial.report(1 - epoch.validation_accuracy, epoch.epoch)
         return epoch.epoch == self.params.tune.epochs or not trial.should_prune()
 
-    def finish(self, trial: Trial, params: Params, history: Sequence[Epoch], pruned: bool) -> None:
-        """End a trial that came to its end, or was pruned before."""
+    def finish(self, trial: Trial, history: Sequence[Epoch], pruned: bool) -> None:
+        """End a trial that has run all its epochs, or was pruned."""
         trial.set_user_attr(HISTORY, [asdict(epoch) for epoch in history])
         if pruned:
             self.optuna.tell(trial, state=TrialState.PRUNED)
             return
-        layers, scores = architecture(params, self.dataset), [1 - history[-1].validation_accuracy]
+        layers, scores = architecture(self.params_of(trial), self.dataset), [1 - history[-1].validation_accuracy]
         match self.params.tune.second_objective:
             case "parameters":
                 scores.append(parameter_count(layers))
@@ -213,57 +185,46 @@ class Study:
         trial.set_user_attr(FAILURE, reason)
         self.optuna.tell(trial, state=TrialState.FAIL)
 
-    def requeue(self, trial: Trial | FrozenTrial, blamed: bool = False) -> None:
-        """End a trial that its process did not. The same values wait to be tried again.
+    def requeue(self, trial: Trial | FrozenTrial, retries: int | None = None) -> None:
+        """End a trial that was interrupted, and enqueue the same values again.
 
-        ``blamed`` where they may be why their worker died; then they are not tried for ever.
+        ``retries`` where these values may be why its worker died, so that they are not tried for ever.
         """
         stored = self.trials()[trial.number]
-        if not stored.state.is_finished():  # as it is where another process has given it up
-            # Optuna writes a trial's values one by one; those that it was given before it began are there at once.
+        if not stored.state.is_finished():  # another process may have requeued it
+            # Optuna writes a trial's values one by one; those that it was enqueued with are there at once.
             values = stored.system_attrs.get("fixed_params", {}) | stored.params
-            self.optuna.enqueue_trial(values, user_attrs={RETRIES: retries_of(stored) + blamed})
+            count = retries_of(stored) if retries is None else retries
+            self.optuna.enqueue_trial(values, user_attrs={RETRIES: count})
             self.optuna.tell(trial.number, state=TrialState.FAIL)
 
     def requeue_all(self, trials: Iterable[Trial]) -> None:
-        """Lose these, and one that was begun and interrupted before anybody knew of it."""
+        """Requeue these, and one that was interrupted while it was being started."""
         if self._in_journal:
-            # An interrupt can come between any two steps of Optuna: its lock may be left, for which it would wait half
-            # a minute, and the journal be half read. So it is opened as after a kill.
+            # An interrupt can come between any two steps of Optuna: it may leave its lock, for which it would wait half
+            # a minute, and a half-read journal. So the storage is opened anew, as after a kill.
             self.optuna = optuna.load_study(study_name=self.optuna.study_name, storage=open_storage())
         for trial in trials:
             self.requeue(trial)
-        self._requeue_unfinished()
+        self.requeue_unfinished()
 
     def heartbeat(self, trials: Iterable[Trial]) -> None:
-        """Where others can be at the same study: say that these trials are alive, and give up those that are not."""
+        """In a shared storage: record that these trials are alive, and requeue those without a heartbeat."""
         storage = self.optuna._storage
         if isinstance(storage, BaseHeartbeat) and time.monotonic() - self._last_heartbeat > HEARTBEAT:
-            # One whose process died before the first sign of life would never be given up, so each gets one from here.
+            # Optuna never requeues a trial whose process died before its first heartbeat, so each gets one from here.
             unknown = {trial._trial_id for trial in self.trials(TrialState.RUNNING)} - self._seen
             for identifier in unknown.union(trial._trial_id for trial in trials):
                 storage.record_heartbeat(identifier)
             self._seen |= unknown
-            with as_it_is():
+            with expected_warnings():
                 optuna.storages.fail_stale_trials(self.optuna)
             self._last_heartbeat = time.monotonic()
 
-    def has_accuracy(self, values: Mapping[str, object], seed: int) -> bool:
-        """Whether these values have been trained with another seed."""
-        return _accuracy_name(values, seed) in self.optuna.user_attrs
+    def requeue_unfinished(self) -> None:
+        """Requeue what seems to be running in a journal, which no other process uses: it was killed.
 
-    def accuracy(self, values: Mapping[str, object], seed: int) -> float:
-        """The validation accuracy that they reached."""
-        return float(self.optuna.user_attrs[_accuracy_name(values, seed)])
-
-    def keep_accuracy(self, values: Mapping[str, object], seed: int, validation_accuracy: float) -> None:
-        """Remember it."""
-        self.optuna.set_user_attr(_accuracy_name(values, seed), validation_accuracy)
-
-    def _requeue_unfinished(self) -> None:
-        """In a journal no other process can be at a trial, so those that seem to be at work were killed.
-
-        In a database others may be; there a trial without a heartbeat is given up.
+        In a database other machines may be running it; there a trial without a heartbeat is requeued.
         """
         for trial in self.trials(TrialState.RUNNING) if self._in_journal else ():
             self.requeue(trial)
@@ -273,40 +234,98 @@ class Study:
         return isinstance(self.optuna._storage, JournalStorage)
 
 
-def _accuracy_name(values: Mapping[str, object], seed: int) -> str:
-    return f"seed {seed}: {json.dumps(values, sort_keys=True)}"
+@storage_faults()
+def open_study(storage: BaseStorage, name: str, params: Params, dataset: Dataset, total: int) -> Study:
+    """The study of this name, made if there is none. Its first trial has the present values, if the space has them."""
+    pruner = NopPruner() if params.tune.second_objective else MedianPruner(n_startup_trials=STARTUP_TRIALS)
+    study = Study(load_or_create(storage, name, params, _identity(params, dataset), pruner), params, dataset, total)
+    present = present_values(params)
+    if present is not None and not study.trials():
+        study.optuna.enqueue_trial(present)
+    study.requeue_unfinished()
+    return study
 
 
-def knobs_of(trial: Trial | FrozenTrial) -> dict[str, object]:
-    """The values that a trial is trained with: 0.15 where the steps of a range add up to 0.15000000000000002."""
-    return {path: float(f"{value:.12g}") if isinstance(value, float) else value for path, value in trial.params.items()}
+def load_or_create(
+    storage: BaseStorage, name: str, params: Params, made_for: Mapping[str, object], pruner: BasePruner
+) -> optuna.Study:
+    """Optuna's study of this name, made if there is none. Raises UserError where it was made for something else."""
+    second = params.tune.second_objective
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        load_if_exists=True,
+        directions=["minimize"] * (2 if second else 1),
+        pruner=pruner,
+    )
+    found = study.user_attrs.get("made_for")
+    if found is None:
+        study.set_user_attr("id", str(uuid.uuid4()))
+        with expected_warnings():
+            study.set_metric_names([ERROR, *([second] if second else [])])
+        study.set_user_attr("made_for", made_for)
+    elif found != made_for:
+        key = next(key for key in made_for | found if found.get(key) != made_for.get(key))
+        raise UserError(
+            f"the study {name} was made with {key} = {found.get(key, 'none')}, "
+            f"and now it is {made_for.get(key, 'none')}: change it back, or start another study with --study NAME"
+        )
+    return study
+
+
+def space_of(params: Params) -> Space:
+    """An Optuna distribution for each parameter in ``tune.space``."""
+    present = params.by_path()
+    return {path: _distribution(params.tune.space[path], present[path]) for path in sorted(params.tune.space)}
+
+
+def _distribution(space: Range, present: object) -> BaseDistribution:
+    if space.choices is not None:
+        return CategoricalDistribution(space.choices)
+    assert space.low is not None
+    assert space.high is not None
+    if isinstance(present, int):
+        return IntDistribution(int(space.low), int(space.high), log=space.log, step=int(space.step or 1))
+    return FloatDistribution(space.low, space.high, log=space.log, step=space.step)
+
+
+def present_values(params: Params) -> dict[str, object] | None:
+    """The tuned parameters as params.yaml has them; None where one of them lies outside its range."""
+    knobs, space = params.by_path(), space_of(params)
+    values = {path: knobs[path] for path in space}
+    return values if all(_contains(space[path], value) for path, value in values.items()) else None
+
+
+def _contains(distribution: BaseDistribution, value: object) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except ValueError:
+        return False
 
 
 def retries_of(trial: Trial | FrozenTrial) -> int:
-    """How often a worker has died at these values."""
+    """How often a worker has died with these values."""
     return int(trial.user_attrs.get(RETRIES, 0))
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial has been done, so that it is one of those that were asked for."""
+    """Whether a trial is one of those that were asked for."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
         trial.state == TrialState.FAIL and FAILURE in trial.user_attrs
     )
 
 
-def _pruner(params: Params) -> BasePruner:
-    return NopPruner() if params.tune.second_objective else MedianPruner(n_startup_trials=STARTUP_TRIALS)
-
-
 def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
-    """What must not change while a study goes on, as JSON gives it back."""
+    """What must stay the same when a study is resumed, as JSON gives it back."""
     tune = params.tune
-    free = {*tune.space, "train.epochs", *(f"train.{knob}" for knob in MACHINE)}
-    fixed = {path: value for path, value in params.knobs().items() if path.split(".")[0] in ("seed", "model", "train")}
+    free = {*tune.space, "train.epochs", *(f"train.{knob}" for knob in MACHINE_PARAMETERS)}
+    fixed = {
+        path: value for path, value in params.by_path().items() if path.split(".")[0] in ("seed", "model", "train")
+    }
     return {
         "data.sha256": dataset.sha256,
         "tune.epochs": tune.epochs,
         "tune.second_objective": tune.second_objective,
-        **{f"tune.space.{path}": space.model_dump(exclude_unset=True) for path, space in tune.space.items()},
+        **{f"tune.space.{path}": space.model_dump(exclude_defaults=True) for path, space in tune.space.items()},
         **{path: value for path, value in fixed.items() if path not in free},
     }

@@ -1,9 +1,9 @@
-"""A worker of the study: a process that trains what it is told and says after each epoch how it went.
+"""A worker of the study: a process that trains one trial after the other.
 
     python -m pipeline.tuning.worker FILE_DESCRIPTOR
 
-``pipeline.tuning.team`` starts it. It knows neither Optuna nor MLflow, and never reads the test images. It ends when
-the process at the other end of the connection does, at the latest after the epoch that it is in.
+``pipeline.tuning.workers`` starts it and has the protocol. It imports neither Optuna nor MLflow, and never reads the
+test images. It ends when the coordinator does, at the latest after the current epoch.
 """
 
 import sys
@@ -13,58 +13,46 @@ from typing import Any
 from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import UserError, run_command
-from pipeline.model.cpu_threads import use_threads
-from pipeline.model.training import DivergedError, Step, set_up
+from pipeline.model.training import DivergedError, set_up
 from pipeline.params import Params
-from pipeline.tuning.messages import STOP, Done, Failed, Lost, Ready, Threads
+from pipeline.tuning.workers import Done, Failed, Message
 
 
 def main() -> None:
-    """Take parameters to train with, until there are no more."""
+    """Train with the parameters that arrive, until the coordinator ends."""
     dataset = read_dataset()
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
-    set_up("auto", None, "float32")  # imports, for most of a second, what the first training would have to wait for
+    set_up("auto", None, "float32")  # its imports take most of a second, which the first trial need not wait for
     with Connection(int(sys.argv[1])) as coordinator:
         try:
-            coordinator.send(Ready())
+            coordinator.send(None)  # ready
             while True:
-                _train(coordinator, dataset, train, validation)
+                params = coordinator.recv()
+                coordinator.send(_train(coordinator, params, dataset, train, validation))
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            sys.exit(1)  # nobody is left who could be told
+            sys.exit(1)  # the coordinator is gone
 
 
 def _train(
-    coordinator: "Connection[Any, Any]", dataset: Dataset, train: LabelledImages, validation: LabelledImages
-) -> None:
-    params = _told(coordinator)
-    assert isinstance(params, Params)
-
-    def on_step(step: Step) -> None:
-        while coordinator.poll():  # nothing but this is said while a pass goes on
-            use_threads(coordinator.recv().count)
-
+    coordinator: "Connection[Any, Any]",
+    params: Params,
+    dataset: Dataset,
+    train: LabelledImages,
+    validation: LabelledImages,
+) -> Message:
+    """Train a trial, with a message to the coordinator after each epoch; how it ended."""
     try:
         device = recipe.device_for(params)
         cnn = recipe.build(params, dataset)
-        for epoch in recipe.fit(cnn, train.to(device), validation.to(device), params, on_step):
+        for epoch in recipe.fit(cnn, train.to(device), validation.to(device), params):
             coordinator.send(epoch)
-            if _told(coordinator) == STOP:
+            if not coordinator.recv():
                 break
     except (UserError, DivergedError) as error:
-        coordinator.send(Failed(f"{type(error).__name__}: {error}"))
-    except (RuntimeError, MemoryError) as error:  # PyTorch says so too where there is no memory, or no thread
-        coordinator.send(Lost(f"{type(error).__name__}: {error}"))
-    else:
-        coordinator.send(Done())
-
-
-def _told(coordinator: "Connection[Any, Any]") -> Params | bool:
-    """What comes next, but for the number of threads, which is heard at once."""
-    told: Params | Threads | bool = coordinator.recv()
-    while isinstance(told, Threads):
-        use_threads(told.count)
-        told = coordinator.recv()
-    return told
+        return Failed(f"{type(error).__name__}: {error}")
+    except (RuntimeError, MemoryError) as error:  # PyTorch raises both where there is no memory, or no thread
+        return Failed(f"{type(error).__name__}: {error}", retry=True)
+    return Done()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures from anywhere become images like those that the network knows."""
+"""Picture files become images like those that the network was trained on."""
 
 import io
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_a_blank_picture_is_refused(picture: Image.Image) -> None:
         as_mnist(picture)
 
 
-def test_a_picture_for_another_network_fills_its_frame() -> None:
+def test_a_picture_for_another_data_set_is_scaled_and_cropped() -> None:
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
     image = image_files.fitted(wide, (32, 32, 3))
@@ -76,7 +76,7 @@ def test_a_picture_for_another_network_fills_its_frame() -> None:
     assert image_files.fitted(wide, (20, 24, 1)).shape == (20, 24, 1)
 
 
-def test_what_is_see_through_is_white_and_what_lies_on_its_side_is_turned(tmp_path: Path) -> None:
+def test_transparent_parts_are_white_and_a_picture_on_its_side_is_turned(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
     clear.putpixel((5, 5), (0, 0, 0, 255))
     clear.save(tmp_path / "clear.png")
@@ -98,15 +98,15 @@ def png(picture: Image.Image) -> bytes:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "it is no picture that can be read, which are BMP, JPEG, PNG, WEBP"),
-        (b"no picture at all", "it is no picture that can be read, which are BMP, JPEG, PNG, WEBP"),
-        (png(drawn(5, 20))[:500], "it is no picture that can be read: "),
-        (b"GIF89a" + bytes(100), "it is no picture that can be read, which are BMP, JPEG, PNG, WEBP"),
+        (b"", "it is not a picture; allowed: BMP, JPEG, PNG, WEBP"),
+        (b"not a picture at all", "it is not a picture; allowed: BMP, JPEG, PNG, WEBP"),
+        (png(drawn(5, 20))[:500], "it cannot be read: "),
+        (b"GIF89a" + bytes(100), "it is not a picture; allowed: BMP, JPEG, PNG, WEBP"),
         (png(Image.new("1", (10_000, 6_000))), "it has 10000 x 6000 pixels; allowed: 50,000,000"),
-        (png(Image.new("1", (20_000, 20_000))), "it is no picture that can be read: Image size"),
+        (png(Image.new("1", (20_000, 20_000))), "it cannot be read: Image size"),
     ],
 )
-def test_what_is_no_picture_is_one_line(content: bytes, line: str) -> None:
+def test_a_file_that_is_not_a_picture_is_an_error_of_one_line(content: bytes, line: str) -> None:
     with pytest.raises(UserError) as error:
         image_files.read(io.BytesIO(content), "it")
     assert str(error.value).startswith(line)

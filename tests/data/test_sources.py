@@ -20,6 +20,7 @@ import torch
 import torchvision.datasets
 
 from pipeline.data import sources
+from pipeline.data.splits import LabelledImages
 from pipeline.errors import UserError
 
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
@@ -43,7 +44,7 @@ def small_mnist() -> dict[str, bytes]:
 
 
 def publish(patch: pytest.MonkeyPatch, files: dict[str, bytes], name: str = "mnist", mirror: str = CLOSED_PORT) -> None:
-    """Make ``files`` the published ones, to be had at ``mirror`` only."""
+    """Make ``files`` the published ones, at ``mirror`` only."""
     published = sources.PUBLISHED[name]
     patch.setitem(
         sources.PUBLISHED,
@@ -102,11 +103,13 @@ def is_small_mnist(source: sources.Source) -> bool:
     return bool(source.train.images.numpy().tobytes() == images) and source.train.labels.tolist() == [*range(10)] * 3
 
 
-def test_the_own_mirror_is_asked_first(clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mirror_of_the_user_is_tried_first(
+    clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, url = mirror
     put(folder, small_mnist())
     monkeypatch.setenv(sources.MIRROR_VARIABLE, url)
-    source = sources.load("mnist")
+    _, source = sources.load("mnist")
     assert is_small_mnist(source)
     assert source.train.images.shape == (30, 28, 28, 1)
     assert source.train.images.dtype == torch.uint8
@@ -122,10 +125,10 @@ def test_a_mirror_may_be_a_folder(clone: Path, tmp_path: Path, monkeypatch: pyte
     put(tmp_path / "files/mnist", small_mnist())
     own = {"absolute": str(tmp_path / "files/mnist"), "relative to the root": "../files/mnist"}
     monkeypatch.setenv(sources.MIRROR_VARIABLE, own.get(form, str(tmp_path / "files")))
-    assert is_small_mnist(sources.load("mnist"))
+    assert is_small_mnist(sources.load("mnist")[1])
 
 
-def test_the_published_mirrors_follow_when_the_own_one_has_something_else(
+def test_the_published_mirrors_are_tried_where_the_users_has_another_file(
     mirror: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, url = mirror
@@ -133,12 +136,12 @@ def test_the_published_mirrors_follow_when_the_own_one_has_something_else(
     publish(monkeypatch, small_mnist(), mirror=url)
     own = put(tmp_path / "own", small_mnist() | {TRAIN_IMAGES: b"<html>Please log in</html>"})
     monkeypatch.setenv(sources.MIRROR_VARIABLE, str(own))
-    assert is_small_mnist(sources.load("mnist"))
+    assert is_small_mnist(sources.load("mnist")[1])
 
 
 def test_files_that_are_there_are_not_downloaded_again(clone: Path) -> None:
     put(clone / "data/raw/mnist", small_mnist())
-    assert is_small_mnist(sources.load("mnist"))
+    assert is_small_mnist(sources.load("mnist")[1])
 
 
 @pytest.mark.faults
@@ -156,11 +159,11 @@ def test_fault_19_a_damaged_file_is_refused_by_name_with_the_remedy(clone: Path,
     content = small_mnist()
     put(clone / "data/raw/mnist", content | {TRAIN_IMAGES: damage(content[TRAIN_IMAGES])})
     with pytest.raises(UserError, match=rf"{TRAIN_IMAGES} is not the published file .* delete it and run again"):
-        sources.load("mnist", "mnist-5k")  # the fall-back is for silent mirrors, not for damaged files
+        sources.load("mnist", "mnist-5k")  # the fallback is for silent mirrors, not for damaged files
 
 
 @pytest.mark.parametrize("answer", ["nothing", "an HTML page", "404"])
-def test_no_mirror_is_one_line_that_names_each_and_leaves_nothing(
+def test_without_a_mirror_one_line_names_each_and_nothing_is_left(
     clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     folder, url = mirror
@@ -188,7 +191,7 @@ def test_a_mirror_that_accepts_and_never_answers_does_not_hang_the_stage(monkeyp
 
 
 @pytest.mark.parametrize("nonsense", ["http://127.0.0.1:9/my files/", "nonsense://host/"])
-def test_a_mirror_that_makes_no_sense_is_a_mirror_that_does_not_answer(
+def test_a_mirror_with_an_impossible_address_counts_as_one_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, nonsense: str
 ) -> None:
     monkeypatch.setenv(sources.MIRROR_VARIABLE, nonsense)
@@ -196,13 +199,13 @@ def test_a_mirror_that_makes_no_sense_is_a_mirror_that_does_not_answer(
         sources.load("mnist")
 
 
-def test_a_folder_that_is_not_there_is_a_mistake_and_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_mirror_folder_is_an_error_and_not_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sources.MIRROR_VARIABLE, "/no/such/folder")
     with pytest.raises(UserError, match="PIPELINE_DATA_MIRROR is /no/such/folder, which is neither a URL nor a folder"):
         sources.load("mnist", "mnist-5k")
 
 
-def test_a_server_that_speaks_something_else_is_a_mirror_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_speak_http_counts_as_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -217,21 +220,21 @@ def test_a_server_that_speaks_something_else_is_a_mirror_that_does_not_answer(mo
             sources.load("mnist")
 
 
-def test_the_fall_back_is_used_with_a_warning_nobody_can_miss(capsys: pytest.CaptureFixture[str]) -> None:
-    source = sources.load("mnist", "mnist-5k")
-    assert source.name == "mnist-5k"
+def test_the_fallback_is_used_with_a_warning_that_nobody_can_miss(capsys: pytest.CaptureFixture[str]) -> None:
+    name, source = sources.load("mnist", "mnist-5k")
+    assert name == "mnist-5k"
     assert len(source.train) == 5000
     assert source.train.labels.bincount().tolist() == [500] * 10
     warning = capsys.readouterr().err
     assert warning.startswith("!!!!!")
-    assert "WARNING: mnist could not be had, so mnist-5k is used in its place" in warning
+    assert "WARNING: mnist could not be downloaded, so mnist-5k is used in its place" in warning
     assert "data.offline_fallback: null" in warning
 
 
 def test_digits_never_stand_in_for_other_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch, small_mnist(), name="fashion-mnist")
     with pytest.raises(
-        sources.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, whose classes are others"
+        sources.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, which has other classes"
     ):
         sources.load("fashion-mnist", "mnist-5k")
 
@@ -258,10 +261,19 @@ def test_the_other_data_sets_of_the_format_come_with_their_class_names(
 ) -> None:
     publish(monkeypatch, small_mnist(), name=name)
     monkeypatch.setenv(sources.MIRROR_VARIABLE, str(put(tmp_path / "files", small_mnist())))
-    source = sources.load(name)
+    _, source = sources.load(name)
     assert is_small_mnist(source)
     assert source.class_names[5] == label
     assert raw(clone, name) == sorted(small_mnist())
+
+
+def test_a_new_data_set_is_a_function_and_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = LabelledImages(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    toys = sources.DataSet(lambda: sources.Source("a shelf", ("car", "doll"), images))
+    monkeypatch.setitem(sources.DATASETS, "toys", toys)
+    assert sources.load("toys") == ("toys", toys.load())
+    with pytest.raises(UserError, match="mnist-5k, toys"):
+        sources.load("toy")
 
 
 def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +301,7 @@ def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     publish(monkeypatch, files, name="cifar10")
     monkeypatch.setenv(sources.MIRROR_VARIABLE, str(put(tmp_path / "files", files)))
 
-    source = sources.load("cifar10")
+    _, source = sources.load("cifar10")
     assert source.train.images.shape == (4, 32, 32, 3)
     assert source.train.labels.tolist() == [0, 1, 8, 9]
     assert source.class_names[8] == "ship"

@@ -132,14 +132,18 @@ def test_a_split_that_is_not_there_names_the_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_fault_20_labels_that_are_no_class_and_a_class_without_images_are_refused() -> None:
+def test_fault_20_labels_outside_the_classes_and_a_class_without_images_are_refused() -> None:
     names = ("a", "b", "c")
     made = cut(numbered(600))
     assert splits.check(made, "it", names) == []
-    with pytest.raises(UserError, match=r"it: 145 labels of the train split are no class, 2 for one; allowed: 0 to 1"):
+    with pytest.raises(
+        UserError, match=r"it: 145 labels of the train split are not a class, such as 2; allowed: 0 to 1"
+    ):
         splits.check(made, "it", names[:2])
     made["train"].labels[7] = -1
-    with pytest.raises(UserError, match=r"it: 1 labels of the train split are no class, -1 for one; allowed: 0 to 2"):
+    with pytest.raises(
+        UserError, match=r"it: 1 labels of the train split are not a class, such as -1; allowed: 0 to 2"
+    ):
         splits.check(made, "it", names)
     with pytest.raises(UserError, match=r"it: the train split has no image of class d"):
         splits.check(cut(numbered(600)), "it", (*names, "d"))

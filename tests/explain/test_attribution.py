@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.data.splits import LabelledImages
 from pipeline.explain import attribution
 from pipeline.explain.attribution import feature_maps, first_filters, most_confident_mistakes
-from pipeline.model.cnn import CNN, Architecture, as_input, flattened
+from pipeline.model.cnn import CNN, Architecture, as_input
 from pipeline.model.metrics import predict_logits
 
 SHAPES = [
@@ -94,7 +94,8 @@ def test_occlusion_is_that_of_captum(architecture: Architecture) -> None:
 @every_shape
 def test_grad_cam_is_that_of_captum(architecture: Architecture) -> None:
     cnn, images, of = network(architecture), noise(architecture), classes(architecture)
-    layer = cnn.block_list()[-1].normalisation if architecture.batch_norm else cnn.block_list()[-1].convolution
+    cnn.seen = architecture.image_shape[:2]  # captum stretches the maps of what the forward pass looks at
+    layer = cnn.block_list()[-1].get_submodule("normalisation" if architecture.batch_norm else "convolution")
     theirs = captum.attr.LayerGradCam(cnn, layer).attribute(images, target=of, relu_attributions=True)
     stretched = captum.attr.LayerAttribution.interpolate(theirs, images.shape[2:], "bilinear")
     found = attribution.grad_cam(cnn, images, of)
@@ -118,7 +119,7 @@ def test_what_the_last_convolution_sees_is_what_changes_it(architecture: Archite
     field = attribution.receptive_field(cnn)
     images = noise(architecture, 1).requires_grad_()
     last = cnn.block_list()[-1]
-    maps = last.normalisation(last.convolution(cnn.blocks[:-1](images)))
+    maps = last.before("activation", cnn.blocks[:-1](images))
     row, column = maps.shape[2] // 2, maps.shape[3] // 2
     (gradient,) = torch.autograd.grad(maps[0, :, row, column].abs().sum(), images)
     seen = gradient.abs().sum(dim=(0, 1)).nonzero()
@@ -128,7 +129,7 @@ def test_what_the_last_convolution_sees_is_what_changes_it(architecture: Archite
         assert seen[:, axis].max() < low + field.side
         # With max pooling the outermost pixels may have lost; with the mean none is left out.
         if architecture.pool == "mean" or len(architecture.filters) == 1:
-            assert (seen[:, axis].min(), seen[:, axis].max()) == (low, low + field.side - 1)
+            assert (int(seen[:, axis].min()), int(seen[:, axis].max())) == (low, low + field.side - 1)
 
 
 @every_shape
@@ -140,7 +141,7 @@ def test_the_strongest_patches_give_the_strongest_answers(architecture: Architec
     side = attribution.receptive_field(cnn).side
     assert patches.shape == (architecture.filters[-1], 3, side, side, channels)
     last = cnn.block_list()[-1]
-    maps = last.normalisation(last.convolution(cnn.blocks[:-1](as_input(images)))).detach()
+    maps = last.before("activation", cnn.blocks[:-1](as_input(images))).detach()
     strongest, place = maps.flatten(2).max(dim=2)
     torch.testing.assert_close(answers, strongest.amax(dim=0))
     for filter in range(architecture.filters[-1]):
@@ -165,7 +166,7 @@ def test_pooled_maps_change_less_when_the_image_moves(learned: CNN, digits: dict
 def test_features_are_what_the_dense_layer_sees(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     images = digits["test"].images[:600]
     features = attribution.penultimate_features(learned, images)
-    torch.testing.assert_close(features, flattened(learned.blocks(as_input(images))).detach())
+    torch.testing.assert_close(features, learned.flatten(learned.blocks(as_input(images))).detach())
 
 
 def test_principal_components_are_those_of_the_whole_decomposition() -> None:

@@ -1,4 +1,4 @@
-"""Images made harder as the names say, and the accuracy on them."""
+"""Corruptions do what their names say, and the accuracy is that on the corrupted images."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from pipeline.model import metrics
 from pipeline.model.cnn import CNN, Architecture
 
 
-def test_images_are_made_harder_as_the_names_say() -> None:
+def test_corruptions_do_what_their_names_say() -> None:
     images = torch.zeros(2, 9, 9, 1, dtype=torch.uint8)
     images[:, 2, 3] = 200
     assert torch.nonzero(corruptions.moved(images, 2, 2)).tolist() == [[0, 4, 5, 0], [1, 4, 5, 0]]
@@ -23,10 +23,10 @@ def test_images_are_made_harder_as_the_names_say() -> None:
     assert float(noisy.mean()) == pytest.approx(128, abs=1)
     assert float(noisy.std()) == pytest.approx(25.5, abs=1)
     assert torch.equal(corruptions.noisy(images, 0.1), corruptions.noisy(images, 0.1))
-    assert sorted(set(corruptions.paler(images, 0.5).flatten().tolist())) == [64, 164]
+    assert sorted(set(corruptions.with_contrast(images, 0.5).flatten().tolist())) == [64, 164]
 
 
-def test_robustness_is_the_accuracy_on_the_harder_images(digits: dict[str, LabelledImages]) -> None:
+def test_robustness_is_the_accuracy_on_the_corrupted_images(digits: dict[str, LabelledImages]) -> None:
     test, cnn = digits["test"], CNN(Architecture((28, 28, 1), tuple("0123456789"), (4,)), torch.Generator())
     found = corruptions.robustness(cnn, test.images, test.labels)
     assert set(found) == {"shifted_2_pixels", "rotated_15_degrees", "noise_20_percent", "half_contrast"}
@@ -45,7 +45,7 @@ def test_a_blurred_image_is_that_of_scipy() -> None:
     assert torch.equal(corruptions.blurred(images, 0), images)
 
 
-def test_a_scaled_image_has_the_same_middle() -> None:
+def test_a_scaled_image_has_the_same_centre() -> None:
     images = torch.zeros(1, 20, 20, 1, dtype=torch.uint8)
     images[:, 8:12, 8:12] = 255
     assert int((corruptions.scaled(images, 2) > 127).sum()) == 64
@@ -62,17 +62,20 @@ def test_a_moved_image_is_where_it_should_be(down: int, right: int) -> None:
         assert torch.equal(moved[0, row, column], image[0, row - down, column - right] if inside else torch.zeros(2))
 
 
-def test_a_subsampled_image_has_a_pixel_of_four() -> None:
+def test_a_subsampled_image_keeps_one_pixel_in_four() -> None:
     image = noise(1, 5, 6, 1)
     assert torch.equal(corruptions.subsampled(image, 2)[:, ::2, ::2], image[:, ::2, ::2])
     assert len(torch.unique(corruptions.subsampled(image, 2))) <= 9
     assert corruptions.subsampled(image, 2).shape == image.shape
 
 
-def test_curves_begin_with_the_images_as_they_are(digits: dict[str, LabelledImages]) -> None:
+def test_the_curve_of_each_corruption_contains_the_uncorrupted_images(digits: dict[str, LabelledImages]) -> None:
     test, cnn = digits["test"][:300], CNN(Architecture((28, 28, 1), tuple("0123456789"), (4,)), torch.Generator())
     found = corruptions.accuracies(cnn, test.images, test.labels)
     plain = metrics.accuracy(metrics.predict_logits(cnn, test.images), test.labels)
     unchanged = {"shift": 0, "rotation": 0, "scale": 1, "noise": 0, "blur": 0, "contrast": 1}
-    assert {name: dict(curve)[unchanged[name]] for name, curve in found.items()} == dict.fromkeys(unchanged, plain)
+    assert set(found) == set(corruptions.CORRUPTIONS)
+    assert {name: dict(found[name])[strength] for name, strength in unchanged.items()} == dict.fromkeys(
+        unchanged, plain
+    )
     assert all(list(curve) == sorted(curve) for curve in found.values())

@@ -1,4 +1,4 @@
-"""What the page of a run plays of a training: an image of the filters and one made for a class, after each epoch."""
+"""The images that a run shows of a training: the filters and an image made for a class, after each epoch."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,8 @@ from PIL import Image
 from pipeline import files, train
 from pipeline.explain import activation_maximization, live_images
 from pipeline.model.cnn import CNN, Architecture
-from pipeline.params import read_params
-from tests.conftest import PARAMS, QUICK, write_params
+from pipeline.params import Params
+from tests.conftest import QUICK, write_params
 
 LOGGED = re.compile(r"images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[\w-]+\.png")
 
@@ -47,7 +47,7 @@ def test_every_epoch_has_its_images(finished: Path, tmp_path: Path) -> None:
     for name in ("filters", "class image"):
         before, between, after = (images[name, epoch] for epoch in (0, 1, 2))
         assert before.shape == between.shape == after.shape
-        assert min(before.shape[:2]) > 100  # pixels: large enough to be looked at
+        assert min(before.shape[:2]) > 100  # pixels: large enough to see
         assert (before != between).any()
         assert (between != after).any()
     assert the_run().data.tags["mlflow.loggedImages"] == "True"
@@ -63,11 +63,11 @@ def test_the_model_is_the_same_without_them(finished: Path, workspace: Path) -> 
 
 
 @pytest.mark.parametrize("image_shape", [(28, 28, 1), (32, 24, 3)])
-def test_the_class_image_goes_on_from_the_epoch_before(image_shape: tuple[int, int, int]) -> None:
+def test_the_class_image_continues_from_the_epoch_before(image_shape: tuple[int, int, int]) -> None:
     cnn = CNN(Architecture(image_shape, ("a", "b"), (4, 8)), torch.Generator().manual_seed(0))
     state = {name: weights.clone() for name, weights in cnn.state_dict().items()}
-    nothing_else = {"l1": 0.0, "total_variation": 0.0, "jitter": 0}
-    pictures = live_images.LiveImages(cnn, read_params(PARAMS).visualize.maximisation.model_copy(update=nothing_else))
+    no_penalty = {"l1": 0.0, "total_variation": 0.0, "jitter": 0}
+    pictures = live_images.LiveImages(cnn, Params().visualize.maximisation.model_copy(update=no_penalty))
     logit = activation_maximization.class_logits(cnn, torch.tensor([0]))
 
     def now() -> float:
@@ -85,8 +85,8 @@ def test_the_class_image_goes_on_from_the_epoch_before(image_shape: tuple[int, i
     assert all(torch.equal(weights, state[name]) for name, weights in cnn.state_dict().items())
 
 
-def test_filters_are_red_above_nought_and_blue_below() -> None:
-    colours = live_images.in_two_colours(np.array([[1.0, 0.0], [-1.0, 0.5]]))
+def test_weights_are_red_above_zero_and_blue_below() -> None:
+    colours = live_images.red_and_blue(np.array([[1.0, 0.0], [-1.0, 0.5]]))
     red, white, blue, pale = colours[0, 0], colours[0, 1], colours[1, 0], colours[1, 1]
     assert red[0] > red[2]
     assert blue[2] > blue[0]

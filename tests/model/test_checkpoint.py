@@ -12,19 +12,19 @@ from pipeline.data.splits import LabelledImages
 from pipeline.model import checkpoint, model_file, training
 from pipeline.model.checkpoint import Checkpoint, DamagedError
 from pipeline.model.cnn import CNN, Architecture
+from tests.model import test_training
 from tests.model.test_training import ARCHITECTURE
-from tests.model.test_training import RECIPE as PLAIN
 
-RECIPE = PLAIN | {"epochs": 3, "batch_size": 128, "weight_decay": 0.01}
+SETTINGS = replace(test_training.SETTINGS, epochs=3, batch_size=128, weight_decay=0.01, checkpoint_seconds=1e-9)
 Fitted = tuple[bytes, list[training.Epoch], list[bytes]]
 
 
-def fit(digits: dict[str, LabelledImages], start: bytes | None, architecture: Architecture, **changed: Any) -> Fitted:
+def fit(digits: dict[str, LabelledImages], resumed: bytes | None, architecture: Architecture, **changed: Any) -> Fitted:
     """The model, the epochs, and a checkpoint at every epoch and at some steps between."""
     cnn = CNN(architecture, torch.Generator().manual_seed(0))
     kept: list[bytes] = []
 
-    def keep(reached: Checkpoint) -> None:
+    def save_checkpoint(reached: Checkpoint) -> None:
         if reached.step % 3 == 0:
             kept.append(checkpoint.to_bytes(reached, {"reached": [reached.epoch, reached.step]}))
 
@@ -32,11 +32,10 @@ def fit(digits: dict[str, LabelledImages], start: bytes | None, architecture: Ar
         cnn,
         (digits["train"].images, digits["train"].labels),
         (digits["validation"].images, digits["validation"].labels),
+        replace(SETTINGS, **changed),
         generator=torch.Generator().manual_seed(0),
-        start=checkpoint.from_bytes(start)[0] if start else None,
-        keep=keep,
-        checkpoint_seconds=1e-9,
-        **RECIPE | changed,
+        resume_from=checkpoint.from_bytes(resumed)[0] if resumed else None,
+        save_checkpoint=save_checkpoint,
     )
     history = list(epochs)
     return model_file.to_bytes(cnn), history, kept
@@ -46,7 +45,7 @@ def fit(digits: dict[str, LabelledImages], start: bytes | None, architecture: Ar
     ("architecture", "changed"),
     [
         (ARCHITECTURE, {}),
-        (ARCHITECTURE, {"optimizer": "adamw", "schedule": "one-cycle", "max_shift": 1}),
+        (ARCHITECTURE, {"optimizer": "adamw", "schedule": "one-cycle", "augmentations": {"max_shift": 1}}),
         (ARCHITECTURE, {"optimizer": "sgd", "learning_rate": 0.05, "label_smoothing": 0.1}),
         (replace(ARCHITECTURE, batch_norm=True), {}),
         (replace(ARCHITECTURE, filters=(8, 6, 5), kernel_size=2), {}),

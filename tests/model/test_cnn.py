@@ -13,14 +13,12 @@ from pipeline.model.cnn import (
     Architecture,
     Block,
     Classifier,
-    Dropout,
-    Pool,
     as_input,
     layers,
     parameter_count,
-    pooled,
     summary,
 )
+from pipeline.model.layers import Dropout, Pool, Pooling
 
 DIGITS = tuple("0123456789")
 PUBLISHED = Architecture(image_shape=(28, 28, 1), class_names=DIGITS, filters=(32, 64))
@@ -91,7 +89,7 @@ def test_pooling_takes_one_number_from_each_window_and_cuts_off_what_is_left_ove
             [99, 99, 99, 99, 99],
         ]
     )
-    assert pooled(image[None, None], pool, 2)[0, 0].tolist() == by_hand
+    assert Pooling(pool, 2)(image[None, None])[0, 0].tolist() == by_hand
 
 
 @pytest.mark.parametrize(("pool", "batch_norm"), [*product(("max", "mean", "min"), (False, True))])
@@ -99,9 +97,12 @@ def test_a_block_is_convolution_then_relu_then_pooling(pool: Pool, batch_norm: b
     architecture = Architecture((28, 28, 3), DIGITS, (8,), pool=pool, batch_norm=batch_norm)
     made = Block(3, 8, architecture).eval()
     if batch_norm:  # also with a negative scale, which turns large into small
-        made.normalisation.weight.data = torch.linspace(-2, 2, 8)
+        made.get_submodule("normalisation").weight.data = torch.linspace(-2, 2, 8)
     images = torch.rand(4, 3, 28, 28, generator=seeded())
-    textbook = pooled(F.relu(made.normalisation(made.convolution(images))), pool, 2)
+    normalised = made.convolution(images)
+    if batch_norm:
+        normalised = made.get_submodule("normalisation")(normalised)
+    textbook = Pooling(pool, 2)(F.relu(normalised))
     torch.testing.assert_close(made(images), textbook)
 
 
@@ -148,9 +149,9 @@ def test_the_layers_that_are_announced_are_those_that_are_built(architecture: Ar
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        (replace(PUBLISHED, kernel_size=15), r"block 2's filter \(15 x 15\) is larger than the 7 pixels"),
-        (replace(PUBLISHED, pool_size=8), r"block 2's pooling window \(8 x 8\) is larger than the 1 pixels"),
-        (replace(PUBLISHED, stride=8, pool_size=5), r"block 1's pooling window \(5 x 5\) is larger than the 4"),
+        (replace(PUBLISHED, kernel_size=15), r"block 2 does not fit the 7 x 7 pixels .*Kernel size: \(15 x 15\)"),
+        (replace(PUBLISHED, pool_size=8), r"block 2 does not fit the 3 x 3 pixels .*too small"),
+        (replace(PUBLISHED, stride=8, pool_size=5), r"block 1 does not fit the 28 x 28 pixels .*too small"),
     ],
 )
 def test_layers_that_do_not_fit_the_images_are_refused_by_name(architecture: Architecture, message: str) -> None:

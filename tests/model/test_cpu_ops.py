@@ -1,4 +1,4 @@
-"""The fused operations against the plain network in float64: the same logits, the same gradients."""
+"""The fused operations against the layers that they stand in for: the same logits, the same gradients."""
 
 import copy
 import os
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from pipeline.data.splits import LabelledImages
 from pipeline.model import cpu_ops, training
-from pipeline.model.cnn import CNN, Architecture, Block, as_input, seen_sides
+from pipeline.model.cnn import CNN, Architecture, as_input
+from pipeline.model.training import Precision
 from tests.conftest import REPOSITORY, needs_a_gpu, needs_bfloat16
 
 DIGITS = tuple("0123456789")
@@ -66,14 +67,29 @@ def logits_and_gradients(cnn: CNN, logits: Tensor, labels: Tensor) -> dict[str, 
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
 
 
+def logits(cnn: CNN, images: Tensor, generator: torch.Generator | None, precision: Precision) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        found: Tensor = cnn(images, generator)
+    return found.float()
+
+
+def by_its_layers(cnn: CNN) -> CNN:
+    """A copy that calls every layer: no operation stands in for one with a hook."""
+    plain = copy.deepcopy(cnn)
+    for layer in plain.modules():
+        if not list(layer.children()):
+            layer.register_forward_pre_hook(lambda *_: None)
+    return plain
+
+
 def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-def errors(some: LabelledImages, plain: CNN, cnn: CNN, precision: cpu_ops.Precision) -> dict[str, float]:
-    """Of the fused logits and gradients of ``cnn`` against those of ``plain`` in float64."""
+def errors(some: LabelledImages, plain: CNN, cnn: CNN, precision: Precision) -> dict[str, float]:
+    """How far the logits and gradients of ``cnn`` are from those of ``plain`` in float64."""
     plain = copy.deepcopy(plain).double()
-    found = cpu_ops.logits(cnn, some.images, torch.Generator().manual_seed(3), precision)
+    found = logits(cnn, some.images, torch.Generator().manual_seed(3), precision)
     exact = plain(as_input(some.images).double(), torch.Generator().manual_seed(3))
     pairs = logits_and_gradients(cnn, found, some.labels), logits_and_gradients(plain, exact, some.labels)
     return {name: relative_error(pairs[0][name], pairs[1][name]) for name in pairs[1]}
@@ -98,39 +114,29 @@ def test_a_gpu_gives_them_too(architecture: Architecture, digits: dict[str, Labe
 
 
 class Rounding(CNN):
-    """The plain network with numbers of 8 significant bits where bfloat16 has them: around all convolutions but one."""
+    """The network with 8 significant bits where bfloat16 has them: around convolutions that do not read bytes."""
 
     def __init__(self, cnn: CNN) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(copy.deepcopy(cnn).__dict__)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """As the CNN; rounding is passed over on the way back."""
-        maps = images
+        """As the CNN; the gradient passes through the rounding."""
+        maps, pixels = images, torch.zeros(1, dtype=torch.uint8)
         for index, block in enumerate(self.block_list()):
-            if index or not cpu_ops._can_read_bytes(block):
-                weight = rounded(block.convolution.weight)
-                convolution = block.convolution
-                maps = F.conv2d(
-                    rounded(maps), weight, rounded(convolution.bias), convolution.stride, convolution.padding
-                )
-                maps = after_convolution(block, rounded(maps))
+            convolution = block.convolution
+            if index or not cpu_ops._can_read_bytes(convolution, nn.ReLU(), block.pooling, pixels):
+                weight, bias = rounded(convolution.weight), rounded(convolution.bias)
+                maps = F.conv2d(rounded(maps), weight, bias, convolution.stride, convolution.padding)
+                maps = block.onwards("activation", rounded(maps))
             else:
                 maps = block(maps)
-        logits: Tensor = self.dense(self.dropout(maps.permute(0, 2, 3, 1).flatten(1), generator))
-        return logits
+        return self.head(maps, generator)
 
 
 def rounded(values: Tensor | None) -> Tensor:
     assert values is not None
     return values + (values.bfloat16().double() - values).detach()
-
-
-def after_convolution(block: Block, maps: Tensor) -> Tensor:
-    bare = copy.copy(block)
-    bare._modules = {**block._modules, "convolution": nn.Identity()}
-    pooled: Tensor = bare(maps)
-    return pooled
 
 
 @needs_bfloat16
@@ -152,11 +158,11 @@ def test_a_network_with_batch_normalisation_is_that_of_pytorch(
 ) -> None:
     # Not held to float64: over channels_last maps PyTorch adds up in float32, and its own plain network is 1e-4 off.
     architecture = replace(PUBLISHED, batch_norm=True, **changed)
-    fast, plain = trained_a_little(architecture), trained_a_little(architecture)
-    some = digits["train"][:99]
+    fast = trained_a_little(architecture)
+    plain, some = by_its_layers(fast), digits["train"][:99]
     for train in (True, False):
-        found = cpu_ops.logits(fast.train(train), some.images, torch.Generator().manual_seed(3))
-        expected = plain.train(train)(as_input(some.images), torch.Generator().manual_seed(3))
+        found = fast.train(train)(some.images, torch.Generator().manual_seed(3))
+        expected = plain.train(train)(some.images, torch.Generator().manual_seed(3))
         pairs = logits_and_gradients(fast, found, some.labels), logits_and_gradients(plain, expected, some.labels)
         for name, exact in pairs[1].items():
             # A convolution's bias is taken off again by the mean: its gradient is nothing but rounding.
@@ -171,10 +177,34 @@ def test_a_network_with_batch_normalisation_is_that_of_pytorch(
 @pytest.mark.parametrize("images", [torch.zeros(2, 20, 20, 1), torch.zeros(2, 32, 32, 1), torch.zeros(2, 28, 28, 3)])
 def test_images_of_another_shape_are_refused(images: Tensor) -> None:
     cnn = trained_a_little(PUBLISHED)
-    with pytest.raises(ValueError, match=r"images are \(2, .*; the network takes N x 28 x 28 x 1 torch.uint8"):
-        cpu_ops.logits(cnn, images.to(torch.uint8))
-    with pytest.raises(ValueError, match=r"torch.float32; the network takes"):
-        cpu_ops.logits(cnn, torch.zeros(2, 28, 28, 1))
+    for given in (images.to(torch.uint8), images.permute(0, 3, 1, 2)):
+        with pytest.raises(ValueError, match=r"images are \(2, .*; the network takes N x 28 x 28 x 1 torch.uint8"):
+            cnn(given)
+
+
+def test_a_layer_with_a_hook_and_one_of_another_kind_are_called(digits: dict[str, LabelledImages]) -> None:
+    cnn, images = trained_a_little(PUBLISHED).eval(), digits["train"].images[:5]
+    expected, seen = cnn(images), list[Tensor]()
+    cnn.block_list()[1].activation.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    torch.testing.assert_close(cnn(images), expected)
+    assert seen[0].shape == (5, 64, 10, 10)
+    cnn.block_list()[0].activation = nn.Tanh()
+    assert not torch.allclose(cnn(images), expected)
+
+
+def test_a_hook_on_a_block_sees_the_same_maps_in_training_and_by_its_layers(
+    digits: dict[str, LabelledImages],
+) -> None:
+    fast = trained_a_little(PUBLISHED)
+    plain, images = by_its_layers(fast), digits["train"].images[:64]
+    seen: dict[int, list[Tensor]] = {}
+    for index, cnn in enumerate((fast, plain)):
+        for block in cnn.block_list():
+            block.register_forward_hook(lambda _, inputs, maps, to=index: seen.setdefault(to, []).append(maps.detach()))
+    fast.train()(images, torch.Generator())
+    plain.eval()(as_input(images))
+    for maps, expected in zip(seen[0], seen[1], strict=True):
+        torch.testing.assert_close(maps, expected)
 
 
 @pytest.mark.slow
@@ -182,12 +212,11 @@ def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> 
     code = "\n".join(
         [
             "import torch",
-            "from pipeline.model import cpu_ops",
             "from pipeline.model.cnn import CNN, Architecture",
             "for filters in ((16, 8), (32, 64)):",
             "    cnn = CNN(Architecture((28, 28, 1), ('a', 'b'), filters), torch.Generator())",
             "    images, draws = torch.ones(2, 28, 28, 1, dtype=torch.uint8), torch.Generator()",
-            "    cpu_ops.logits(cnn, images, draws).sum().backward()",
+            "    cnn(images, draws).sum().backward()",
         ]
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -204,7 +233,7 @@ def test_a_weight_that_is_no_number_is_seen_in_the_logits(broken: str, digits: d
     cnn = trained_a_little(PUBLISHED).eval()
     with torch.no_grad():
         cnn.get_parameter(broken).view(-1)[0] = torch.nan
-        assert cpu_ops.logits(cnn, digits["train"].images[:5]).isnan().any()
+        assert cnn(digits["train"].images[:5]).isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -220,10 +249,14 @@ def test_a_weight_that_is_no_number_is_seen_in_the_logits(broken: str, digits: d
 def test_what_reaches_no_logit_is_left_out_and_nothing_else(
     architecture: Architecture, image: tuple[int, int], maps: list[tuple[int, int]]
 ) -> None:
-    assert seen_sides(architecture) == (image, *maps)
     cnn = trained_a_little(architecture).double().eval()
+    assert cnn.seen == image
+    found = list[tuple[int, ...]]()
+    for block in cnn.block_list():
+        block.register_forward_hook(lambda _, inputs, output: found.append(tuple(output.shape[2:])))
     images = torch.rand(2, 1, *architecture.image_shape[:2], dtype=torch.float64, requires_grad=True)
     cnn(images).sum().backward()
+    assert found == maps
     assert images.grad is not None
     seen = [int(images.grad.sum(dim=(0, 1, 3 - side)).nonzero().max()) + 1 for side in (0, 1)]
     if not architecture.batch_norm:

@@ -58,18 +58,3 @@ def test_a_batch_that_is_normalised_stays_whole_while_training() -> None:
         with cpu_threads.thread_pool(cnn.train(training), CPU) as pool:
             assert pool.chunk(128) == chunk
             assert list(pool.map(abs, [-1, 2])) == [1, 2]
-
-
-def test_the_number_of_threads_may_change_between_two_batches() -> None:
-    torch.set_num_threads(1)
-    together = threading.Barrier(2, timeout=60)
-    with cpu_threads.thread_pool(CNN(ARCHITECTURE, torch.Generator()), CPU) as pool:
-        assert list(pool.map(abs, [-1, 2])) == [1, 2]
-        cpu_threads.use_threads(2)
-        assert len(list(pool.map(lambda _: together.wait(), range(4)))) == 4
-        cpu_threads.use_threads(1)
-        assert len(set(pool.map(lambda _: threading.get_ident(), range(4)))) == 1
-        cpu_threads.use_threads(2)
-    assert torch.get_num_threads() == 2
-    cpu_threads.use_threads(1)
-    assert torch.get_num_threads() == 1

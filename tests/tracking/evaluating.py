@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from pipeline import evaluate, files
 from pipeline.model import model_file
-from pipeline.tracking import registry, runs
+from pipeline.tracking import promotion, store
 
 STEPS = (
     "create_registered_model",
@@ -41,7 +41,7 @@ def race(meeting_point: Path, side: int, rounds: int) -> None:
     for number in range(rounds):
         change_model(first, seed=2 * number + side, noise=1.5 * (1 - number / rounds))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(registry, "register", _met(registry.register, meeting_point, number, side))
+            patch.setattr(promotion, "register", _met(promotion.register, meeting_point, number, side))
             evaluate.main()
 
 
@@ -74,8 +74,8 @@ def kill(what: str, step: int, when: str) -> None:
     if what == "evaluate":
         evaluate.main()
     else:
-        runs.connect()
-        registry.roll_back(None)
+        store.connect()
+        promotion.roll_back(None)
 
 
 def _deadly(method: Callable[..., Any], steps: Any, step: int, when: str) -> Callable[..., Any]:

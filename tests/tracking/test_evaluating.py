@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipeline import evaluate, files
 from pipeline.model import model_file
-from pipeline.tracking import registry, runs
+from pipeline.tracking import promotion, registry, store
 from tests.conftest import QUICK, REPOSITORY, write_params
 from tests.tracking.evaluating import change_model
 
@@ -44,7 +44,7 @@ def start(*arguments: str, folder: Path, root: Path) -> subprocess.Popen[bytes]:
 
 def versions() -> dict[str, ModelVersion]:
     """By number, each with all its tags and its card."""
-    runs.connect()
+    store.connect()
     found = {str(each.version): each for each in MlflowClient().search_model_versions(f"name = '{NAME}'")}
     for each in found.values():
         assert set(each.tags) >= NEEDED
@@ -81,7 +81,7 @@ def test_fault_23_two_that_evaluate_at_once_leave_one_champion_and_lose_none(
     assert len(found) == 2 * ROUNDS
     errors_of = {number: int(each.tags["test.error_count"]) for number, each in found.items()}
     assert errors_of[champion()] == min(errors_of.values())
-    records = [record.version for record in registry.history(NAME)]
+    records = [record.version for record in promotion.history(NAME)]
     assert records[-1] == champion()
     assert len(records) > 5  # the models get better, from round to round
     for before, after in itertools.pairwise(records):  # each took over from the one before, and nobody else
@@ -170,9 +170,9 @@ def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
         if what == "evaluate":
             evaluate.main()
         elif held != after:
-            registry.roll_back(None)
+            promotion.roll_back(None)
         assert aliases() == after
         assert len(versions()) == max(map(int, [*before.values(), *after.values()]))
-        assert [record.version for record in registry.history(NAME)] == records
+        assert [record.version for record in promotion.history(NAME)] == records
     assert aliases() == after
     assert step > 3

@@ -1,4 +1,4 @@
-"""Who deserves to be champion: the rules, on predictions made up for them."""
+"""Which model becomes champion: the rules, on predictions made up for them."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ import pytest
 from scipy.stats import binom
 
 from pipeline.params import Promotion
-from pipeline.tracking.gate import Paired, Scored, compare, decide
+from pipeline.tracking.gate import Paired, ScoredModel, compare, decide
 
 NO_RULES: dict[str, Any] = {"min_accuracy": None, "max_ece": None, "max_parameters": None, "alpha": None}
 
 
-def model(wrong: range, parameters: int = 1000) -> Scored:
-    right = np.ones(1000, dtype=bool)
-    right[list(wrong)] = False
-    return Scored(right, parameters)
+def model(wrong: range, parameters: int = 1000) -> ScoredModel:
+    correct = np.ones(1000, dtype=bool)
+    correct[list(wrong)] = False
+    return ScoredModel(correct, parameters)
 
 
 def rules(**changed: object) -> Promotion:
@@ -23,7 +23,7 @@ def rules(**changed: object) -> Promotion:
 
 
 def test_the_table_counts_every_image_once() -> None:
-    paired = compare(model(range(0, 30)).right, model(range(20, 100)).right)
+    paired = compare(model(range(0, 30)).correct, model(range(20, 100)).correct)
     assert paired == Paired(both_right=900, only_challenger_right=70, only_champion_right=20, both_wrong=10)
 
 
@@ -65,15 +65,15 @@ def test_the_p_value_is_that_of_a_fair_coin(b: int, c: int) -> None:
         (model(range(10)), {"min_accuracy": 0.99, "max_ece": 0.02, "max_parameters": 1000}, "champion", "10 test err"),
     ],
 )
-def test_fewer_errors_or_smaller_and_no_worse(
-    challenger: Scored, changed: dict[str, object], alias: str, reason: str
+def test_a_model_with_fewer_errors_or_a_smaller_one_that_is_not_worse_becomes_champion(
+    challenger: ScoredModel, changed: dict[str, object], alias: str, reason: str
 ) -> None:
     decision = decide(challenger, 0.02, model(range(50)), "1", rules(**changed))
     assert decision.alias == alias
     assert decision.reason.startswith(reason)
-    assert decision.paired == compare(challenger.right, model(range(50)).right)
+    assert decision.paired == compare(challenger.correct, model(range(50)).correct)
 
 
-def test_the_first_model_needs_the_floors_alone() -> None:
+def test_the_first_model_only_has_to_meet_the_limits() -> None:
     assert decide(model(range(50)), 0.02, None, "", rules()).alias == "champion"
     assert decide(model(range(50)), 0.02, None, "", rules(min_accuracy=0.96)).alias == "challenger"

@@ -113,13 +113,13 @@ GOOD = json.dumps({"inputs": BLACK.tolist()}).encode()
         (GOOD, {}, 415, "the content type must be application/json"),
         (GOOD, {"Content-Type": "text/csv"}, 415, "the content type must be application/json"),
         (b"cos\nsystem\n(S'touch PWNED'\ntR.", {"Content-Type": "application/octet-stream"}, 415, "application/json"),
-        (GOOD[:-5], JSON, 400, "no JSON"),
-        (b"\xff\xfe", JSON, 400, "no JSON"),
-        (b'{"inputs":' + b"[" * 100_000, JSON, 400, "no JSON"),
+        (GOOD[:-5], JSON, 400, "not JSON"),
+        (b"\xff\xfe", JSON, 400, "not JSON"),
+        (b'{"inputs":' + b"[" * 100_000, JSON, 400, "not JSON"),
         (b"[1, 2]", JSON, 400, "an object with one key"),
         (b'{"inputs": [], "instances": []}', JSON, 400, "an object with one key"),
         (b'{"dataframe_split": {}}', JSON, 400, "an object with one key"),
-        (b"", JSON, 400, "no JSON"),
+        (b"", JSON, 400, "not JSON"),
         (TOO_MANY, JSON, 413, "at most 1,000 images at a time"),
     ],
 )
@@ -196,7 +196,7 @@ def test_a_request_that_never_comes_to_its_end_holds_nobody_up(server: tuple[str
 def test_what_is_no_port_is_said(workspace: Path, port: str) -> None:
     done = run_command("serve", "--port", port, folder=workspace)
     assert done.returncode == 2
-    assert f"{port} is no port; allowed: 1 to 65535" in done.stderr.decode()
+    assert f"{port} is not a port; allowed: 1 to 65535" in done.stderr.decode()
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.tuning.finalists import Finalist, Outcome, Verdict, gain, judged, table, winner
+from pipeline.tuning.finalists import Finalist, Outcome, Verdict, gain, judge, table, winner
 
 PRESENT = Outcome(Finalist(None, {"model.dropout": 0.5}, 34_826), (0.985, 0.987, 0.986))
 SMALL = Outcome(Finalist(7, {"model.dropout": 0.25}, 9_000), (0.99, 0.991, 0.992))
@@ -20,13 +20,13 @@ def test_a_gain_is_taken_seed_by_seed() -> None:
     gained, error = gain(SMALL, PRESENT)
     assert gained == pytest.approx(0.005)
     assert error == pytest.approx(0.001 / 3**0.5)  # of the differences 0.005, 0.004 and 0.006
-    assert judged([PRESENT, SMALL]) == Verdict(SMALL, gained, error)
-    assert judged([PRESENT, SMALL]).is_real
-    assert str(judged([PRESENT, SMALL])) == "trial 7 against the present values: +0.500% +- 0.058%, a real gain"
+    assert judge([PRESENT, SMALL]) == Verdict(SMALL, gained, error)
+    assert judge([PRESENT, SMALL]).is_real
+    assert str(judge([PRESENT, SMALL])) == "trial 7 against the present values: +0.500% +- 0.058%, a real gain"
     almost = Outcome(PRESENT.finalist, (0.99, 0.992, 0.9905))
-    assert not judged([almost, LARGE]).is_real
-    assert str(judged([almost, LARGE])).endswith("within two standard errors: it may be chance")
-    assert str(judged([PRESENT])) == "the present values are the best"
+    assert not judge([almost, LARGE]).is_real
+    assert str(judge([almost, LARGE])).endswith("within two standard errors: it may be chance")
+    assert str(judge([PRESENT])) == "the present values are the best"
 
 
 def test_the_table_has_a_row_for_each_the_best_first() -> None:

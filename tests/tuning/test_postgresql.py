@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.tracking import runs
+from pipeline.tracking import store
 from pipeline.tuning.study import counts
 from tests.conftest import free_port, write_params
 from tests.test_tune import PRESENT, SMALL, command, environment_tags
@@ -114,8 +114,7 @@ def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> str:
 
 
 def trials(database: str) -> list[FrozenTrial]:
-    (study,) = optuna.get_all_study_names(storage=database)
-    return optuna.load_study(study_name=study, storage=RDBStorage(database)).get_trials(deepcopy=False)
+    return optuna.load_study(study_name="convtrack", storage=RDBStorage(database)).get_trials(deepcopy=False)
 
 
 def wait_until_running(database: str) -> FrozenTrial:
@@ -135,7 +134,7 @@ def wait_until_running(database: str) -> FrozenTrial:
 def children(machine: Path) -> list[int]:
     """The numbers of the trials that the machine's own MLflow has a run of."""
     client = MlflowClient(f"sqlite:///{machine / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     assert not any(run.info.status == "RUNNING" for run in found)
@@ -148,6 +147,12 @@ def test_fault_18_four_machines_make_one_study_of_an_empty_database(machines: li
     with ExitStack() as stack:
         processes = [stack.enter_context(start(machine, database)) for machine in machines]
         printed = [ended(process) for process in processes]
+    assert optuna.get_all_study_names(storage=database) == ["convtrack", "convtrack finalists"]
+    finalists = optuna.load_study(study_name="convtrack finalists", storage=RDBStorage(database)).get_trials()
+    assert [trial.state for trial in finalists] == [
+        TrialState.COMPLETE
+    ] * 4  # two with two seeds, all machines together
+    assert len({str(trial.system_attrs["fixed_params"]) for trial in finalists}) == 4
     found = trials(database)
     assert [trial.number for trial in found] == list(range(6))
     assert all(map(counts, found))
@@ -167,7 +172,7 @@ def test_a_machine_that_dies_is_made_up_for(machines: list[Path], database: str)
         psutil.wait_procs(workers, timeout=60)
     with start(machines[1], database) as goes_on:
         printed = ended(goes_on)
-    assert "5/6 trials, 1 at work elsewhere" in printed
+    assert "5/6 trials, 1 running elsewhere" in printed
     found = trials(database)
     assert found[lost.number].state == TrialState.FAIL
     assert not counts(found[lost.number])

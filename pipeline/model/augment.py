@@ -1,0 +1,32 @@
+"""Augmentations: how training images may be changed at random, so that the network sees each in many forms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Augmentation = Callable[[Tensor, float, torch.Generator], Tensor]
+
+
+def shift(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Each image (N, H, W, C) moved by up to ``most`` pixels along each side; what comes into view is 0."""
+    most = int(most)
+    count, height, width, _ = images.shape
+    wide = F.pad(images, (0, 0, most, most, most, most))
+    down, right = torch.randint(2 * most + 1, (2, count, 1), generator=generator, device=images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    return wide[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+# By the parameter of `train` that says how strong each is; 0 switches one off. They are applied in this order.
+AUGMENTATIONS: dict[str, Augmentation] = {"max_shift": shift}
+
+
+def augment(images: Tensor, strengths: dict[str, float], generator: torch.Generator) -> Tensor:
+    """Images (N, H, W, C) uint8 after each augmentation whose strength is not 0, on the images' device."""
+    for name, strength in strengths.items():
+        if strength:
+            images = AUGMENTATIONS[name](images, strength, generator)
+    return images

@@ -1,0 +1,83 @@
+"""The layers that PyTorch does not have, or has with other conventions than the published network."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Pool = Literal["max", "mean", "min"]
+
+
+class Pooling(nn.Module):
+    """The maximum, mean or minimum of each ``size`` x ``size`` window; rows and columns left over are cut off."""
+
+    def __init__(self, kind: Pool, size: int) -> None:
+        super().__init__()
+        self.kind, self.size = kind, size
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) in, (N, C, H // size, W // size) out."""
+        if self.size == 1:
+            return maps
+        match self.kind:
+            case "max":
+                return F.max_pool2d(maps, self.size)
+            case "mean":
+                return F.avg_pool2d(maps, self.size)
+            case "min":
+                return -F.max_pool2d(-maps, self.size)
+
+    def extra_repr(self) -> str:
+        """For print(cnn)."""
+        return f"{self.kind}, size={self.size}"
+
+
+class Flatten(nn.Module):
+    """Maps (N, C, H, W) as features (N, H * W * C), pixel by pixel: as they lie in memory, and as in Keras."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) in, (N, features) out."""
+        return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is drawn from the generator that is passed in (Srivastava et al., 2014).
+
+    During training each feature is set to zero with probability ``p`` (in steps of 1/65,536, and at most 65,535 of
+    them) and the others are divided by the share that is kept, so that the expected sum does not change.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        # 8 or 16 random bits per feature are cut from 64-bit numbers: bernoulli_ draws a number per feature, on one
+        # thread. Eight bits are enough for a half, a quarter, an eighth ...
+        self.bits: int = 8 if (p * 2**8).is_integer() else 16
+        # This many of the 2^bits numbers that can be drawn drop a feature.
+        self.dropped: int = min(round(p * 2**self.bits), 2**self.bits - 1)
+        self.scale: float = 2**self.bits / (2**self.bits - self.dropped)
+
+    @property
+    def lowest_kept(self) -> int:
+        """The lowest number from ``draw`` that keeps a feature."""
+        return self.dropped - (1 << self.bits - 1)
+
+    def draw(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A random signed integer of ``bits`` bits for each feature."""
+        numbers = torch.empty(math.ceil(features.numel() * self.bits / 64), dtype=torch.int64, device=features.device)
+        numbers.random_(-(2**63), None, generator=generator)
+        drawn = numbers.view(torch.int8 if self.bits == 8 else torch.int16)
+        return drawn[: features.numel()].view(features.shape)
+
+    def forward(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Features of any shape in, the same shape out; ``generator`` is needed during training only."""
+        if not self.training or not self.dropped:
+            return features
+        kept: Tensor = self.draw(features, generator) >= self.lowest_kept
+        return features * kept * self.scale
+
+
+def as_float(pixels: Tensor) -> Tensor:
+    """Pixels of bytes, 0 to 255, as float32 in [0, 1]; floats are returned as they are."""
+    return pixels.to(torch.float32).div_(255) if pixels.dtype == torch.uint8 else pixels
