@@ -2,7 +2,7 @@
 
     python -m bench.benchmarks_page
 
-`make seeds`, `make bench` and the other measurements end with this. Figures in the README come from here as well.
+The make targets of the measurements end with this.
 """
 
 import json
@@ -37,8 +37,8 @@ def page() -> str:
     """The whole of docs/benchmarks.md."""
     return f"""# Benchmarks
 
-Written by the measurements themselves (`bench/`) from `bench/*.json`: do not edit it by hand. Figures with ± are means
-and standard deviations over n seeds. Of repeated timings the table gives the median, with the least and the most.
+The make targets below write this page from `bench/*.json`: do not edit it by hand. A figure with ± is a mean and a
+standard deviation over n seeds. Repeated timings are given as a median, with the least and the most.
 
 {_results()}
 {_speed()}
@@ -46,27 +46,6 @@ and standard deviations over n seeds. Of repeated timings the table gives the me
 {_tuning()}
 {_overhead()}
 {_pooling()}"""
-
-
-def summary() -> str:
-    """The README's table: results and speed in one."""
-    measured, turns = _read("results"), _read("results")["turns"]
-    shortest = measured["studies"]["shortest"]["test_accuracy"]
-    whole = statistics.median(measured["whole_processes"]["shortest recipe"])
-    rows = [
-        ("**convtrack**, the recipe of `params.yaml`", _accuracy("seeds"), *_epoch(turns["convtrack, float32"])),
-        ("the same network and recipe in Keras", "0.9923 (n = 1, published)", *_epoch(turns["Keras"])),
-        ("... in a PyTorch `DataLoader` loop", "", *_epoch(turns["DataLoader loop"])),
-        ("... in PyTorch Lightning", "", *_epoch(turns["Lightning"])),
-        (
-            "**convtrack**, the two-epoch recipe",
-            f"{_mean(shortest)} (n = 30)",
-            f"{whole:.1f} s, start to end of the process",
-            "",
-        ),
-        ("**convtrack**, the network that `make tune` found", _accuracy("tuned"), "", ""),
-    ]
-    return _table(("", "test accuracy", "one epoch", "peak memory"), rows)
 
 
 def _results() -> str:
@@ -95,7 +74,7 @@ def _speed() -> str:
     measured = _read("results")
     turns: dict[str, list[dict[str, Any]]] = measured["turns"]
     by_speed = sorted(turns, key=lambda name: statistics.median(_seconds(turns[name])))
-    rows = [(NAMES[name], _spread(_seconds(turns[name])), _epoch(turns[name])[1]) for name in by_speed]
+    rows = [(NAMES[name], _spread(_seconds(turns[name])), _memory(turns[name])) for name in by_speed]
     of_rounds = [
         statistics.median(b["seconds"]) / statistics.median(f["seconds"])
         for b, f in zip(turns["convtrack, bfloat16"], turns["convtrack, float32"], strict=True)
@@ -303,11 +282,6 @@ def _percent(mean: float, deviation: float) -> str:
     return f"{100 * mean:.2f} ± {100 * deviation:.2f}"
 
 
-def _accuracy(name: str) -> str:
-    measured = _read(name)
-    return f"{_mean(measured['summary']['test_accuracy'])} (n = {len(measured['rows'])})"
-
-
 def _seconds(turns: Sequence[Mapping[str, Any]]) -> list[float]:
     return [second for turn in turns for second in turn["seconds"]]
 
@@ -317,9 +291,8 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{median} ({least} ... {most})"
 
 
-def _epoch(turns: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The median seconds of an epoch and the peak memory."""
-    return f"{statistics.median(_seconds(turns)):.2f} s", f"{max(turn['peak_mb'] for turn in turns) / 1000:.2f} GB"
+def _memory(turns: Sequence[Mapping[str, Any]]) -> str:
+    return f"{max(turn['peak_mb'] for turn in turns) / 1000:.2f} GB"
 
 
 def _network(name: str) -> Row:
