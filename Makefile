@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test slow faults browser kill-test verify doctor audit lint ui tune serve seeds pooling overhead bench bench-training bench-tuning lock
 
-help:  ## this list
+help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): requirements.lock
@@ -19,63 +19,66 @@ $(INSTALLED): requirements.lock
 	$(ACTIVATE) && python -m pip install --disable-pip-version-check --requirement requirements.lock
 	touch "$@"
 
-setup: $(INSTALLED)  ## make .venv and install everything that requirements.lock names
+setup: $(INSTALLED)  ## create .venv and install what requirements.lock lists
 
 repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visualize
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
-# Two processes, each with the files that it is given: what a file's tests share is then made once. PyTorch's threads
-# that have nothing to do must sleep meanwhile, or those of the one process take the cores from the other.
+# Two processes, each with whole test files, so that what the tests of a file share is made once. Idle threads of PyTorch
+# must sleep, or those of one process take the cores from the other.
 IN_TWO := OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile
 
-test: $(INSTALLED)  ## run the test suite, without the slow tests
+test: $(INSTALLED)  ## run the test suite without the slow tests: real DVC, MLflow and digits, no network
 	$(ACTIVATE) && $(IN_TWO) -m 'not slow' $(ARGS)
 
 slow: $(INSTALLED)  ## run the slow tests
 	$(ACTIVATE) && $(IN_TWO) -m slow $(ARGS)
 
-faults: $(INSTALLED)  ## what goes wrong in real use, set off for real: signals, full disks, closed ports, damaged files
+faults: $(INSTALLED)  ## run the tests that cause real faults: signals, full disks, closed ports, damaged files
 	$(ACTIVATE) && $(IN_TWO) -m faults $(ARGS)
 
-browser: $(INSTALLED)  ## what MLflow's pages show, in a real browser: Chromium has to be there
+browser: $(INSTALLED)  ## run the tests that open MLflow's pages in Chromium, which must be installed
 	$(ACTIVATE) && python -m pytest -m browser $(ARGS)
 
-kill-test: $(INSTALLED)  ## kill `dvc repro` at 40 random moments; half an hour. Writes the table of docs/reliability.md
+kill-test: $(INSTALLED)  ## kill `dvc repro` at 40 random moments, half an hour; writes docs/reliability.md
 	$(ACTIVATE) && python -m bench.kill_test $(ARGS)
 
-verify: $(INSTALLED)  ## build everything twice from nothing, and compare
+verify: $(INSTALLED)  ## build everything twice from nothing and compare, also with dvc.lock
 	$(ACTIVATE) && exec python -m pipeline.verify
 
-doctor: $(INSTALLED)  ## look at everything that can be wrong here, and say what mends it
+doctor: $(INSTALLED)  ## check everything here, and say how to mend it
 	$(ACTIVATE) && python -m pipeline.doctor
 
-audit: $(INSTALLED)  ## ask OSV's database whether anything in requirements.lock is known to be vulnerable
+audit: $(INSTALLED)  ## look for known vulnerabilities in what requirements.lock lists; needs a network
 	$(ACTIVATE) && python .ci/audit.py $(ARGS)
 
-lint: $(INSTALLED)  ## check style and types
+lint: $(INSTALLED)  ## check style and types with ruff and mypy
 	$(ACTIVATE) && ruff check . && ruff format --check . && mypy
 
-ui: $(INSTALLED)  ## open MLflow at http://127.0.0.1:5000, for this machine only
+ui: $(INSTALLED)  ## show MLflow at http://127.0.0.1:5000, for this machine only
 	$(ACTIVATE) && MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
 
-tune: $(INSTALLED)  ## the tuning study of params.yaml; ARGS=--apply writes what it found into the file
+tune: $(INSTALLED)  ## run the Optuna study of params.yaml; ARGS=--apply writes the winner into the file
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m pipeline.tune $(ARGS)
 
-serve: $(INSTALLED)  ## answer for the champion at http://127.0.0.1:5002, for this machine only
+serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this machine only
 	$(ACTIVATE) && python -m pipeline.serve $(ARGS)
 
-seeds: $(INSTALLED)  ## train the recipe of params.yaml over ten seeds: mean and deviation of the test figures
-	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS)
+# The measurements write bench/*.json, and the page that shows them.
+WRITE_PAGE := python -m bench.benchmarks_page
 
-pooling: $(INSTALLED)  ## accuracy on shifted images with pooling and without it, five trainings each; half an hour
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS)
+seeds: $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and deviation of its test accuracy
+	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS) && $(WRITE_PAGE)
 
-overhead: $(INSTALLED)  ## the time that checkpoints and live images take of an epoch; five minutes
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.overhead $(ARGS)
+pooling: $(INSTALLED)  ## compare pooling and no pooling on shifted images; half an hour
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS) && $(WRITE_PAGE)
 
-# Keras has an environment of its own; Lightning, a folder beside this project's environment, whose PyTorch it uses.
+overhead: $(INSTALLED)  ## measure the overhead of live images and checkpoints; five minutes
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.overhead $(ARGS) && $(WRITE_PAGE)
+
+# Keras has an environment of its own; Lightning is in a folder and uses the PyTorch of this project's environment.
 bench/.keras/.installed: bench/requirements-keras.txt
 	$(PYTHON) -m venv bench/.keras
 	bench/.keras/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
@@ -86,15 +89,15 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 		--target bench/.lightning --requirement $<
 	touch "$@"
 
-# Arguments are those of the training's program; --quick looks at the epochs alone.
-bench: bench-training $(if $(ARGS),,bench-tuning)  ## time the training and the study beside what people would use instead
+# ARGS go to bench.speed; --quick times the epochs alone.
+bench: bench-training $(if $(ARGS),,bench-tuning)  ## compare the speed of training and tuning with other tools; an hour with nothing else running
 
-bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## Keras, a DataLoader loop, Lightning
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.speed $(ARGS)
+bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## compare training with Keras, a DataLoader loop and Lightning
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.speed $(ARGS) && $(WRITE_PAGE)
 
-bench-tuning: $(INSTALLED)  ## a plain Optuna study
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.tuning $(ARGS)
+bench-tuning: $(INSTALLED)  ## compare tuning with a plain Optuna study
+	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.tuning $(ARGS) && $(WRITE_PAGE)
 
-lock: $(INSTALLED)  ## write requirements.lock anew from pyproject.toml, keeping the versions that still fit
+lock: $(INSTALLED)  ## update requirements.lock from pyproject.toml, keeping versions that still fit
 	$(ACTIVATE) && python -m pip install --quiet uv && uv pip compile pyproject.toml --all-extras --universal \
 		--python-version 3.11 --generate-hashes --no-annotate --no-header --output-file requirements.lock

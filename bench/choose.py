@@ -1,37 +1,66 @@
-"""Which short recipe is the best: all candidates and the validation accuracy they reach.
+"""Choose the short recipes: train every candidate and rank them by validation accuracy.
 
     python -m bench.choose
 
-Every candidate is trained with four seeds; the best four of each length again with eight other seeds, and their mean
-there decides. The test images are never opened. Needs the prepared splits (`dvc repro prepare`) and half an hour;
+Each candidate is trained with four seeds, and the best four of each length again with eight other seeds; the mean over
+those decides. The test images are never opened. Needs the prepared splits (`dvc repro prepare`) and half an hour;
 writes bench/candidates.json.
 """
 
+import itertools
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import recipes
-from bench.machine import machine
-from bench.seeds import fitted
+from bench.measurement import machine
 from pipeline import files
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import run_command
 from pipeline.model import training
 
 CANDIDATES = Path("bench/candidates.json")
-SCREENING_SEEDS, DECIDING_SEEDS = range(1000, 1004), range(2000, 2008)  # none of those that the figures come from
+SCREENING_SEEDS, DECIDING_SEEDS = range(1000, 1004), range(2000, 2008)  # not those of the published figures
 FINALISTS = 4
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a candidate reached: mean and deviation over seeds."""
+    """The validation accuracy of a candidate: mean and deviation over seeds."""
 
     knobs: dict[str, object]
     validation_accuracy: float
     deviation: float
     seeds: list[int]
+
+
+def candidates(epochs: int) -> list[dict[str, object]]:
+    """The candidates for the recipe of so many epochs, as changes to the published one."""
+    common = {"train.epochs": epochs, "train.schedule": "one-cycle", "train.max_shift": 1}
+    rates, dropouts, smoothings, sizes = (0.01, 0.015, 0.02), (0.1, 0.2), (0.0, 0.1), (64, 128)
+    grid: list[dict[str, object]] = [
+        {
+            "model.dropout": dropout,
+            "train.learning_rate": rate,
+            "train.label_smoothing": smoothing,
+            "train.batch_size": size,
+        }
+        for rate, dropout, smoothing, size in itertools.product(rates, dropouts, smoothings, sizes)
+    ]
+    middle: dict[str, object] = {"model.dropout": 0.1, "train.learning_rate": 0.015, "train.label_smoothing": 0.1}
+    others: list[dict[str, object]] = [
+        middle | {"train.learning_rate": 0.005},
+        middle | {"model.dropout": 0.3},
+        middle | {"model.dropout": 0.0},
+        middle | {"train.label_smoothing": 0.05},
+        middle | {"train.label_smoothing": 0.2},
+        middle | {"train.max_shift": 0},
+        middle | {"train.max_shift": 2},
+        middle | {"train.optimizer": "adamw", "train.weight_decay": 0.02},
+        middle | {"train.optimizer": "sgd", "train.learning_rate": 0.1},
+        middle | {"model.batch_norm": True},
+    ]
+    return [common | each for each in grid + others]
 
 
 def main() -> None:
@@ -42,7 +71,7 @@ def main() -> None:
     splits = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
     found: dict[str, object] = {"dataset": dataset.name, "machine": machine()}
     for epochs in recipes.SHORT_EPOCHS:
-        screened = _best_first(recipes.candidates(epochs), SCREENING_SEEDS, dataset, splits)
+        screened = _best_first(candidates(epochs), SCREENING_SEEDS, dataset, splits)
         finalists = [row.knobs for row in screened[:FINALISTS]]
         decided = _best_first(finalists, DECIDING_SEEDS, dataset, splits)
         found[f"{epochs} epochs"] = {
@@ -53,15 +82,15 @@ def main() -> None:
 
 
 def _best_first(
-    candidates: list[dict[str, object]],
+    choices: list[dict[str, object]],
     seeds: range,
     dataset: Dataset,
     splits: tuple[LabelledImages, LabelledImages],
 ) -> list[Score]:
     scores = []
-    for knobs in candidates:
+    for knobs in choices:
         params = recipes.published().changed(knobs)
-        reached = [fitted(seed, params, dataset, *splits)[1][-1].validation_accuracy for seed in seeds]
+        reached = [recipes.fitted(seed, params, dataset, *splits)[1][-1].validation_accuracy for seed in seeds]
         scores.append(Score(knobs, statistics.fmean(reached), statistics.stdev(reached), list(seeds)))
         mean, deviation = scores[-1].validation_accuracy, scores[-1].deviation
         words = " ".join(recipes.as_words(knobs))

@@ -23,7 +23,7 @@ import mlflow
 from mlflow import MlflowClient
 
 from bench import recipes
-from bench.machine import code, machine, today
+from bench.measurement import code, machine, today
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.machine import copy_repository

@@ -1,12 +1,12 @@
-"""What a training does beside learning: the time that checkpoints and live images take of an epoch.
+"""The overhead of checkpoints and live images, as a share of an epoch.
 
-    python -m bench.overhead [--times 20] [--output FILE] [knob=value ...]
+    python -m bench.overhead [--times 20] [--output FILE] [parameter=value ...]
 
-Needs Linux and the prepared splits (`dvc repro prepare`). One training goes through epochs that are bare, with live
-images, bare, and with a checkpoint, in turn. What counts is how long the training waits for each, and what the thread
-that sends to the store computes for it, as if the training had waited for that too. By how much such epochs took longer
-than the bare ones before and after is printed too; that is all of it, but no epoch is as long as the next. The run is
-written into a store of its own. `make overhead` writes bench/overhead.json.
+Needs Linux and the prepared splits (`dvc repro prepare`). The epochs of one training take turns: bare, with live
+images, bare, with a checkpoint. The overhead is the time that the training waits, plus the processor time of the thread
+that sends to MLflow, as if the training waited for that as well. How much longer such epochs took than the bare ones
+before and after them is printed too, but epochs differ by more than that. The run goes to a store of its own.
+`make overhead` writes bench/overhead.json.
 """
 
 import argparse
@@ -22,8 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import recipes
-from bench.bounds import Bound, conclude
-from bench.machine import code, machine, today
+from bench.measurement import Bound, conclude, origin
 from pipeline import checkpoints, files, recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import run_command
@@ -40,8 +39,11 @@ MOST = 2  # per cent
 
 @dataclass(frozen=True)
 class Timed:
-    """From the end of one epoch to that of the next: in seconds, all of it; what the training waited for what is done
-    this ``way`` between them; and what the thread computed that sends to the store."""
+    """Seconds from the end of one epoch to the end of the next.
+
+    All of them; those that the training waited for what is done this ``way``; and those of processor time in the thread
+    that sends to MLflow.
+    """
 
     way: str
     seconds: float
@@ -64,9 +66,9 @@ def main() -> None:
         mean, error = _mean_and_error(costs(epochs, way))
         print(f"{way} after each epoch: {mean:.2f} % +- {error:.2f} of it, n = {arguments.times}")
         mean_longer, error = _mean_and_error(longer(epochs, way))
-        print(f"  such epochs took {mean_longer:.2f} % +- {error:.2f} longer than the bare ones beside them")
+        print(f"  such epochs took {mean_longer:.2f} % +- {error:.2f} longer than the bare epochs before and after")
         bounds.append(Bound(f"{way} after each epoch", (mean,), MOST, 0, "%", low=True))
-    facts = {"dataset": dataset.name, "knobs": arguments.knobs, "machine": machine(), "date": today(), "code": code()}
+    facts = {"dataset": dataset.name, "knobs": arguments.knobs} | origin()
     told = {"epochs": [asdict(each) for each in epochs], "bounds": [bound.as_row() for bound in bounds]}
     files.write_json(arguments.output, facts | told)
     conclude(bounds)
@@ -76,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The time that checkpoints and live images take of an epoch.")
     parser.add_argument("--times", type=int, default=20, help="how often each; 2 or more (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("bench/overhead.json"), help="(default: %(default)s)")
-    parser.add_argument("knobs", nargs="*", metavar="knob=value", help="other values for some knobs of the recipe")
+    parser.add_argument("knobs", nargs="*", metavar="parameter=value", help="other values for some parameters")
     arguments = parser.parse_args()
     if arguments.times < 2:
         parser.error("an error needs 2 times or more")
@@ -89,7 +91,7 @@ def _epochs(
 ) -> list[Timed]:
     """A TURN so many times, and a bare epoch, so that each has a bare one after it.
 
-    One before all of them, which sets things up, is not told of.
+    The epoch before them, in which things are set up, is left out.
     """
     count = len(TURN) * times + 1
     params = params.changed({"train.epochs": count + 1})
@@ -134,9 +136,9 @@ def _added_to(total: list[float]) -> Iterator[None]:
 
 
 def costs(epochs: Sequence[Timed], way: str) -> list[float]:
-    """Per cent of a bare epoch that each of this way was waited for and computed on beside it.
+    """The overhead of each epoch of this way, in per cent of a bare epoch.
 
-    A bare epoch has numbers to send; that is not counted.
+    A bare epoch sends its figures too; that part is not counted.
     """
     bare = [each for each in epochs if each.way == BARE]
     seconds, numbers = (statistics.fmean(values) for values in zip(*((b.seconds, b.sent) for b in bare), strict=True))

@@ -1,6 +1,6 @@
-"""What pooling does to the accuracy when test images are shifted: the same recipe trained with and without it.
+"""What pooling does for the accuracy on shifted test images: the same recipe trained with and without it.
 
-    python -m bench.pooling [--seeds 5] [--output FILE] [--picture FILE] [knob=value ...]
+    python -m bench.pooling [--seeds 5] [--output FILE] [--picture FILE] [parameter=value ...]
 
 Needs the prepared splits (`dvc repro prepare`). `make pooling` writes bench/pooling.json and the picture of
 docs/what-the-cnn-learned.md.
@@ -8,16 +8,19 @@ docs/what-the-cnn-learned.md.
 
 import argparse
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import figures, recipes
-from bench.machine import code, machine, today
-from bench.seeds import fitted
+from matplotlib.ticker import PercentFormatter
+
+from bench import recipes
+from bench.measurement import origin
 from pipeline import files, recipe
 from pipeline.data.splits import TEST, TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import run_command
 from pipeline.explain.corruptions import moved
+from pipeline.figures import canvas
 from pipeline.model import metrics
 from pipeline.model.cnn import parameter_count
 from pipeline.params import read_params
@@ -32,7 +35,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 class Kind(NamedTuple):
-    """A kind of network: its size, and for each seed its accuracies after the shifts."""
+    """A kind of network: its size, and a row of accuracies, one for each shift, for each seed."""
 
     parameters: int
     rows: list[list[float]]
@@ -60,23 +63,39 @@ def main() -> None:
         of_kind = params.changed(knobs)
         rows = []
         for seed in range(arguments.seeds):
-            cnn, _ = fitted(seed, of_kind, dataset, train, validation)
+            cnn, _ = recipes.fitted(seed, of_kind, dataset, train, validation)
             shifted = (moved(test.images, 0, pixels) for pixels in SHIFTS)
             rows.append([metrics.accuracy(metrics.predict_logits(cnn, images), test.labels) for images in shifted])
             print(f"{kind}, seed {seed}: {'  '.join(f'{accuracy:.4f}' for accuracy in rows[-1])}", flush=True)
         found[kind] = Kind(parameter_count(recipe.architecture(of_kind, dataset)), rows)
     facts = {"dataset": dataset.name, "knobs": arguments.knobs, "seeds": arguments.seeds}
-    facts |= {"machine": machine(), "date": today(), "code": code()}
+    facts |= origin()
     kinds = {
         kind: {"parameters": each.parameters, "mean": each.means, "deviation": each.deviations, "rows": each.rows}
         for kind, each in found.items()
     }
     files.write_json(arguments.output, facts | {"shifts": list(SHIFTS), "kinds": kinds})
-    figures.write_shifts(
+    write_picture(
         arguments.picture,
         SHIFTS,
         {f"{kind} ({each.parameters:,} parameters)": (each.means, each.deviations) for kind, each in found.items()},
     )
+
+
+def write_picture(
+    path: Path, shifts: Sequence[int], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """A line for each kind of network: mean accuracy and its deviation over the seeds, against the shift in pixels."""
+    figure = canvas.of_height(4)
+    axes = figure.subplots()
+    colours = (canvas.BLUE, canvas.GREEN, canvas.ORANGE, canvas.PINK)
+    for (label, (means, deviations)), colour, marker in zip(curves.items(), colours, "os^D", strict=True):
+        axes.errorbar(shifts, means, deviations, fmt=f"{marker}-", color=colour, capsize=3, markersize=5, label=label)
+    axes.set(xlabel="shift to the right, pixels", ylabel="accuracy on the test images", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    files.write(path, canvas.as_png(figure))
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,7 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("bench/pooling.json"), help="(default: %(default)s)")
     picture = Path("docs/accuracy_after_shifts.png")
     parser.add_argument("--picture", type=Path, default=picture, help="(default: %(default)s)")
-    parser.add_argument("knobs", nargs="*", metavar="knob=value", help="other values for some knobs of params.yaml")
+    parser.add_argument("knobs", nargs="*", metavar="parameter=value", help="other values for some parameters")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("a deviation needs 2 seeds or more")

@@ -1,48 +1,76 @@
-"""The contenders, and their turns: a process each, one after the other."""
+"""The contenders and their turns: a process each, one after the other.
 
-import json
+A contender takes a number of epochs and, except for this project, a file of images. It does the same work as the others
+(train on the training images in batches of 128, then loss and accuracy on the validation images) and prints a JSON line
+for each epoch.
+"""
+
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import recipes, stages
-from pipeline.errors import Fault
+import numpy as np
+
+from bench import measurement, recipes
+from bench.measurement import Finished
+from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
+from pipeline.errors import Fault, UserError
 
 KERAS_PYTHON, LIGHTNING = Path("bench/.keras/bin/python"), Path("bench/.lightning")
 KERAS_EPOCHS = 15  # of the published recipe
-LEAST_ACCURACY = 0.97  # after two epochs; a contender that does not learn does not do the same work
-# glibc gives memory back to the system at every step of a DataLoader loop, and asks for it again, thousands of pages,
-# which makes it up to half as slow again. Keras and this project reuse theirs, and are not faster with this.
+LEAST_ACCURACY = 0.97  # after two epochs; one that does not learn does not do the same work
+# At every step of a DataLoader loop glibc returns thousands of pages to the system and asks for them again, which costs
+# up to a third of its speed. Keras and this project reuse their memory, and are not faster with this.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+
+
+def read_images() -> tuple[LabelledImages, LabelledImages]:
+    """The training and validation images of MNIST; a UserError where others are prepared."""
+    dataset = read_dataset()
+    train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
+    if dataset.name != "mnist" or (len(train), len(validation)) != (54_000, 6_000):
+        raise UserError(f"the prepared images are {dataset.label}; the bounds are those of mnist")
+    return train, validation
+
+
+def write_images(path: Path, train: LabelledImages, validation: LabelledImages) -> None:
+    """The images as NumPy arrays, which every contender can read."""
+    np.savez(
+        path,
+        train_images=train.images.numpy(),
+        train_labels=train.labels.numpy(),
+        validation_images=validation.images.numpy(),
+        validation_labels=validation.labels.numpy(),
+    )
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Makes a command from a file of images and a number of epochs."""
+    """A command, made from a file of images and a number of epochs."""
 
     command: Callable[[Path, int], list[str | Path]]
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self, data: Path, epochs: int) -> tuple[float, str]:
-        """Seconds from the start of the process to its end, and what it printed."""
-        words = list(map(str, self.command(data, epochs)))
-        return stages.timed(words, Path.cwd(), PYTHONPATH=f"{Path.cwd()}:{LIGHTNING}", **self.environment)
+    def run(self, data: Path, epochs: int) -> Finished:
+        """Run it to its end."""
+        path = f"{Path.cwd()}:{LIGHTNING}"
+        return measurement.run(self.command(data, epochs), Path.cwd(), PYTHONPATH=path, **self.environment)
 
 
 def ours(*knobs: str, copies: int = 1) -> Contender:
-    """This project, on the training images so many times."""
+    """This project; ``copies`` repeats the training images."""
     program = "bench.contenders.convtrack_fit"
     return Contender(lambda _, epochs: [sys.executable, "-m", program, str(epochs), str(copies), *knobs])
 
 
 def usual(program: str, argument: str, **environment: str) -> Contender:
-    """One of the programs with a DataLoader. The argument is their number of workers, or the trials of a study."""
+    """A program with a DataLoader. The argument is its number of workers, or the trials of a study as JSON."""
     words = [sys.executable, "-m", f"bench.contenders.{program}"]
     return Contender(lambda data, epochs: [*words, data, str(epochs), argument], environment)
 
 
-# In its environment, and nothing of this one.
+# In an environment of its own.
 KERAS = Contender(lambda data, epochs: [KERAS_PYTHON, "-E", "bench/contenders/keras_fit.py", data, str(epochs)])
 
 CONTENDERS = {  # in the order in which they take their turns
@@ -71,9 +99,8 @@ class Turn:
 
 def take_turn(contender: Contender, data: Path, epochs: int) -> Turn:
     """Run a contender for one epoch more than asked for. Raises Fault where it does not learn."""
-    _, printed = contender.run(data, epochs + 1)
-    *rows, memory = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    turn = Turn([row["seconds"] for row in rows[1:]], rows[-1]["validation_accuracy"], memory["peak_mb"])
+    done = contender.run(data, epochs + 1)
+    turn = Turn([row["seconds"] for row in done.rows[1:]], done.rows[-1]["validation_accuracy"], done.peak_mb)
     if turn.validation_accuracy < LEAST_ACCURACY:
         raise Fault(
             f"{contender.command(data, epochs)[2]} does not learn: validation accuracy {turn.validation_accuracy:.2%}"
@@ -86,6 +113,6 @@ def race(data: Path, rounds: int) -> Mapping[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in RACE}
     for number in range(1, rounds + 1):
         for name, (contender, epochs) in RACE.items():
-            seconds[name].append(contender.run(data, epochs)[0])
+            seconds[name].append(contender.run(data, epochs).seconds)
             print(f"round {number}  {name:<28}{seconds[name][-1]:.2f} s from start to end", flush=True)
     return seconds

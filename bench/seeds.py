@@ -1,6 +1,6 @@
-"""A recipe over many seeds: mean and deviation of its test accuracy and loss, and the seconds that it takes.
+"""A recipe over many seeds: mean and deviation of its test accuracy and loss, and its training time.
 
-    python -m bench.seeds [--seeds 10] [--recipe params.yaml] [--output FILE] [knob=value ...]
+    python -m bench.seeds [--seeds 10] [--recipe params.yaml] [--output FILE] [parameter=value ...]
 
 Needs the prepared splits (`dvc repro prepare`). `make seeds` writes bench/seeds.json.
 """
@@ -10,19 +10,18 @@ import statistics
 from pathlib import Path
 
 from bench import recipes
-from bench.machine import code, machine, today
-from pipeline import files, recipe
+from bench.measurement import origin
+from pipeline import files
 from pipeline.data.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import run_command
 from pipeline.model import metrics, training
-from pipeline.model.cnn import CNN
 from pipeline.params import PARAMS, Params, read_params
 
 _FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "fit_seconds")
 
 
 def main() -> None:
-    """Train and score once a seed, print a line each and the summary, write the output."""
+    """Train and score once for each seed, print a line each and the summary, write the output."""
     arguments = _arguments()
     params = read_params(arguments.recipe).changed(recipes.from_words(arguments.knobs))
     dataset = read_dataset()
@@ -38,15 +37,7 @@ def main() -> None:
         print(f"{key}: mean {value['mean']:.5g}, deviation {value['deviation']:.2g}, n = {arguments.seeds}")
     files.write_json(
         arguments.output,
-        {
-            "dataset": dataset.name,
-            "knobs": arguments.knobs,
-            "machine": machine(),
-            "date": today(),
-            "code": code(),
-            "summary": summary,
-            "rows": rows,
-        },
+        {"dataset": dataset.name, "knobs": arguments.knobs, **origin(), "summary": summary, "rows": rows},
     )
 
 
@@ -55,25 +46,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=10, help="how many, from seed 0 on; 2 or more (default: 10)")
     parser.add_argument("--recipe", type=Path, default=PARAMS, help="a file like params.yaml (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("bench/seeds.json"), help="(default: %(default)s)")
-    parser.add_argument("knobs", nargs="*", metavar="knob=value", help="other values for some knobs of the recipe")
+    parser.add_argument("knobs", nargs="*", metavar="parameter=value", help="other values for some parameters")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("a deviation needs 2 seeds or more")
     return arguments
 
 
-def fitted(
-    seed: int, params: Params, dataset: Dataset, train: LabelledImages, validation: LabelledImages
-) -> tuple[CNN, list[training.Epoch]]:
-    """The network trained with another seed than that of ``params``, and what its epochs gave."""
-    params = params.model_copy(update={"seed": seed})
-    cnn = recipe.build(params, dataset)
-    history = list(recipe.fit(cnn, train, validation, params))
-    return cnn, history
-
-
 def _run(seed: int, params: Params, dataset: Dataset, splits: dict[str, LabelledImages]) -> dict[str, float]:
-    cnn, history = fitted(seed, params, dataset, splits[TRAIN], splits[VALIDATION])
+    cnn, history = recipes.fitted(seed, params, dataset, splits[TRAIN], splits[VALIDATION])
     test = splits[TEST]
     logits = metrics.predict_logits(cnn, test.images)
     return {

@@ -1,10 +1,10 @@
-"""How fast the training is, beside what people would use instead: `make bench`.
+"""How fast the training is, compared with Keras, a DataLoader loop and Lightning: `make bench-training`.
 
     python -m bench.speed [--quick]
 
 Each contender runs in a process of its own, one after the other, round after round, so that whatever slows the machine
-down for a while slows all of them. Nothing else should run. Writes bench/results.json and docs/speed.png; exits 1 where
-a figure falls short of its bound.
+for a while slows all of them. Nothing else should run. Writes bench/results.json and docs/speed.png; exits 1 where a
+figure falls short of its bound.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
-from bench import arithmetic, figures, images, recipes, seeds, stages
-from bench.bounds import Bound, conclude
-from bench.machine import code, machine, today
+from bench import arithmetic, measurement, recipes, rounds, stages
+from bench.measurement import Bound, conclude
 from bench.rounds import CONTENDERS, Turn, ours, race, take_turn
 from pipeline import files
 from pipeline.data.splits import LabelledImages, read_dataset
@@ -34,13 +34,13 @@ Study = dict[str, dict[str, float]]
 
 def main() -> None:
     """Run the rounds, then the rest; print, write, and exit 1 where a bound is not reached."""
-    parser = argparse.ArgumentParser(description="Time the training beside Keras, a DataLoader loop and Lightning.")
+    parser = argparse.ArgumentParser(description="Compare the training with Keras, a DataLoader loop and Lightning.")
     parser.add_argument("--quick", action="store_true", help="one round of one epoch, and only the bounds of an epoch")
     quick = parser.parse_args().quick
-    if not quick and code().endswith("-dirty"):
+    if not quick and measurement.code().endswith("-dirty"):
         raise UserError("some of what is measured runs in a clone: commit the changes first, or use --quick")
-    rounds, epochs = (1, 1) if quick else (3, 2)
-    train, validation = images.read()
+    count, epochs = (1, 1) if quick else (3, 2)
+    train, validation = rounds.read_images()
     operations = operations_of_an_epoch(train, validation)
     turns: dict[str, list[Turn]] = defaultdict(list)
     studies: dict[str, Study] = {}
@@ -50,8 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = folder / "images.npz"
-        images.write(data, train, validation)
-        for number in range(1, rounds + 1):
+        rounds.write_images(data, train, validation)
+        for number in range(1, count + 1):
             peaks.append(arithmetic.peak())
             for name, contender in CONTENDERS.items():
                 turns[name].append(take_turn(contender, data, epochs))
@@ -59,20 +59,18 @@ def main() -> None:
                 print(f"round {number}  {name:<28}{shown} s an epoch", flush=True)
         bounds = epoch_bounds(turns, peaks, operations["all gradients"])
         if not quick:
-            whole = race(data, rounds)
+            whole = race(data, count)
             studies["short"] = over_seeds(folder, recipes.SHORT, SEEDS["short"])
             studies["shortest"] = over_seeds(folder, recipes.SHORTEST, SEEDS["shortest"])
             bounds += recipe_bounds(studies, whole)
-            staged = stages.take(folder, rounds)
+            staged = stages.take(folder, count)
             bounds += stage_bounds(staged) + size_bounds(folder, train)
     print_figures(turns, peaks, operations, studies)
     if not quick:
         files.write_json(
             RESULTS,
             {
-                "machine": machine(),
-                "date": today(),
-                "code": code(),
+                **measurement.origin(),
                 "float32_peak_gflops": [rate / 1e9 for rate in peaks],
                 "gflop_an_epoch": {name: count / 1e9 for name, count in operations.items()},
                 "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
@@ -82,7 +80,7 @@ def main() -> None:
                 "bounds": [each.as_row() for each in bounds],
             },
         )
-        figures.write_speed(PICTURE, seconds_of(turns))
+        write_picture(PICTURE, seconds_of(turns))
     conclude(bounds)
 
 
@@ -90,7 +88,7 @@ def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) ->
     """Floating-point operations with all gradients, and with those alone that are not zero after an epoch."""
     knobs = {"train.epochs": 1}
     params = recipes.published().changed(knobs)
-    cnn, _ = seeds.fitted(params.seed, params, read_dataset(), train, validation)
+    cnn, _ = recipes.fitted(params.seed, params, read_dataset(), train, validation)
     live = arithmetic.live_gradients(cnn, train[:1000], torch.Generator().manual_seed(params.seed))
     counts = len(train), len(validation)
     return {
@@ -100,11 +98,11 @@ def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) ->
 
 
 def over_seeds(folder: Path, knobs: Mapping[str, object], count: int) -> Study:
-    """Mean and deviation of the published recipe with other values for some knobs."""
+    """Mean and deviation of the published recipe with other values for some parameters."""
     output, published = folder / "seeds.json", folder / "published.yaml"
     published.write_text(recipes.as_yaml({}))
     recipe = ("--recipe", str(published), "--output", str(output), "--seeds", str(count))
-    stages.timed([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(knobs)], Path.cwd())
+    measurement.run([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(knobs)], Path.cwd())
     summary: Study = json.loads(output.read_text())["summary"]
     return summary
 
@@ -112,7 +110,7 @@ def over_seeds(folder: Path, knobs: Mapping[str, object], count: int) -> Study:
 def epoch_bounds(turns: Mapping[str, list[Turn]], peaks: Sequence[float], operations: int) -> list[Bound]:
     """Ratios and shares, each of one round."""
     of_round = {name: [statistics.median(turn.seconds) for turn in each] for name, each in turns.items()}
-    # The number of workers that is faster here speaks for the DataLoader.
+    # The DataLoader counts with the number of workers that is faster here.
     of_round["DataLoader loop"] = min(
         (of_round[name] for name in ("DataLoader loop", "DataLoader loop, 2 workers")), key=statistics.median
     )
@@ -132,7 +130,7 @@ def epoch_bounds(turns: Mapping[str, list[Turn]], peaks: Sequence[float], operat
 
 
 def recipe_bounds(studies: Mapping[str, Study], whole_processes: Mapping[str, Sequence[float]]) -> list[Bound]:
-    """How good the short recipes are, and how long one waits for the shortest."""
+    """The accuracy of the short recipes, and the time of the shortest."""
     accuracy = {name: (100 * study["test_accuracy"]["mean"],) for name, study in studies.items()}
     keras, shortest = whole_processes["Keras, 15 epochs"], whole_processes["shortest recipe"]
     times = tuple(a / b for a, b in zip(keras, shortest, strict=True))
@@ -146,7 +144,7 @@ def recipe_bounds(studies: Mapping[str, Study], whole_processes: Mapping[str, Se
 
 
 def stage_bounds(found: stages.Stages) -> list[Bound]:
-    """Of whole stages. MLflow's share is what it adds to a short stage, of the whole one of that round."""
+    """Of whole stages. MLflow's share: the seconds it adds to a short stage over those of that round's whole one."""
     shares = tuple(
         100 * pair.added / whole.tracked
         for whole, pairs in zip(found.whole, found.short, strict=True)
@@ -161,7 +159,7 @@ def stage_bounds(found: stages.Stages) -> list[Bound]:
 
 
 def size_bounds(folder: Path, train: LabelledImages) -> list[Bound]:
-    """Of larger data."""
+    """Of four times the images."""
     sizes = [(take_turn(ours(), folder, 1), take_turn(ours(copies=4), folder, 1)) for _ in range(5)]
     times = tuple(large.seconds[0] / small.seconds[0] for small, large in sizes)
     added = 3 * train.images.nbytes / 1e6
@@ -181,13 +179,29 @@ def seconds_of(turns: Mapping[str, list[Turn]]) -> dict[str, tuple[float, float,
     return found
 
 
+def write_picture(path: Path, seconds: Mapping[str, tuple[float, float, float]]) -> None:
+    """Bars of the median seconds of an epoch, the fastest on top, with a line from the least to the most."""
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    slowest_first = sorted(seconds.items(), key=lambda each: -each[1][1])
+    for place, (name, (least, median, most)) in enumerate(slowest_first):
+        axes.barh(place, median, color="tab:blue" if name.startswith("convtrack") else "tab:gray")
+        axes.plot([least, most], [place, place], color="black", linewidth=1)
+        axes.text(most, place, f"  {median:.1f} s", va="center")
+    axes.set_yticks(range(len(seconds)), [name for name, _ in slowest_first])
+    axes.set_xlabel("seconds for one epoch, validation included")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def print_figures(
     turns: Mapping[str, list[Turn]],
     peaks: Sequence[float],
     operations: Mapping[str, int],
     studies: Mapping[str, Study],
 ) -> None:
-    """What was measured, before it is judged."""
+    """The figures that the bounds are computed from."""
     print()
     seconds = seconds_of(turns)
     for name, (least, median, most) in seconds.items():

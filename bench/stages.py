@@ -1,18 +1,16 @@
-"""The measurements of whole stages: what is around the epochs."""
+"""Whole stages: what they take besides the epochs."""
 
-import json
-import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlflow import MlflowClient
 
-from bench import recipes
+from bench import measurement, recipes
+from bench.measurement import Finished
 from pipeline import files
 from pipeline.data.splits import read_dataset
 from pipeline.tracking import store
@@ -20,23 +18,14 @@ from pipeline.tracking import store
 SHORT_PAIRS = 5  # a round
 
 
-def timed(command: Sequence[str], folder: Path, **more: str) -> tuple[float, str]:
-    """Seconds of a command that sees no GPU and no settings from outside, and what it printed."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC", "OPTUNA"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", **more}
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return time.perf_counter() - started, done.stdout
-
-
 def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
-    """A repository with the published recipe, but for some knobs, its prepared images and a tracking store.
+    """A repository with the published recipe, changed by ``knobs``, its prepared images and a tracking store.
 
-    The store is there before, as it is in all runs but the first.
+    The store exists already, as it does in all runs but the first.
     """
     folder.mkdir()
     commit = ["-c", "user.name=bench", "-c", "user.email=", "commit", "--quiet", "--allow-empty", "--message=empty"]
-    for words in (["init", "--quiet"], commit):  # what a run is tagged with comes from it
+    for words in (["init", "--quiet"], commit):  # a run is tagged with the commit
         subprocess.run(["git", *words], cwd=folder, check=True)
     (folder / "params.yaml").write_text(recipes.as_yaml(knobs))
     mirror = files.raw_folder() / read_dataset().name
@@ -45,16 +34,10 @@ def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
     return folder
 
 
-def in_folder(folder: Path, *arguments: str, **environment: str) -> tuple[float, str]:
+def in_folder(folder: Path, *arguments: str, **environment: str) -> Finished:
     """Run Python on this project in a workspace."""
     here = {"PYTHONPATH": str(Path.cwd()), "DVC_ROOT": str(folder)}
-    return timed([sys.executable, *arguments], folder, **here, **environment)
-
-
-def train_stage(folder: Path, way: str) -> tuple[float, float]:
-    """Seconds and peak megabytes of the stage `train`, "tracked" or "untracked"."""
-    seconds, printed = in_folder(folder, "-m", "bench.train_stage", way)
-    return seconds, json.loads(printed.splitlines()[-1])["peak_mb"]
+    return measurement.run([sys.executable, *arguments], folder, **here, **environment)
 
 
 @dataclass(frozen=True)
@@ -72,11 +55,11 @@ class Pair:
 
 
 def pair(folder: Path, number: int) -> Pair:
-    """The stage both ways, in an order that depends on the number: neither way is always first."""
-    ways = ("tracked", "untracked")[:: 1 if number % 2 else -1]
-    done = {way: train_stage(folder, way) for way in ways}
-    (tracked, peak), (untracked, _) = done["tracked"], done["untracked"]
-    return Pair(tracked, untracked, peak)
+    """The stage both ways; the number decides which comes first."""
+    programs = ("pipeline.train", "bench.contenders.convtrack_untracked")[:: 1 if number % 2 else -1]
+    done = {program: in_folder(folder, "-m", program) for program in programs}
+    tracked, untracked = done["pipeline.train"], done["bench.contenders.convtrack_untracked"]
+    return Pair(tracked.seconds, untracked.seconds, tracked.peak_mb)
 
 
 @dataclass
@@ -91,8 +74,8 @@ class Stages:
 def take(folder: Path, rounds: int) -> Stages:
     """Whole stages, short ones and `dvc repro`, in turn.
 
-    What MLflow does in the stage `train` depends on the epochs, not on the images, so between short stages it is seen
-    more sharply than between stages of half a minute.
+    MLflow's work in the stage `train` depends on the number of epochs, not of images, so short stages measure it more
+    precisely than stages of half a minute.
     """
     whole, short = (workspace(folder / name, {"data.dataset": name}) for name in ("mnist", "mnist-5k"))
     found = Stages()
@@ -104,17 +87,17 @@ def take(folder: Path, rounds: int) -> Stages:
 
 
 def around_the_epochs(folder: Path) -> float:
-    """Seconds of `dvc repro` in a fresh clone, from the published files on, that are not spent in epochs.
+    """Seconds of `dvc repro` in a fresh clone, from the published files to the figures, without its epochs.
 
-    An epoch counts as the median one: what the first one takes longer, to set things up, is not training.
+    Every epoch counts as the median one: the first takes longer, and that is not training.
     """
     subprocess.run(["git", "clone", "--quiet", ".", folder], check=True)
     (folder / "params.yaml").write_text(recipes.as_yaml({}))
     mirror = files.raw_folder() / read_dataset().name
-    seconds, _ = timed(["dvc", "repro"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
+    repro = measurement.run(["dvc", "repro"], folder, PIPELINE_DATA_MIRROR=str(mirror.resolve()))
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     epochs = [metric.value for metric in client.get_metric_history(run.info.run_id, "seconds")]
-    return seconds - len(epochs) * statistics.median(epochs)
+    return repro.seconds - len(epochs) * statistics.median(epochs)

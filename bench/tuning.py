@@ -1,11 +1,11 @@
-"""How many trials an hour the tuning study makes, beside a plain Optuna study: `make bench-tuning`.
+"""How many trials an hour the tuning study makes, compared with a plain Optuna study: `make bench-tuning`.
 
     python -m bench.tuning
 
-The studies take turns, and all of them train the same networks for the same epochs. The clock runs from the start of
-the first trial to the end of the last. The plain study is run as its writer would run it; once more, in the first
-round, with its memory kept (see bench/rounds.py), which bounds nothing. Nothing else should run. Writes
-bench/tuning.json; exits 1 where a figure falls short of its bound.
+The studies take turns and train the same networks for the same number of epochs. The time is from the start of the
+first trial to the end of the last. In the first round the plain study also runs with its memory kept (KEEP_MEMORY in
+bench/rounds.py), for information only. Nothing else should run. Writes bench/tuning.json; exits 1 where a figure falls
+short of its bound.
 """
 
 import json
@@ -17,9 +17,8 @@ from pathlib import Path
 import optuna
 from optuna.storages import JournalStorage
 
-from bench import images, rounds, stages
-from bench.bounds import Bound, conclude
-from bench.machine import code, machine, today
+from bench import rounds, stages
+from bench.measurement import Bound, conclude, origin
 from pipeline import files
 from pipeline.errors import run_command
 from pipeline.tuning.storage import JOURNAL, Journal
@@ -37,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = folder / "images.npz"
-        images.write(data, *images.read())
+        rounds.write_images(data, *rounds.read_images())
         for turn in range(1, ROUNDS + 1):
             values: Sequence[Values] = ()
             for name, workers in list(OURS.items())[:: 1 if turn % 2 else -1]:  # neither is always first
@@ -50,21 +49,14 @@ def main() -> None:
                 rates[KEPT].append(3600 * TRIALS / plain_study(data, values, **rounds.KEEP_MEMORY))
             print(f"round {turn}  " + ", ".join(f"{name}: {each[-1]:.0f}" for name, each in rates.items()), flush=True)
     bounds = bounds_of(rates)
-    what = {
-        "machine": machine(),
-        "date": today(),
-        "code": code(),
-        "trials": TRIALS,
-        "epochs": EPOCHS,
-        "trials_an_hour": rates,
-    }
-    files.write_json(RESULTS, what | {"bounds": [each.as_row() for each in bounds]})
+    facts = origin() | {"trials": TRIALS, "epochs": EPOCHS, "trials_an_hour": rates}
+    files.write_json(RESULTS, facts | {"bounds": [each.as_row() for each in bounds]})
     conclude(bounds)
 
 
 def our_study(folder: Path, workers: int) -> tuple[float, list[Values]]:
-    """Seconds from the start of the first trial to the end of the last, and the values that were tried."""
-    # So few trials are all chosen before the sampler looks at what came of them: the studies try the same values.
+    """Seconds from the start of the first trial to the end of the last, and the values of the trials."""
+    # The sampler chooses so few trials before it looks at any result: all studies try the same values.
     knobs = {"tune.epochs": EPOCHS, "tune.finalists": 1, "tune.seeds": 2}
     stages.workspace(folder, knobs)
     stages.in_folder(folder, "-m", "pipeline.tune", "--trials", str(TRIALS), "--workers", str(workers))
@@ -77,9 +69,8 @@ def our_study(folder: Path, workers: int) -> tuple[float, list[Values]]:
 
 def plain_study(data: Path, values: Sequence[Values], **environment: str) -> float:
     """Seconds of its trials, one after the other."""
-    _, printed = rounds.usual("optuna_study", json.dumps(values), **environment).run(data, EPOCHS)
-    *trials, _ = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return float(sum(trial["seconds"] for trial in trials))
+    done = rounds.usual("optuna_study", json.dumps(values), **environment).run(data, EPOCHS)
+    return sum(trial["seconds"] for trial in done.rows)
 
 
 def bounds_of(rates: Mapping[str, Sequence[float]]) -> list[Bound]:

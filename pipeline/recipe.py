@@ -1,4 +1,4 @@
-"""What params.yaml says of the network and its training, carried out. For the stages and for the tuning study."""
+"""Build and train the network as params.yaml describes, for the stages and for the tuning study."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -15,7 +15,7 @@ from pipeline.params import Params
 
 
 def device_for(params: Params) -> torch.device:
-    """Set torch up as ``train`` says; a UserError where this machine cannot do it."""
+    """Set torch up as ``train`` in params.yaml says. Raises UserError where this machine cannot do that."""
     try:
         return training.set_up(params.train.device, params.train.threads, params.train.precision)
     except ValueError as error:
@@ -23,12 +23,12 @@ def device_for(params: Params) -> torch.device:
 
 
 def architecture(params: Params, dataset: Dataset) -> Architecture:
-    """The layers that ``model`` says, for the images of ``dataset``."""
+    """The architecture that ``model`` in params.yaml describes, for the images of ``dataset``."""
     return Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
 
 
 def build(params: Params, dataset: Dataset) -> CNN:
-    """The untrained CNN for the images of ``dataset``; a UserError where they do not fit."""
+    """The untrained CNN for the images of ``dataset``. Raises UserError where its layers do not fit them."""
     try:
         return CNN(architecture(params, dataset), torch.Generator().manual_seed(params.seed))
     except ValueError as error:
@@ -36,7 +36,7 @@ def build(params: Params, dataset: Dataset) -> CNN:
 
 
 def settings(params: Params) -> training.Settings:
-    """How ``train`` says that the network is trained."""
+    """The settings of training.fit in params.yaml."""
     given = params.train.model_dump()
     own = {each.name for each in fields(training.Settings)}
     augmentations = {name: given[name] for name in AUGMENTATIONS}
@@ -52,7 +52,7 @@ def fit(
     resume_from: Checkpoint | None = None,
     save_checkpoint: Callable[[Checkpoint], object] = lambda checkpoint: None,
 ) -> Iterator[training.Epoch]:
-    """Train ``cnn`` in place as ``train`` says, on the device of the images; yields an Epoch after each pass.
+    """Train ``cnn`` in place as ``train`` in params.yaml says, on the device of the images; yields every Epoch.
 
     The functions and ``resume_from`` are those of training.fit. Raises UserError where a batch would be too small for
     batch normalisation.

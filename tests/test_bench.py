@@ -1,18 +1,22 @@
-"""What `make bench` measures with: its arithmetic, its recipes, its verdicts."""
+"""The measurements in bench/: their arithmetic, their recipes, their verdicts, and what they found."""
 
 import json
+import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
 
-from bench import arithmetic, images, overhead, pooling, recipes, rounds, speed, stages, tuning
-from bench.bounds import Bound, conclude
-from bench.contenders import usual
+from bench import arithmetic, choose, measurement, overhead, pooling, recipes, rounds, speed, stages, tuning
+from bench.contenders import dataloader_loop
+from bench.measurement import Bound, conclude
+from pipeline import files
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault
 from pipeline.model.cnn import CNN, Architecture
@@ -43,7 +47,7 @@ def test_pooling_dropout_and_relu_leave_few_gradients(digits: dict[str, Labelled
 
 
 def test_the_others_train_the_same_network() -> None:
-    assert sum(parameter.numel() for parameter in usual.network().parameters()) == 34_826
+    assert sum(parameter.numel() for parameter in dataloader_loop.network().parameters()) == 34_826
 
 
 def test_a_recipe_can_be_said_in_words_and_understood() -> None:
@@ -65,7 +69,7 @@ def test_a_recipe_can_be_said_in_words_and_understood() -> None:
 def test_the_short_recipes_are_the_best_of_their_candidates(epochs: int, recipe: dict[str, object]) -> None:
     chosen = json.loads((REPOSITORY / "bench/candidates.json").read_text())[f"{epochs} epochs"]
     screened = [score["knobs"] for score in chosen["screened"]]  # the best first
-    assert sorted(map(str, screened)) == sorted(map(str, recipes.candidates(epochs)))
+    assert sorted(map(str, screened)) == sorted(map(str, choose.candidates(epochs)))
     finalists = chosen["decided"]
     assert all(score["knobs"] in screened[: len(finalists)] for score in finalists)
     best = max(finalists, key=lambda score: float(score["validation_accuracy"]))
@@ -101,20 +105,36 @@ def test_mlflow_s_share_is_what_it_adds_to_a_short_stage_of_a_whole_one() -> Non
 
 
 @pytest.mark.slow
-def test_a_stage_without_mlflow_does_not_import_it(prepared: Path, migrated_database: Path, tmp_path: Path) -> None:
+def test_training_without_mlflow_gives_the_model_of_the_stage(
+    prepared: Path, migrated_database: Path, tmp_path: Path
+) -> None:
     workspace = shutil.copytree(prepared, tmp_path / "workspace")
     shutil.copy(migrated_database, workspace)
-    imported = {}
-    for way in ("tracked", "untracked"):
-        program = (
-            f"import sys; sys.argv[1:] = ['{way}']; from bench import train_stage; train_stage.main(); "
-            "print('mlflow' in sys.modules)"
-        )
-        _, printed = stages.timed(
-            [sys.executable, "-c", program], workspace, PYTHONPATH=str(REPOSITORY), DVC_ROOT=str(workspace)
-        )
-        imported[way] = printed.splitlines()[-1]
-    assert imported == {"tracked": "True", "untracked": "False"}
+    models, programs = [], ("pipeline.train", "bench.contenders.convtrack_untracked")
+    for program in programs:
+        stages.in_folder(workspace, "-m", program)
+        models.append((workspace / files.MODEL).read_bytes())
+    assert models[0] == models[1]
+    imports = f"import sys, {programs[1]}; print('{{\"mlflow\":', int('mlflow' in sys.modules), '}}')"
+    assert stages.in_folder(workspace, "-c", imports).rows == [{"mlflow": 0}]
+
+
+def test_a_process_is_measured_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "not here")
+    program = """
+import json, os, time
+held = bytearray(200 * 10**6)
+time.sleep(0.2)
+print("a line", json.dumps({"outside": 1}), sep="\\n")
+print(json.dumps({"uri": "MLFLOW_TRACKING_URI" in os.environ, "given": os.environ["GIVEN"] == "1"}))
+"""
+    small, large = (measurement.run([sys.executable, "-c", each], tmp_path, GIVEN="1") for each in ("", program))
+    assert large.rows == [{"outside": 1}, {"uri": False, "given": True}]
+    assert small.rows == []
+    assert large.seconds > 0.2
+    assert large.peak_mb > 200 > small.peak_mb  # whatever this process has
+    with pytest.raises(subprocess.CalledProcessError):
+        measurement.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
 
 
 def test_the_shortest_recipe_is_compared_by_whole_processes() -> None:
@@ -136,10 +156,10 @@ def test_the_dataloader_is_judged_by_its_faster_number_of_workers() -> None:
 @pytest.mark.parametrize(("accuracy", "learns"), [(0.98, True), (0.9, False)])
 def test_a_contender_that_does_not_learn_is_no_contender(accuracy: float, learns: bool) -> None:
     lines = [{"seconds": 9.0, "validation_accuracy": 0.5}, {"seconds": 7.0, "validation_accuracy": accuracy}]
-    program = "; ".join(f"print({json.dumps(json.dumps(line))})" for line in [*lines, {"peak_mb": 5.0}])
+    program = "; ".join(f"print({json.dumps(json.dumps(line))})" for line in lines)
     contender = rounds.Contender(lambda data, epochs: [sys.executable, "-c", program])
     if learns:
-        assert rounds.take_turn(contender, Path(), 1) == rounds.Turn([7.0], accuracy, 5.0)
+        assert rounds.take_turn(contender, Path(), 1) == rounds.Turn([7.0], accuracy, ANY)
     else:
         with pytest.raises(Fault, match=r"does not learn: validation accuracy 90\.00%"):
             rounds.take_turn(contender, Path(), 1)
@@ -159,7 +179,7 @@ def test_studies_are_compared_round_by_round_by_their_two_workers() -> None:
 @pytest.mark.slow
 def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, LabelledImages], tmp_path: Path) -> None:
     data, values = tmp_path / "images.npz", [{"model.filters.0": f, "model.filters.1": 8} for f in (8, 16)]
-    images.write(data, digits["train"][:1000], digits["validation"])
+    rounds.write_images(data, digits["train"][:1000], digits["validation"])
     assert tuning.plain_study(data, [each | {"model.dropout": 0.1} for each in values]) > 0
     with pytest.raises(subprocess.CalledProcessError):
         tuning.plain_study(data, [{"model.filters.0": 8, "model.filters.1": 0, "model.dropout": 0.1}])
@@ -218,3 +238,22 @@ def test_pooling_is_compared_over_seeds(committed: Path, monkeypatch: pytest.Mon
     assert sizes["max pooling"] == sizes["mean pooling"] == 34_826
     assert sizes["no pooling, stride 1"] == 34_826 - 16_000 + 24 * 24 * 64 * 10
     assert Path("shifts.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("file", ["results.json", "tuning.json", "overhead.json"])
+def test_every_measured_figure_keeps_its_bound(file: str) -> None:
+    rows = json.loads((REPOSITORY / "bench" / file).read_text())["bounds"]
+    fields = ("what", "figures", "bound", "aim", "unit", "low")
+    bounds = [Bound(**{field: row[field] for field in fields}) for row in rows]
+    assert [bound.what for bound in bounds if not bound.holds] == []
+    assert all(figure > 0 for bound in bounds for figure in bound.figures)
+
+
+def test_the_winner_of_the_study_is_better_on_the_test_images_by_more_than_chance() -> None:
+    default, tuned = (
+        [row["test_accuracy"] for row in json.loads((REPOSITORY / "bench" / file).read_text())["rows"]]
+        for file in ("seeds.json", "tuned.json")
+    )
+    assert len(default) == len(tuned) == 10
+    error = math.sqrt((statistics.variance(default) + statistics.variance(tuned)) / 10)
+    assert statistics.fmean(tuned) - statistics.fmean(default) > 2 * error

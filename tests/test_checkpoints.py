@@ -268,7 +268,8 @@ def test_a_training_that_ended_before_dvc_knew_of_it_is_not_done_again(
     assert len(every_run()) == 2
     write_params(workspace, QUICK)
     files.write(files.MODEL, first[0])
-    (workspace / "dvc.lock").write_text(f"- md5: {_md5(first[0])}\n")
+    noted = {"outs": [{"path": str(files.MODEL), "md5": _md5(first[0])}]}
+    (workspace / "dvc.lock").write_text(json.dumps({"stages": {"train": noted}}))
     train.main()  # DVC knows this model, so somebody wants it trained again: `dvc repro --force`
     assert [run.info.status for run in every_run()] == ["FINISHED"] * 3
 

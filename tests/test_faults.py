@@ -197,10 +197,10 @@ def test_fault_5_out_of_memory_is_a_failed_run_and_one_line(workspace: Path) -> 
     write_params(workspace, QUICK | {"train.batch_size": 3600, "model.filters": [1024, 1024], "train.threads": 1})
     limit = (
         "import resource, psutil; from pipeline import recipe; whole = recipe.fit\n"
-        "def fit(*arguments):\n"
+        "def fit(*arguments, **more):\n"
         "    most = psutil.Process().memory_info().vms + 20_000_000\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
-        "    return whole(*arguments)\n"
+        "    return whole(*arguments, **more)\n"
         "recipe.fit = fit"
     )
     with start(workspace, limit) as process:

@@ -1,20 +1,20 @@
 """This project's training of the published network.
 
-    python -m bench.contenders.convtrack_fit EPOCHS COPIES [knob=value ...]
+    python -m bench.contenders.convtrack_fit EPOCHS COPIES [parameter=value ...]
 
-COPIES: so many times the training images.
+COPIES repeats the training images so many times.
 """
 
+import json
 import sys
 
 from bench import recipes
-from bench.contenders import reporting
 from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
 
 
 def main() -> None:
-    """Fit the network to the prepared images."""
+    """Fit the network to the prepared images; a JSON line for each epoch."""
     epochs, copies, *words = sys.argv[1:]
     knobs = recipes.from_words(words) | {"train.epochs": int(epochs)}
     params = recipes.published().changed(knobs)
@@ -23,8 +23,8 @@ def main() -> None:
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
     copies_of = LabelledImages(train.images.repeat(int(copies), 1, 1, 1), train.labels.repeat(int(copies)))
     for epoch in recipe.fit(recipe.build(params, dataset), copies_of, validation, params):
-        reporting.report(seconds=epoch.seconds, validation_accuracy=epoch.validation_accuracy)
-    reporting.report_memory()
+        figures = {"seconds": epoch.seconds, "validation_accuracy": epoch.validation_accuracy}
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """PyTorch Lightning's Trainer on the same data set and network."""
 
+import json
 import sys
 import time
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.contenders import reporting, usual
+from bench.contenders import dataloader_loop
 
 Batch = tuple[Tensor, Tensor]
 
@@ -18,7 +19,7 @@ class Convnet(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model: nn.Sequential = usual.network()
+        self.model: nn.Sequential = dataloader_loop.network()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """The loss of a batch."""
@@ -32,11 +33,11 @@ class Convnet(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam as Keras has it."""
-        return usual.optimizer(self.model.parameters())
+        return dataloader_loop.optimizer(self.model.parameters())
 
 
 class Reporter(lightning.Callback):
-    """A line an epoch."""
+    """Prints a line after each epoch."""
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the clock."""
@@ -44,10 +45,8 @@ class Reporter(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Lightning calls this after the validation pass."""
-        reporting.report(
-            seconds=time.perf_counter() - self.started,
-            validation_accuracy=float(trainer.callback_metrics["accuracy"]),
-        )
+        seconds, accuracy = time.perf_counter() - self.started, float(trainer.callback_metrics["accuracy"])
+        print(json.dumps({"seconds": seconds, "validation_accuracy": accuracy}), flush=True)
 
 
 def main() -> None:
@@ -62,8 +61,7 @@ def main() -> None:
         num_sanity_val_steps=0,
         callbacks=[Reporter()],
     )
-    trainer.fit(Convnet(), *usual.loaders(workers=int(sys.argv[3])))
-    reporting.report_memory()
+    trainer.fit(Convnet(), *dataloader_loop.loaders(workers=int(sys.argv[3])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A plain Optuna study around the usual loop, as in Optuna's own PyTorch example.
 
-After the file of images come the epochs of a trial and, as JSON, the values of the trials: so that both studies train
-the same networks, however they choose.
+    python -m bench.contenders.optuna_study IMAGES EPOCHS VALUES
+
+VALUES is a JSON list of the trials' values, so that all studies train the same networks. Prints a line for each trial.
 """
 
 import json
@@ -10,19 +11,18 @@ import sys
 import optuna
 from optuna.trial import Trial
 
-from bench.contenders import reporting, usual
-from bench.contenders.dataloader_loop import train_and_validate
+from bench.contenders.dataloader_loop import loaders, network, optimizer, train_and_validate
 
 
 def main() -> None:
     """Run the study, one trial after the other."""
     epochs, values = int(sys.argv[2]), json.loads(sys.argv[3])
-    train, validation = usual.loaders(workers=0)
+    train, validation = loaders(workers=0)
 
     def objective(trial: Trial) -> float:
         filters = [trial.suggest_int(f"model.filters.{block}", 8, 128, step=8) for block in (0, 1)]
-        model = usual.network(filters, trial.suggest_float("model.dropout", 0.0, 0.6))
-        adam = usual.optimizer(model.parameters())
+        model = network(filters, trial.suggest_float("model.dropout", 0.0, 0.6))
+        adam = optimizer(model.parameters())
         accuracy = 0.0
         for epoch in range(epochs):
             _, accuracy = train_and_validate(model, adam, train, validation)
@@ -38,8 +38,7 @@ def main() -> None:
     study.optimize(objective, n_trials=len(values))
     for trial in study.trials:
         assert trial.duration is not None
-        reporting.report(seconds=trial.duration.total_seconds(), accuracy=trial.values[0])
-    reporting.report_memory()
+        print(json.dumps({"seconds": trial.duration.total_seconds(), "accuracy": trial.values[0]}))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Images and labels: where they come from, and the prepared splits on disk."""
+"""Images and labels: data sets by name, picture files, and the prepared splits on disk."""

@@ -1,8 +1,8 @@
-"""Images that excite a filter or a class as much as they can, found by gradient ascent on their pixels.
+"""Images that excite a filter or a class as much as they can: gradient ascent on the pixels (Erhan et al., 2009).
 
-Left to itself the ascent finds what looks like no class to a person. What an image is to be besides exciting, thin or
-smooth, is a penalty: the L1 norm (Hung-yi Lee's lecture on explainable models) and total variation (Mahendran and
-Vedaldi, 2015; weights and norms as in keras-vis).
+Without regularization the ascent finds images that look like no class to a person. Penalties make them sparse or
+smooth: the L1 norm (Hung-yi Lee's lecture on explainable models) and total variation (Mahendran and Vedaldi, 2015;
+weights and norms as in keras-vis).
 """
 
 from collections.abc import Callable
@@ -15,17 +15,27 @@ from pipeline.explain.corruptions import moved
 from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
-CHUNK = 8  # images that go up together
-Score = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> what each is to have much of, (N,)
+CHUNK = 8  # images that are optimised together
+Score = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> what the ascent raises in each, (N,)
 
 
 @dataclass(frozen=True)
 class Regularization:
-    """What an image is to be besides exciting. The weights are in units of the score, for an image's mean pixel."""
+    """Penalties in units of the score, for an image's mean pixel, and a random shift."""
 
-    l1: float = 0.0  # few bright pixels
-    total_variation: float = 0.0  # few edges
-    jitter: int = 0  # pixels by which it may move either way at each step, so that no single place is relied on
+    l1: float = 0.0  # of brightness
+    total_variation: float = 0.0  # of edges
+    jitter: int = 0  # pixels by which the image may move either way at each step, so that no single place matters
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Number of steps, root mean square change of a pixel in each, and where they begin: see `starts`."""
+
+    steps: int
+    step_size: float
+    noise: float
+    seed: int
 
 
 def class_logits(cnn: CNN, classes: Tensor) -> Score:
@@ -43,10 +53,10 @@ def class_logits(cnn: CNN, classes: Tensor) -> Score:
 
 def filter_sums(cnn: CNN, filters: Tensor) -> Score:
     """The score of the n-th image is the sum of the n-th filter's map in the last convolution, before ReLU."""
-    before, last = cnn.blocks[:-1], cnn.block_list()[-1]
+    earlier, last = cnn.blocks[:-1], cnn.block_list()[-1]
 
     def sums(images: Tensor) -> Tensor:
-        maps = last.before("activation", before(images))
+        maps = last.before("activation", earlier(images))
         return maps[torch.arange(len(filters)), filters].sum(dim=(1, 2))
 
     return sums
@@ -58,42 +68,39 @@ def total_variation(images: Tensor) -> Tensor:
     return down.mean(dim=(1, 2, 3)) + right.mean(dim=(1, 2, 3))
 
 
-@dataclass(frozen=True)
-class Ascent:
-    """How many steps, how long each is (root mean square, a pixel), and where they begin: see `starts`."""
-
-    steps: int
-    step_size: float
-    noise: float
-    seed: int
-
-
-def made(cnn: CNN, scores: Callable[[CNN, Tensor], Score], count: int, wish: Regularization, ascent: Ascent) -> Tensor:
-    """An image (count, C, H, W) in [0, 1] for each class or filter, from noise around grey."""
+def maximize(
+    cnn: CNN,
+    score_of: Callable[[CNN, Tensor], Score],
+    count: int,
+    regularization: Regularization,
+    ascent: Ascent,
+) -> Tensor:
+    """Images (count, C, H, W) in [0, 1], one for each class or filter, from noise around grey."""
     cnn.eval()
     start = starts(count, cnn.architecture.image_shape, ascent.noise, ascent.seed)
 
-    def chunk(which: Tensor) -> Tensor:
-        return ascend(scores(cnn, which), start[which], wish, ascent)
+    def maximize_chunk(chosen: Tensor) -> Tensor:
+        return ascend(score_of(cnn, chosen), start[chosen], regularization, ascent)
 
-    # Every operation on one thread: the threads then change no bit, which two hundred steps would make many of.
+    # Every operation on one thread: the number of threads then changes no bit, which two hundred steps would amplify.
     with cpu_threads.thread_pool(cnn, start.device) as pool:
-        return torch.cat(list(pool.map(chunk, torch.split(torch.arange(count), CHUNK))))
+        return torch.cat(list(pool.map(maximize_chunk, torch.split(torch.arange(count), CHUNK))))
 
 
-def ascend(score: Score, start: Tensor, wish: Regularization, ascent: Ascent) -> Tensor:
+def ascend(score: Score, start: Tensor, regularization: Regularization, ascent: Ascent) -> Tensor:
     """Images (N, C, H, W) in [0, 1] with a higher score than ``start``.
 
-    Each step goes along the gradient, which is brought to the same length for every image; those of the second half
-    become shorter, down to nothing.
+    Each step follows the gradient, scaled to the same length for every image; from the middle on the steps become
+    shorter, down to nothing.
     """
     generator = torch.Generator().manual_seed(ascent.seed)
     images = start
     for step in range(ascent.steps):
         images = images.detach().requires_grad_()
-        seen = _jittered(images, wish.jitter, generator)
-        price = wish.l1 * images.abs().mean(dim=(1, 2, 3)) + wish.total_variation * total_variation(images)
-        (gradient,) = torch.autograd.grad((score(seen) - price).sum(), images)
+        seen = _jittered(images, regularization.jitter, generator)
+        brightness = images.abs().mean(dim=(1, 2, 3))
+        penalty = regularization.l1 * brightness + regularization.total_variation * total_variation(images)
+        (gradient,) = torch.autograd.grad((score(seen) - penalty).sum(), images)
         length = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         size = ascent.step_size * min(1.0, 2 * (1 - step / ascent.steps))
         images = (images.detach() + size * gradient / (length + 1e-12)).clamp(0, 1)
@@ -101,7 +108,7 @@ def ascend(score: Score, start: Tensor, wish: Regularization, ascent: Ascent) ->
 
 
 def _jittered(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Moved by so many pixels at most, the same for all; black comes into view."""
+    """Moved by up to this many pixels, all by the same; black comes into view."""
     if not most:
         return images
     down, right = (torch.randint(2 * most + 1, (2,), generator=generator) - most).tolist()
@@ -109,7 +116,7 @@ def _jittered(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def starts(count: int, image_shape: tuple[int, int, int], noise: float, seed: int) -> Tensor:
-    """Images (N, C, H, W) from which an ascent may begin: grey, 0.5, and up to ``noise`` more or less."""
+    """Images (N, C, H, W) at which an ascent may begin: grey (0.5), plus or minus up to ``noise``."""
     height, width, channels = image_shape
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(count, channels, height, width).uniform_(0.5 - noise, 0.5 + noise, generator=generator)

@@ -63,23 +63,22 @@ class Field(NamedTuple):
 
 
 def receptive_field(cnn: CNN) -> Field:
-    """What one place of the last block's convolution sees; ``first`` is below 0 where it sees padding."""
+    """What one place of the last convolution's maps sees; ``first`` is below 0 where it sees padding."""
     first, step, side = 0, 1, 1
-    last = cnn.block_list()[-1].convolution  # a block may hold others behind it
+    last = cnn.block_list()[-1].convolution
     for layer in cnn.blocks.modules():
-        match layer:
-            case nn.Conv2d():
-                (kernel, _), (stride, _) = layer.kernel_size, layer.stride
-                padding = layer.padding[0] if isinstance(layer.padding, tuple) else (kernel - 1) // 2
-                first -= int(padding) * step
-                side += (kernel - 1) * step
-                step *= stride
-                if layer is last:
-                    break
-            case Pooling():
-                side += (layer.size - 1) * step
-                step *= layer.size
-    return Field(first, step, side)
+        if isinstance(layer, nn.Conv2d):
+            (kernel, _), (stride, _) = layer.kernel_size, layer.stride
+            padding = layer.padding[0] if isinstance(layer.padding, tuple) else (kernel - 1) // 2  # "same"
+            first -= int(padding) * step
+            side += (kernel - 1) * step
+            if layer is last:
+                break
+            step *= stride
+        elif isinstance(layer, Pooling):
+            side += (layer.size - 1) * step
+            step *= layer.size
+    return Field(first, step * last.stride[0], side)
 
 
 class Patches(NamedTuple):
@@ -199,7 +198,7 @@ def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[fl
         still = feature_maps(cnn, chunk)
         for pixels in range(shifts + 1):
             for (layer, before), (_, after) in zip(still, feature_maps(cnn, moved(chunk, 0, pixels)), strict=True):
-                alike = F.cosine_similarity(before.flatten(1), after.flatten(1)).double().sum().item()
+                alike = F.cosine_similarity(before.double().flatten(1), after.double().flatten(1)).sum().item()
                 sums.setdefault(layer, [0.0] * (shifts + 1))[pixels] += alike
     return {layer: [total / len(images) for total in totals] for layer, totals in sums.items()}
 

@@ -31,7 +31,7 @@ def class_images(cnn: CNN, train: LabelledImages, classes: int, settings: Maximi
     """Images of the first ``classes`` classes, once for each kind of regularization."""
     found = []
     for name, regularization in _regularizations(settings).items():
-        images = activation_maximization.made(
+        images = activation_maximization.maximize(
             cnn, activation_maximization.class_logits, classes, regularization, ascent(settings)
         )
         with torch.no_grad():

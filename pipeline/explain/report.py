@@ -66,7 +66,7 @@ def _filter_images(inputs: ReportInputs) -> Figure:
     """For each filter of the last convolution an image made to raise the sum of its map."""
     settings, filters = inputs.params.maximisation, inputs.cnn.architecture.filters[-1]
     smooth = Regularization(total_variation=settings.total_variation, jitter=settings.jitter)
-    images = activation_maximization.made(
+    images = activation_maximization.maximize(
         inputs.cnn, activation_maximization.filter_sums, filters, smooth, ascent(settings)
     )
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""The CNN: its layers, its training, its scores and its explanations. Knows no file, no data set and no MLflow."""
+"""The CNN: its layers, training and metrics. Imports PyTorch and Numba, and no other part of this project."""

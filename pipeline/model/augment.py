@@ -21,7 +21,9 @@ def shift(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
 
 
 # By the parameter of `train` that says how strong each is; 0 switches one off. They are applied in this order.
-AUGMENTATIONS: dict[str, Augmentation] = {"max_shift": shift}
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "max_shift": shift,
+}
 
 
 def augment(images: Tensor, strengths: dict[str, float], generator: torch.Generator) -> Tensor:

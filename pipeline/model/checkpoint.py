@@ -1,4 +1,4 @@
-"""A fit that was interrupted, as bytes, and back: what its next step depends on, to the last bit."""
+"""Checkpoints of a training: everything that its next step depends on, to the last bit, as bytes and back."""
 
 import hashlib
 import io
@@ -19,11 +19,11 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the next step of a fit depends on: going on from here gives the same bits as never having stopped.
+    """Everything that the next step depends on: resuming here gives the same bits as never having stopped.
 
-    ``epoch`` passes are done, and ``step`` steps of the one that follows: their ``losses`` (steps,) and ``logits``
-    (images, classes), of which as many are filled, and the ``seconds`` that they took. ``generator`` is its state at
-    the beginning of that pass. The tensors are the fit's own: they change with its next step.
+    ``epoch`` epochs are complete, and ``step`` steps of the next one, which took ``seconds``. ``losses`` (steps,) and
+    ``logits`` (images, classes) are filled up to that step. ``generator`` is the state at the beginning of that epoch.
+    The tensors are those of the training and change with its next step.
     """
 
     epoch: int
@@ -38,22 +38,22 @@ class Checkpoint:
 
 
 def to_bytes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> bytes:
-    """The checkpoint and, beside it, ``facts``: numbers, text, and lists and mappings of them."""
+    """The checkpoint with ``facts`` beside it: numbers, text, and lists and mappings of them."""
     content = io.BytesIO()
     fields = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
-    if not checkpoint.step:  # of a pass that has not begun there is nothing to keep
+    if not checkpoint.step:  # nothing of the next epoch is done
         fields |= {"losses": torch.empty(0), "logits": torch.empty(0)}
     torch.save({"fit": fields, "facts": dict(facts)}, content)
     return _signed(content.getvalue())
 
 
 def _signed(content: bytes) -> bytes:
-    """Led by its SHA-256, so that it need not be told from outside whether it is whole."""
+    """With its SHA-256 in front, so that damage is noticed."""
     return hashlib.sha256(content).digest() + content
 
 
 def from_bytes(content: bytes) -> tuple[Checkpoint, dict[str, Any]]:
-    """What ``to_bytes`` wrote, on the CPU. Nothing that could run is unpickled. Raises DamagedError."""
+    """What ``to_bytes`` wrote, on the CPU. Unpickles tensors and plain values only. Raises DamagedError."""
     stored = content[DIGEST_SIZE:]
     if _signed(stored) != content:
         raise DamagedError("its SHA-256 is not the one in it")

@@ -1,12 +1,12 @@
-"""The loops of the CNN that PyTorch has no single operation for, compiled for the CPU.
+"""Loops for which PyTorch has no single operation, compiled for the CPU by Numba.
 
-A small CNN waits for memory more than it computes: as separate operations the first convolution, its pooling and its
-ReLU move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; what the
-convolution gives before pooling never exists. Other convolutions are computed pooling window by pooling window, where
-that is possible with less than half the multiplications. The backward pass follows only the argmax of each window.
+A small CNN waits for memory more than it computes: as separate operations, the first convolution, its ReLU and its
+pooling move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; the
+convolution's own output is never stored. Other convolutions are computed pooling window by pooling window where that
+takes less than half the multiplications. The backward pass follows only the argmax of each pooling window.
 
-Numba compiles the loops, once for each set of sizes: with these known, the innermost loop becomes vector instructions.
-The machine code is kept in __pycache__. All arrays are contiguous; results are written into the last arguments.
+The loops are compiled once for each set of sizes: the innermost loop over a known size becomes vector instructions. The
+machine code is cached in __pycache__. All arrays are contiguous; results are written into the last arguments.
 """
 
 import functools
@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
-DEAD = 255  # in place of a best_place's number: ReLU let nothing through
+DEAD = 255  # instead of the argmax where ReLU let nothing through
 
 
 Factory = TypeVar("Factory", bound=Callable[..., object])
@@ -45,18 +45,18 @@ def _built_once(factory: Factory) -> Factory:
 
 @functools.cache
 def _allow_whole_vectors() -> None:
-    """Have the compiler use all 512 bits of AVX-512.
+    """Let the compiler use all 512 bits of AVX-512.
 
-    It keeps to 256 on Intel's processors, since the first of them slowed down otherwise; an epoch takes 5 to 13 % less
-    with all of them on an Emerald Rapids.
+    By default it uses 256 on Intel's processors, because the first ones with AVX-512 slowed down otherwise. On an
+    Emerald Rapids an epoch takes 5 to 13 % less time with 512.
     """
     if config.CPU_FEATURES is None and "+avx512f" in (features := get_host_cpu_features()):
         config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
 def _compiled(function: Loop, freedoms: Set[str] = frozenset({"contract"})) -> Loop:
-    # Without the interpreter's lock, so that several threads run it at once. A multiplication and the addition after it
-    # may become one instruction; more is reordered only where ``freedoms`` say so. The same inputs give the same bits.
+    # Without the interpreter's lock, so that threads can run it at the same time. A multiplication and the addition
+    # after it may become one instruction; other reorderings need ``freedoms``. The same inputs give the same bits.
     _allow_whole_vectors()
     loop: Loop = njit(nogil=True, cache=True, fastmath=set(freedoms), error_model="numpy")(function)
     return loop
@@ -68,7 +68,7 @@ def _called_in_loops(function: Factory) -> Factory:
 
 
 class Pair(NamedTuple):
-    """An operation and the backward pass through it."""
+    """The forward and the backward pass of an operation."""
 
     forward: Loop
     backward: Loop
@@ -78,9 +78,9 @@ class Pair(NamedTuple):
 def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
     """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
 
-    ``size`` is that of a filter, ``window`` that of the pooling; ``sign`` is 1 where the largest value of a window wins
-    and -1 where the smallest does. Weights are (size, size, channels, filters); maps, their gradients and the numbers
-    of the argmax' places are (N, H', W', filters). The loops over one filter and one window are unrolled.
+    ``size`` is that of a filter, ``window`` that of the pooling, ``sign`` 1 for max and -1 for min pooling. Weights are
+    (size, size, channels, filters); maps, their gradients and the argmax of each window are (N, H', W', filters). The
+    loops over one filter and one window are unrolled.
     """
     zero, lowest = np.float32(0), np.float32(-np.inf)
     span = (window - 1) * stride + size  # pixels that one pooling window sees, along each side
@@ -183,8 +183,8 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
     inputs with sums of weights (Winograd, "Arithmetic complexity of computations", 1980). Along both sides, four
     outputs take 16 instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016); here they
     are the four that a pooling window chooses from. Inputs are (N, H, W, channels), the weights' sums (16, depth,
-    filters), with zeros from ``channels`` up to a multiple of DEPTH; pooled maps and the numbers of the argmax' places
-    are (N, H', W', filters).
+    filters), with zeros from ``channels`` up to a multiple of DEPTH; pooled maps and the argmax of each window are
+    (N, H', W', filters).
     """
     zero, lowest = np.float32(0), np.float32(-np.inf)
     depth = -(-channels // DEPTH) * DEPTH
@@ -281,12 +281,12 @@ def _joined_column(products: Floats, b: int, window: int, f: int) -> tuple[np.fl
 
 @_built_once
 def conv_backward(size: int, stride: int, channels: int, window: int, inputs_learn: bool) -> Loop:
-    """From the gradients of pooled maps to those of the convolution before, without what pooling threw away.
+    """The gradients of a convolution from those of the pooled maps, skipping what pooling discarded.
 
-    In each window one value won, and the gradients of the others are zero; those of argmax that ReLU or dropout
-    stopped are zero too. What is left, a sixteenth of the gradients of the convolution's maps in the default network,
-    is taken one by one: each adds its multiple of the filter to the gradients of the inputs, and its multiple of the
-    inputs to the gradient of the filter. Inputs are (N, H, W * channels), weights (filters, size, size * channels).
+    In each window only the argmax has a gradient, and none where ReLU or dropout stopped it. The rest, a sixteenth of
+    the convolution's outputs in the default network, is taken one by one: each adds its multiple of the filter to the
+    gradients of the inputs, and its multiple of the inputs to the gradient of the filter. Inputs are
+    (N, H, W * channels), weights (filters, size, size * channels).
     """
     row = size * channels
 

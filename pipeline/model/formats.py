@@ -1,4 +1,4 @@
-"""The CNN as a file that needs neither this project nor MLflow."""
+"""Export formats: the CNN as a file that needs neither this project nor MLflow."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from torch.export import Dim, ExportedProgram
 
 from pipeline.model.cnn import CNN, MOST_IMAGES, Classifier
 
-CLASS_NAMES = "class_names"  # under which both formats hold them, as a JSON list
+CLASS_NAMES = "class_names"  # the key of the names in both formats, as a JSON list
 
 
 def _program(cnn: CNN) -> ExportedProgram:
@@ -18,7 +18,7 @@ def _program(cnn: CNN) -> ExportedProgram:
 
 
 def as_pt2(cnn: CNN) -> bytes:
-    """For torch.export.load, which gives the class names back in ``extra_files``."""
+    """A PyTorch program for torch.export.load, with the class names in its ``extra_files``."""
     content = io.BytesIO()
     names = json.dumps(cnn.architecture.class_names)
     torch.export.save(_program(cnn), content, extra_files={f"{CLASS_NAMES}.json": names})

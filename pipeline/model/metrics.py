@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
-CHUNK = 250  # images at a time
+CHUNK = 250  # images that are scored together
 
 
 def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Between which shares the true one lies with 95 % confidence, after ``right`` of ``count`` (Wilson, 1927)."""
-    z = 1.959964  # of the normal distribution, 2.5 % lie above it
+    """The 95 % confidence interval of a success rate, after ``right`` successes in ``count`` (Wilson, 1927)."""
+    z = 1.959964  # 2.5 % of the normal distribution lie above
     share, spread = right / count, z * z / count
     middle = share + spread / 2
     reach = z * math.sqrt((share * (1 - share) + spread / 4) / count)
@@ -52,11 +52,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
 
 
 # Measured on the validation and test images, from logits (N, classes) and labels (N,), by the name in metrics.json.
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "loss": cross_entropy}
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": accuracy,
+    "loss": cross_entropy,
+}
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int) -> float:
-    """How far confidence and accuracy lie apart, on average over images (Guo et al., 2017, equation 3).
+    """The mean distance between confidence and accuracy over all images (Guo et al., 2017, equation 3).
 
     Images are put into ``bins`` of equal width by their highest probability; each bin counts by its size.
     """
@@ -68,7 +71,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int)
 
 
 def _bins_of(confidence: Tensor, bins: int) -> Tensor:
-    """In which of so many bins of equal width each is; one on an edge is in the lower bin."""
+    """The bin of each, of ``bins`` of equal width; a value on an edge is in the lower bin."""
     return (confidence * bins).ceil().long().clamp(1, bins) - 1
 
 
@@ -79,7 +82,7 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Of the images predicted as this class, and of the images of this class: the share that is right."""
+    """The correct share of the images predicted as this class, and of the images of this class."""
 
     precision: float
     recall: float
@@ -109,7 +112,7 @@ def shares(confusion: Tensor) -> Shares:
 
 
 class Bin(NamedTuple):
-    """Images that the network is about equally sure of: the mean of that, the share that is right, its interval."""
+    """Images of about equal confidence: its mean, the share that is correct, and the interval of that share."""
 
     confidence: float
     accuracy: float
@@ -119,7 +122,7 @@ class Bin(NamedTuple):
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int) -> list[Bin]:
-    """How sure and how often right: those of ``bins`` of equal width that have images."""
+    """A reliability diagram: the bins of equal width, ``bins`` in all, that have images."""
     confidence, predicted = probabilities.double().max(dim=1)
     bin_of = _bins_of(confidence, bins)
     counts = torch.bincount(bin_of, minlength=bins)

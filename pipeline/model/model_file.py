@@ -1,4 +1,4 @@
-"""The trained CNN as bytes, and back."""
+"""The trained CNN as the bytes of a safetensors file, and back."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a model file holds: the CNN, ready to predict, and the data and the recipe that it was trained from."""
+    """The contents of a model file: the CNN in evaluation mode, and what it was trained on and how."""
 
     cnn: CNN
     data: Mapping[str, str]
@@ -29,10 +29,10 @@ class TrainedModel:
 
 
 def to_bytes(cnn: CNN, data: Mapping[str, str] = NOTHING, recipe: Mapping[str, object] = NOTHING) -> bytes:
-    """The weights as safetensors; in the metadata the architecture, so that the file rebuilds its own network.
+    """The weights, with the architecture in the metadata, so that the file can rebuild its own network.
 
-    ``data`` and ``recipe`` say what it was trained from. The same weights and facts give the same bytes, which is why
-    all the metadata is one key: safetensors writes several keys in no fixed order.
+    ``data`` and ``recipe`` say what it was trained on and how. The same contents give the same bytes: all the metadata
+    is under one key, because safetensors writes several keys in no fixed order.
     """
     weights = {name: tensor.contiguous() for name, tensor in cnn.cpu().state_dict().items()}
     facts = {"architecture": asdict(cnn.architecture), "data": dict(data), "recipe": dict(recipe)}
@@ -40,9 +40,9 @@ def to_bytes(cnn: CNN, data: Mapping[str, str] = NOTHING, recipe: Mapping[str, o
 
 
 def from_bytes(content: bytes, name: str = "the model file") -> TrainedModel:
-    """What ``to_bytes`` wrote; ``name`` is that of the file, for messages.
+    """What ``to_bytes`` wrote; ``name`` is the file's, for messages.
 
-    Raises Fault for bytes that are no such file, or in which a single one has changed since.
+    Raises Fault for another kind of file, and where a single byte has changed.
     """
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -71,7 +71,7 @@ def from_bytes(content: bytes, name: str = "the model file") -> TrainedModel:
 
 
 def _digest(facts: Mapping[str, object], weights: Mapping[str, Tensor]) -> str:
-    """Of all that the file holds, so that it need not be told from outside whether it is whole."""
+    """A digest of everything in the file, so that damage is noticed."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(weights):
         digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())

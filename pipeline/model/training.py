@@ -1,4 +1,4 @@
-"""Training: fit() yields one row of numbers an epoch."""
+"""The training loop: fit() trains a CNN and yields the metrics of each epoch."""
 
 import itertools
 import math
@@ -28,11 +28,11 @@ LARGEST_LOSS = 1e6  # nats; a network that guesses among ten classes has 2.3
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images gave.
+    """The metrics of one pass over the training images.
 
-    The training loss and accuracy are means over the epoch's batches, seen with dropout and while the weights still
-    moved; those of the validation images are taken after the pass, without dropout. Losses are in nats;
-    ``learning_rate`` is the one that the next step would take.
+    The training loss and accuracy are means over the epoch's batches, with dropout and while the weights still change;
+    those of the validation images are computed after the pass, without dropout. Losses are in nats; ``learning_rate``
+    is that of the next step.
     """
 
     epoch: int
@@ -46,7 +46,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one batch gave. It stays on the device until it is asked for."""
+    """The results of one batch, on the device until somebody reads them."""
 
     losses: Tensor  # (), their sum over the batch
     logits: Tensor  # (images, classes)
@@ -54,7 +54,7 @@ class Step:
 
     @property
     def images(self) -> int:
-        """How many there were."""
+        """The size of the batch."""
         return len(self.labels)
 
     def loss(self) -> float:
@@ -62,14 +62,14 @@ class Step:
         return self.losses.item() / self.images
 
     def accuracy(self) -> float:
-        """The share that was classified right."""
+        """The share of correct predictions."""
         return metrics.accuracy(self.logits, self.labels)
 
 
 def set_up(device: DeviceName, threads: int | None, precision: Precision) -> torch.device:
-    """Make torch compute the same bits every time, on ``threads`` CPU threads (None: one a core); returns the device.
+    """Make torch compute the same bits every time, on ``threads`` CPU threads (None: one per core); returns the device.
 
-    Raises ValueError where the machine has no such device, or no instructions for the precision.
+    Raises ValueError where the machine lacks the device, or instructions for the precision.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no GPU; allowed here: auto | cpu")
@@ -89,10 +89,10 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for bfloat16, so that these are not imitated."""
+    """Whether the device has instructions for bfloat16; without them it would be emulated."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # oneDNN also says yes to AVX-512 without bfloat16 instructions, where it imitates them, slower than float32.
+    # oneDNN also says yes to AVX-512 without bfloat16 instructions, where it emulates them, slower than float32.
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -129,7 +129,9 @@ def _one_cycle(optimizer: Optimizer, highest: float, steps: int) -> LRScheduler:
 
 
 # The sum over the images of logits (N, classes) and labels (N,).
-LOSSES: dict[str, Callable[[Tensor, Tensor, Settings], Tensor]] = {"cross-entropy": cross_entropy}
+LOSSES: dict[str, Callable[[Tensor, Tensor, Settings], Tensor]] = {
+    "cross-entropy": cross_entropy,
+}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": partial(torch.optim.Adam, eps=1e-7, fused=True),  # eps as in Keras
     "adamw": partial(torch.optim.AdamW, eps=1e-7, fused=True),

@@ -115,7 +115,7 @@ def training_run(
     tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code(), FINGERPRINT: fingerprint}
     with store_faults():
         run_id = _begin(dataset, tags | machine.environment_tags(device))
-        facts = params.recipe | {f"train.{knob}": getattr(params.train, knob) for knob in MACHINE_PARAMETERS}
+        facts = params.recipe | {f"train.{name}": getattr(params.train, name) for name in MACHINE_PARAMETERS}
         mlflow.log_params(facts, run_id=run_id)
         if continues:
             _link(continues, run_id)

@@ -87,8 +87,8 @@ class StudyRun:
         self.written.add(trial.number)
 
     def _start(self, trial: TrialRecord) -> str:
-        knobs = {**trial.values, "train.epochs": self._params.tune.epochs}
-        recipe = {lineage.PARAMS_SHA256: self._params.changed(knobs).sha256}
+        parameters = {**trial.values, "train.epochs": self._params.tune.epochs}
+        recipe = {lineage.PARAMS_SHA256: self._params.changed(parameters).sha256}
         tags = {**self._tags, **recipe, MLFLOW_PARENT_RUN_ID: self.run_id, TRIAL: str(trial.number)}
         if trial.failure:
             tags["failure"] = trial.failure[:5000]

@@ -51,8 +51,8 @@ class Outcome:
 
 def choose(study: Study) -> list[Finalist]:
     """The present values, and the best trials with other values."""
-    knobs = study.params.by_path()
-    present = {path: knobs[path] for path in study.space}
+    parameters = study.params.by_path()
+    present = {path: parameters[path] for path in study.space}
     best = study.best(study.params.tune.finalists + 1)
     chosen = [(None, present), *((trial.number, trial.values) for trial in best if trial.values != present)]
     return [

@@ -291,8 +291,8 @@ def _distribution(space: Range, present: object) -> BaseDistribution:
 
 def present_values(params: Params) -> dict[str, object] | None:
     """The tuned parameters as params.yaml has them; None where one of them lies outside its range."""
-    knobs, space = params.by_path(), space_of(params)
-    values = {path: knobs[path] for path in space}
+    present, space = params.by_path(), space_of(params)
+    values = {path: present[path] for path in space}
     return values if all(_contains(space[path], value) for path, value in values.items()) else None
 
 
@@ -318,7 +318,7 @@ def counts(trial: FrozenTrial) -> bool:
 def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
     """What must stay the same when a study is resumed, as JSON gives it back."""
     tune = params.tune
-    free = {*tune.space, "train.epochs", *(f"train.{knob}" for knob in MACHINE_PARAMETERS)}
+    free = {*tune.space, "train.epochs", *(f"train.{name}" for name in MACHINE_PARAMETERS)}
     fixed = {
         path: value for path, value in params.by_path().items() if path.split(".")[0] in ("seed", "model", "train")
     }

@@ -1,4 +1,4 @@
-"""Images made to please the network: they do, they stay images, and each wish does what it says."""
+"""Activation maximization: images that score higher, stay images, and follow each regularization."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from pipeline.model.cnn import CNN, Architecture
 SHORT = Ascent(steps=60, step_size=0.1, noise=0.1, seed=0)
 
 
-LEFT_TO_ITSELF = Regularization()
+NO_REGULARIZATION = Regularization()
 
 
-def made(cnn: CNN, wish: Regularization = LEFT_TO_ITSELF, ascent: Ascent = SHORT) -> torch.Tensor:
-    return activation_maximization.made(cnn, activation_maximization.class_logits, 10, wish, ascent)
+def class_images(cnn: CNN, regularization: Regularization = NO_REGULARIZATION, ascent: Ascent = SHORT) -> torch.Tensor:
+    return activation_maximization.maximize(cnn, activation_maximization.class_logits, 10, regularization, ascent)
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def own_logits(cnn: CNN, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_each_image_raises_its_own_class(learned: CNN) -> None:
-    images = made(learned)
+    images = class_images(learned)
     start = activation_maximization.starts(10, (28, 28, 1), noise=0.1, seed=0)
     assert images.shape == start.shape
     assert images.min() >= 0
@@ -36,7 +36,7 @@ def test_each_image_raises_its_own_class(learned: CNN) -> None:
 def test_each_image_raises_its_own_filter() -> None:
     architecture = Architecture((20, 24, 3), tuple("abc"), (6, 12), padding=1, batch_norm=True)
     cnn = CNN(architecture, torch.Generator().manual_seed(0)).eval()
-    images = activation_maximization.made(cnn, activation_maximization.filter_sums, 12, Regularization(), SHORT)
+    images = activation_maximization.maximize(cnn, activation_maximization.filter_sums, 12, Regularization(), SHORT)
     sums = activation_maximization.filter_sums(cnn, torch.arange(12))
     with torch.no_grad():
         before, after = (
@@ -47,10 +47,12 @@ def test_each_image_raises_its_own_filter() -> None:
     assert (after > before).all()
 
 
-def test_the_wishes_are_granted(learned: CNN) -> None:
-    plain = made(learned)
-    assert (made(learned, Regularization(l1=40)).mean(dim=(1, 2, 3)) < plain.mean(dim=(1, 2, 3))).all()
-    assert (total_variation(made(learned, Regularization(total_variation=40))) < total_variation(plain) / 2).all()
+def test_each_regularization_does_what_it_says(learned: CNN) -> None:
+    plain = class_images(learned)
+    assert (class_images(learned, Regularization(l1=40)).mean(dim=(1, 2, 3)) < plain.mean(dim=(1, 2, 3))).all()
+    assert (
+        total_variation(class_images(learned, Regularization(total_variation=40))) < total_variation(plain) / 2
+    ).all()
 
 
 def test_with_jitter_the_class_is_found_in_other_places_too(learned: CNN) -> None:
@@ -60,7 +62,7 @@ def test_with_jitter_the_class_is_found_in_other_places_too(learned: CNN) -> Non
         ]
         return torch.stack(places).mean()
 
-    assert moved(made(learned, Regularization(jitter=2))) > moved(made(learned))
+    assert moved(class_images(learned, Regularization(jitter=2))) > moved(class_images(learned))
 
 
 def test_total_variation_is_the_mean_square_of_the_differences() -> None:
@@ -72,8 +74,8 @@ def test_threads_change_no_bit(learned: CNN) -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(made(learned, Regularization(total_variation=20, jitter=1), Ascent(20, 0.1, 0.1, 0)))
+        found.append(class_images(learned, Regularization(total_variation=20, jitter=1), Ascent(20, 0.1, 0.1, 0)))
     assert torch.equal(*found)
     assert not torch.equal(
-        found[0], made(learned, Regularization(total_variation=20, jitter=1), Ascent(20, 0.1, 0.1, seed=1))
+        found[0], class_images(learned, Regularization(total_variation=20, jitter=1), Ascent(20, 0.1, 0.1, seed=1))
     )

@@ -85,7 +85,7 @@ def test_a_network_that_does_not_fit_is_not_tried_again(one: Workers) -> None:
     ((trial, message),) = until_ended(one)
     assert trial == 1
     assert isinstance(message, Failed)
-    assert "block 2's filter (15 x 15) is larger than" in message.reason
+    assert "block 2 does not fit the 7 x 7 pixels" in message.reason
     assert not message.retry
 
 
