@@ -1,13 +1,25 @@
-"""What params.yaml says, carried out."""
+"""The network and its training as params.yaml describes them."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import UserError
-from pipeline.params import read_params
+from pipeline.model.augment import AUGMENTATIONS
+from pipeline.model.training import LOSSES, OPTIMIZERS, SCHEDULES
+from pipeline.params import Train, read_params
+
+
+@pytest.mark.parametrize(("name", "table"), [("loss", LOSSES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)])
+def test_what_params_yaml_may_name_is_there(name: str, table: dict[str, object]) -> None:
+    assert set(get_args(Train.model_fields[name].annotation)) == set(table)
+
+
+def test_each_augmentation_has_a_parameter_that_switches_it_off() -> None:
+    assert {name: getattr(Train(), name) for name in AUGMENTATIONS} == dict.fromkeys(AUGMENTATIONS, 0)
 
 
 @pytest.mark.parametrize(("batch_size", "images"), [(256, 257), (1, 20)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.explain.corruptions import moved
-from pipeline.model.cnn import CNN, Architecture, as_input, layers
+from pipeline.model.cnn import CNN, Architecture, as_input, layer_names, layers
 from pipeline.model.layers import Pooling
 
 CHUNK = 250  # images at a time
@@ -44,13 +44,12 @@ def use_of_first_filters(cnn: CNN, images: Tensor) -> Tensor:
 @torch.no_grad()
 def feature_maps(cnn: CNN, images: Tensor) -> list[FeatureMaps]:
     """The maps of images (N, H, W, C) after each convolution with its ReLU and after each pooling."""
-    found, maps = [], as_input(images)
-    for index, block in enumerate(cnn.eval().block_list()):
-        suffix = f"_{index}" if index else ""
+    found, maps, names = [], as_input(images), layer_names(cnn)
+    for block in cnn.eval().block_list():
         maps = block.before("pooling", maps)
-        found.append(FeatureMaps(f"conv2d{suffix}", maps))
+        found.append(FeatureMaps(names[block.convolution], maps))
         maps = block.pooling(maps)
-        found.append(FeatureMaps(f"{block.pooling.kind}_pooling2d{suffix}", maps))
+        found.append(FeatureMaps(names[block.pooling], maps))
     return found
 
 

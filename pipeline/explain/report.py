@@ -17,7 +17,7 @@ from pipeline.explain.report_inputs import ReportInputs
 from pipeline.figures import canvas, curves, network, scores
 from pipeline.figures.network import Heatmap
 from pipeline.model import metrics
-from pipeline.model.cnn import CNN, as_input, layers
+from pipeline.model.cnn import CNN, as_input, layer_names
 
 Rows = list[dict[str, object]]
 MAX_POINTS = 1000  # images drawn as points, besides the mistakes; more would hide each other
@@ -75,7 +75,7 @@ def _filter_images(inputs: ReportInputs) -> Figure:
 
 
 def _last_convolution(cnn: CNN) -> str:
-    return [layer.name for layer in layers(cnn.architecture) if layer.name.startswith("conv2d")][-1]
+    return layer_names(cnn)[cnn.block_list()[-1].convolution]
 
 
 def _explanations(inputs: ReportInputs) -> Figure:

@@ -190,26 +190,32 @@ def layers(architecture: Architecture) -> tuple[Layer, ...]:
     """
     with torch.device("meta"):  # shapes alone, no data
         cnn = CNN(architecture, None).eval()
-        rows, named = list[Layer](), Counter[str]()
+        names, rows = layer_names(cnn), list[Layer]()
 
         def add_row(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            name = _layer_name(layer)
-            suffix = f"_{named[name]}" if named[name] else ""
-            named[name] += 1
             shape = output.permute(0, 2, 3, 1).shape[1:] if output.dim() == 4 else output.shape[1:]
             parameters = sum(parameter.numel() for parameter in layer.parameters())
-            rows.append(Layer(name + suffix, tuple(shape), parameters, _multiply_adds(layer, output)))
+            rows.append(Layer(names[layer], tuple(shape), parameters, _multiply_adds(layer, output)))
 
-        for layer in cnn.modules():
-            if not list(layer.children()) and not isinstance(layer, nn.ReLU):
-                layer.register_forward_hook(add_row)
+        for layer in names:
+            layer.register_forward_hook(add_row)
         height, width, channels = architecture.image_shape
         cnn.head(cnn.blocks(torch.empty(1, channels, height, width)))
     return tuple(rows)
 
 
-def _layer_name(layer: nn.Module) -> str:
-    """As in Keras's summaries."""
+def layer_names(cnn: CNN) -> dict[nn.Module, str]:
+    """The name of each layer but the activations, as Keras gives them in its summaries: conv2d, conv2d_1 ..."""
+    counts, names = Counter[str](), dict[nn.Module, str]()
+    for layer in cnn.modules():
+        if not list(layer.children()) and not isinstance(layer, nn.ReLU):
+            kind = _kind(layer)
+            names[layer] = f"{kind}_{counts[kind]}" if counts[kind] else kind
+            counts[kind] += 1
+    return names
+
+
+def _kind(layer: nn.Module) -> str:
     if isinstance(layer, Pooling):
         return f"{layer.kind}_pooling2d"
     known = {nn.Conv2d: "conv2d", nn.BatchNorm2d: "batch_norm", nn.Linear: "dense"}
