@@ -72,11 +72,11 @@ def test_digits_that_no_data_set_has_seen_come_out_right(tmp_path: Path) -> None
 
 
 def test_what_the_network_takes_for_a_class_looks_like_one() -> None:
-    """Images that it made are sure to it, smooth where that was wished, and like real ones of their class."""
+    """Images made to excite a class are classified with confidence, smooth if asked for, and like real ones of it."""
     with (CLONE / "reports/plots/class_images.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert len(rows) == 5 * 10
     assert all(float(row["probability"]) > 0.99 for row in rows)
     rough = [sum(float(row["total_variation"]) for row in rows[start : start + 10]) for start in range(0, 50, 10)]
-    assert min(rough[:2]) > max(rough[2:])  # left to itself, or with few bright pixels; and the smooth ones
+    assert min(rough[:2]) > max(rough[2:])  # without a penalty on edges, and with one
     assert sum(row["nearest"] == row["class"] for row in rows[-10:]) >= 8
