@@ -236,6 +236,7 @@ def tracking_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", *command],
         cwd=folder,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # else it starts seven more processes
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -328,7 +328,7 @@ def test_values_that_were_tried_are_answered_from_history(study_folder: Path) ->
 @pytest.mark.parametrize(
     ("knob", "choices", "part"),
     [
-        ("model.kernel_size", [14, 15], "block 2's filter"),
+        ("model.kernel_size", [14, 15], "block 2 does not fit"),
         ("train.learning_rate", [1e6, 1e7], "the training loss is"),
     ],
 )
