@@ -40,6 +40,13 @@ EXAMPLES = {
     "data set": Example("A data set of your own", ("pipeline/data/sources.py",), {"data.dataset": "own"}),
     "loss": Example("Focal loss", ("pipeline/model/training.py", *PARAMETERS), {"train.loss": "focal"}),
 }
+OURS = (
+    "tests/test_params.py",
+    "tests/test_house.py",
+    "tests/test_recipe.py",
+    "tests/model/test_cnn.py",
+    "tests/model/test_augment.py",
+)
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -100,7 +107,7 @@ def test_all_apply_one_after_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_our_own_tests_pass_with_all_of_them(tmp_path: Path) -> None:
-    run_tests(copy_with(tmp_path / "copy", *EXAMPLES), "tests/test_params.py", "tests/test_house.py", "tests/model")
+    run_tests(copy_with(tmp_path / "copy", *EXAMPLES), *OURS)
 
 
 def repro(folder: Path, parameters: dict[str, object]) -> str:
