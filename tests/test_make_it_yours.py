@@ -40,12 +40,6 @@ EXAMPLES = {
     "data set": Example("A data set of your own", ("pipeline/data/sources.py",), {"data.dataset": "own"}),
     "loss": Example("Focal loss", ("pipeline/model/training.py", *PARAMETERS), {"train.loss": "focal"}),
 }
-    "tests/test_params.py",
-    "tests/test_house.py",
-    "tests/test_recipe.py",
-    "tests/model/test_cnn.py",
-    "tests/model/test_augment.py",
-)
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
 
