@@ -28,17 +28,23 @@ class Example:
     title: str
     allowed: tuple[str, ...]
     parameters: dict[str, object] = field(default_factory=dict)
+    until: str = "visualize"  # the last stage that shows it
 
 
 EXAMPLES = {
     "augmentation": Example(
-        "A rotation augmentation", ("pipeline/model/augment.py", *PARAMETERS), {"train.max_rotation": 30.0}
+        "A rotation augmentation",
+        ("pipeline/model/augment.py", *PARAMETERS),
+        {"train.max_rotation": 30.0},
+        until="evaluate",
     ),
     "block": Example("A residual block", ("pipeline/model/cnn.py", *PARAMETERS), {"model.residual": True}),
-    "metric": Example("Top-2 accuracy", ("pipeline/model/metrics.py", "pipeline/results.py")),
+    "metric": Example("Top-2 accuracy", ("pipeline/model/metrics.py", "pipeline/results.py"), until="evaluate"),
     "figure": Example("A figure", ("pipeline/figures/scores.py", "pipeline/explain/report.py")),
     "data set": Example("A data set of your own", ("pipeline/data/sources.py",), {"data.dataset": "own"}),
-    "loss": Example("Focal loss", ("pipeline/model/training.py", *PARAMETERS), {"train.loss": "focal"}),
+    "loss": Example(
+        "Focal loss", ("pipeline/model/training.py", *PARAMETERS), {"train.loss": "focal"}, until="evaluate"
+    ),
 }
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
@@ -99,15 +105,15 @@ def test_their_tests_and_ours_pass_with_all_of_them(tmp_path: Path) -> None:
     run_tests(folder, *theirs, "tests/test_params.py", "tests/test_recipe.py", "tests/model/test_augment.py")
 
 
-def repro(folder: Path, parameters: dict[str, object]) -> str:
-    """What `dvc repro` prints with these values in the committed params.yaml."""
+def repro(folder: Path, parameters: dict[str, object], until: str) -> str:
+    """What `dvc repro` prints with these values in the committed params.yaml, up to a stage."""
     values = json.dumps(ONE_EPOCH | parameters)
     code = (
         "import json, sys; from pathlib import Path; from pipeline.params import with_values; "
         "path = Path('params.yaml'); path.write_text(with_values(path.read_text(), json.loads(sys.argv[1])))"
     )
     succeed(sys.executable, "-c", code, values, folder=folder)  # the copy's params.py knows the new parameter
-    return succeed("dvc", "repro", folder=folder)
+    return succeed("dvc", "repro", until, folder=folder)
 
 
 def training_loss(folder: Path) -> float:
@@ -168,7 +174,7 @@ def write_pictures(folder: Path, digits: LabelledImages) -> None:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy in which `dvc repro` ran with none of the changes."""
     folder = copy_with(tmp_path_factory.mktemp("published") / "copy")
-    repro(folder, {})
+    repro(folder, {}, "evaluate")
     return folder
 
 
@@ -177,4 +183,4 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dvc_repro_shows_it(name: str, tmp_path: Path, published: Path, digits: dict[str, LabelledImages]) -> None:
     folder = copy_with(tmp_path / "copy", name)
     write_pictures(folder / "data/own", digits["train"])
-    SHOWS[name](folder, repro(folder, EXAMPLES[name].parameters), published)
+    SHOWS[name](folder, repro(folder, EXAMPLES[name].parameters, EXAMPLES[name].until), published)
