@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -121,8 +122,8 @@ def training_loss(folder: Path) -> float:
     return float(epoch["train_loss"])
 
 
-def metrics(folder: Path) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads((folder / files.METRICS).read_text())
+def metrics(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / files.METRICS).read_text())
     return found
 
 
@@ -133,7 +134,7 @@ def shows_another_loss(folder: Path, printed: str, published: Path) -> None:
 def shows_the_layer(folder: Path, printed: str, published: Path) -> None:
     rows = [line.split()[0] for line in printed.splitlines() if line.startswith("conv2d")]
     assert rows == ["conv2d", "conv2d_1", "conv2d_2", "conv2d_3"]
-    assert metrics(folder)["parameters"] > metrics(published)["parameters"]  # type: ignore[operator]
+    assert metrics(folder)["parameters"] > metrics(published)["parameters"]
 
 
 def shows_the_metric(folder: Path, printed: str, published: Path) -> None:
@@ -149,7 +150,7 @@ def shows_the_figure(folder: Path, printed: str, published: Path) -> None:
 
 
 def shows_the_classes(folder: Path, printed: str, published: Path) -> None:
-    assert set(metrics(folder)["test"]["per_class"]) == {"one", "seven", "zero"}  # type: ignore[call-overload]
+    assert set(metrics(folder)["test"]["per_class"]) == {"one", "seven", "zero"}
 
 
 SHOWS: dict[str, Callable[[Path, str, Path], None]] = {
