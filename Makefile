@@ -19,24 +19,24 @@ $(INSTALLED): requirements.lock
 	$(ACTIVATE) && python -m pip install --disable-pip-version-check --requirement requirements.lock
 	touch "$@"
 
-setup: $(INSTALLED)  ## create .venv and install what requirements.lock lists
+setup: $(INSTALLED)  ## create .venv and install the packages in requirements.lock
 
 repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visualize
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
-# Two processes, each with whole test files, so that what the tests of a file share is made once. Idle threads of PyTorch
+# Two processes, each running whole test files, so that the fixtures of a file are created once. PyTorch's idle threads
 # must sleep, or those of one process take the cores from the other.
-IN_TWO := OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile
 
 test: $(INSTALLED)  ## run the test suite without the slow tests: real DVC, MLflow and digits, no network
-	$(ACTIVATE) && $(IN_TWO) -m 'not slow' $(ARGS)
+	$(ACTIVATE) && $(PYTEST) -m 'not slow' $(ARGS)
 
 slow: $(INSTALLED)  ## run the slow tests
-	$(ACTIVATE) && $(IN_TWO) -m slow $(ARGS)
+	$(ACTIVATE) && $(PYTEST) -m slow $(ARGS)
 
 faults: $(INSTALLED)  ## run the tests that cause real faults: signals, full disks, closed ports, damaged files
-	$(ACTIVATE) && $(IN_TWO) -m faults $(ARGS)
+	$(ACTIVATE) && $(PYTEST) -m faults $(ARGS)
 
 browser: $(INSTALLED)  ## run the tests that open MLflow's pages in Chromium, which must be installed
 	$(ACTIVATE) && python -m pytest -m browser $(ARGS)
@@ -44,13 +44,13 @@ browser: $(INSTALLED)  ## run the tests that open MLflow's pages in Chromium, wh
 kill-test: $(INSTALLED)  ## kill `dvc repro` at 40 random moments, half an hour; writes docs/reliability.md
 	$(ACTIVATE) && python -m bench.kill_test $(ARGS)
 
-verify: $(INSTALLED)  ## build everything twice from nothing and compare, also with dvc.lock
+verify: $(INSTALLED)  ## run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock
 	$(ACTIVATE) && exec python -m pipeline.verify
 
-doctor: $(INSTALLED)  ## check everything here, and say how to mend it
+doctor: $(INSTALLED)  ## check this repository, and say how to fix what is wrong
 	$(ACTIVATE) && python -m pipeline.doctor
 
-audit: $(INSTALLED)  ## look for known vulnerabilities in what requirements.lock lists; needs a network
+audit: $(INSTALLED)  ## check the packages in requirements.lock for known vulnerabilities; needs a network
 	$(ACTIVATE) && python .ci/audit.py $(ARGS)
 
 lint: $(INSTALLED)  ## check style and types with ruff and mypy
@@ -69,7 +69,7 @@ serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this ma
 # The measurements write bench/*.json, and the page that shows them.
 WRITE_PAGE := python -m bench.benchmarks_page
 
-seeds: $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and deviation of its test accuracy
+seeds: $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and standard deviation of the test accuracy
 	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS) && $(WRITE_PAGE)
 
 pooling: $(INSTALLED)  ## compare pooling and no pooling on shifted images; half an hour
@@ -78,7 +78,7 @@ pooling: $(INSTALLED)  ## compare pooling and no pooling on shifted images; half
 overhead: $(INSTALLED)  ## measure the overhead of live images and checkpoints; five minutes
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.overhead $(ARGS) && $(WRITE_PAGE)
 
-# Keras has an environment of its own; Lightning is in a folder and uses the PyTorch of this project's environment.
+# Keras has its own environment; Lightning is installed into a folder and uses this project's PyTorch.
 bench/.keras/.installed: bench/requirements-keras.txt
 	$(PYTHON) -m venv bench/.keras
 	bench/.keras/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
@@ -89,7 +89,7 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 		--target bench/.lightning --requirement $<
 	touch "$@"
 
-# ARGS go to bench.speed; --quick times the epochs alone.
+# ARGS go to bench.speed; --quick times only the epochs.
 bench: bench-training $(if $(ARGS),,bench-tuning)  ## compare the speed of training and tuning with other tools; an hour with nothing else running
 
 bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## compare training with Keras, a DataLoader loop and Lightning

@@ -1,7 +1,7 @@
-"""Whether anything that requirements.lock names is known to be vulnerable, as the OSV database has it.
+"""Check the packages in requirements.lock for known vulnerabilities in the OSV database.
 
-pip-audit asks; this program adds what it lacks: an exception must have a reason, and a database that cannot be reached
-is said in one line. ``--if-reachable`` takes that for no failure, which is what a machine without a network needs.
+Runs pip-audit, and adds what it lacks: an accepted vulnerability must have a reason, and an unreachable database is
+reported in one line. With ``--if-reachable`` that is not a failure, for machines without a network.
 """
 
 import argparse
@@ -19,9 +19,9 @@ OSV = "https://api.osv.dev/v1/query"
 
 
 def main() -> None:
-    """Exit code 0: nothing is known. 1: something is, or could not be asked about."""
+    """Exit code 0: no known vulnerability. 1: there is one, or the database could not be reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--if-reachable", action="store_true", help="without a way to OSV, exit with 0")
+    parser.add_argument("--if-reachable", action="store_true", help="exit with 0 if OSV cannot be reached")
     parser.add_argument("--osv-url", default=OSV)
     parser.add_argument("--exceptions", type=Path, default=EXCEPTIONS)
     arguments = parser.parse_args()
@@ -40,20 +40,20 @@ def main() -> None:
 
 
 def out_of_reach(address: str) -> str:
-    """What keeps OSV from being asked, on one line; empty where it answers.
+    """Why OSV cannot be reached, on one line; empty if it can.
 
-    OSV speaks JSON and refuses an empty question with 400. A proxy, or the page where one logs in to a network, answers
-    in OSV's place with something else.
+    OSV speaks JSON and rejects an empty query with 400. A proxy or a network's login page returns something else in its
+    place.
     """
     try:
         status, body = answer(address)
     except (OSError, HTTPException) as error:
         return " ".join(f"{error}".split())
-    return "" if status in (200, 400) and is_json(body) else f"what answers there, with HTTP {status}, is not OSV"
+    return "" if status in (200, 400) and is_json(body) else f"the server there, with HTTP {status}, is not OSV"
 
 
 def answer(address: str) -> tuple[int, bytes]:
-    """Status and body of the answer to an empty question."""
+    """Status and body of the response to an empty query."""
     try:
         with urlopen(Request(address, data=b"{}"), timeout=10) as given:
             return given.status, given.read()

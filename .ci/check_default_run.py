@@ -1,4 +1,4 @@
-"""After `make repro` in ./convtrack: the figures are those of the published network, and its model serves others."""
+"""After `make repro` in ./convtrack: the metrics match the published network, and the model loads outside the clone."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The floor: how many operations an epoch needs, and how many a second this machine can do."""
+"""Lower bound: how many operations an epoch needs, and how many this machine can do per second."""
 
 import itertools
 import time
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from pipeline.data.splits import LabelledImages
 from pipeline.model.cnn import CNN, Architecture, as_input, layers
 
-SUSTAINED = 0.5  # seconds; a burst of milliseconds says nothing of an epoch
+SUSTAINED = 0.5  # seconds; a burst of milliseconds says nothing about an epoch
 
 
 def peak() -> float:
-    """Floating-point operations a second that this machine sustains in the fastest float32 product or convolution.
+    """Floating-point operations per second that this machine sustains in the fastest float32 product or convolution.
 
-    Of both, since a library that is slow on this processor must not make the share of the peak look better.
+    The faster of both, since a slow library must not make the share of the peak look better.
     """
     found: list[float] = []
     with torch.no_grad():
@@ -45,9 +45,9 @@ def needed_operations(
 ) -> int:
     """Floating-point operations of an epoch: two for each multiply-add that reaches a logit, and for its gradients.
 
-    Weights need as many on the way back as on the way forth, inputs too but for the images. All of a convolution's
-    gradients are counted, also those that pooling makes zero; or ``live`` ones alone, so many of an image in each
-    block.
+    The gradients of the weights take as many as the forward pass, and so do those of the inputs, except in the first
+    block. All of a convolution's gradients are counted, including those that pooling makes zero, or only the nonzero
+    ones: ``live`` per image in each block.
     """
     channels = [architecture.image_shape[2], *architecture.filters]
     forward, back = 0, 0.0
@@ -76,9 +76,9 @@ def _sides(architecture: Architecture) -> list[tuple[int, int]]:
 
 
 def live_gradients(cnn: CNN, some: LabelledImages, generator: torch.Generator) -> list[float]:
-    """How many of the values that each convolution makes of an image have a gradient that is not zero, while training.
+    """How many outputs of each convolution have a nonzero gradient, per image, during training.
 
-    PyTorch's own gradients of the plain network are counted, so no trick of this project's is taken at its word.
+    Counted from PyTorch's own gradients of the plain network, independently of this project's kernels.
     """
     made: list[Tensor] = []
 

@@ -38,7 +38,7 @@ def page() -> str:
     return f"""# Benchmarks
 
 The make targets below write this page from `bench/*.json`: do not edit it by hand. A figure with ± is a mean and a
-standard deviation over n seeds. Repeated timings are given as a median, with the least and the most.
+standard deviation over n seeds. Repeated timings are given as a median, with minimum and maximum.
 
 {_results()}
 {_speed()}
@@ -84,7 +84,7 @@ def _speed() -> str:
     every, needed = measured["gflop_an_epoch"].values()
     return f"""## Speed of the training
 
-{_table(("one epoch with its validation pass", "seconds: median (least ... most)", "peak memory"), rows)}
+{_table(("one epoch with its validation pass", "seconds: median (min ... max)", "peak memory"), rows)}
 
 ![Seconds for one epoch, as bars](speed.png)
 
@@ -93,16 +93,16 @@ def _speed() -> str:
 bfloat16 an epoch took {min(of_rounds):.2f} to {max(of_rounds):.2f} times as long as in float32. The memory is that of
 the largest process. `make bench-training ARGS=--quick` measures the epochs alone, in three minutes.
 
-Lightning and the `DataLoader` loops run with glibc told to keep freed memory (`MALLOC_TRIM_THRESHOLD_`). By default it
+Lightning and the `DataLoader` loops run with glibc set to keep freed memory (`MALLOC_TRIM_THRESHOLD_`). By default it
 returns the memory to the system at every step, and Lightning took 12.8 s instead of 10.0 s (two runs each).
 
-The measurement ends with these bounds, and fails where a figure misses one:
+The measurement fails if a figure misses one of these bounds:
 
 {_bounds(measured)}
 
-Ratios and shares are taken round by round. A whole process runs from its start to its end, with libraries, images and
-all epochs; its loops were compiled by an earlier run. MLflow's share is the time that it adds to a short stage on the
-packaged images, fifteen pairs, relative to a whole stage.
+Ratios and shares are computed within each round. The time of a whole process includes loading the libraries and the
+images; its loops were compiled by an earlier run. MLflow's share is the time that it adds to a short stage on the
+packaged images (fifteen pairs), relative to a whole stage.
 
 The float32 peak is what the machine sustains for half a second in the fastest matrix product or convolution:
 {peak:.0f} GFLOP/s. Counting all gradients, an epoch has {every:.0f} GFLOP, {100 * every / second / peak:.0f} % of that
@@ -113,22 +113,22 @@ peak; counting only gradients that are not zero, {needed:.0f} GFLOP, {100 * need
 ### Where the time is saved
 
 - **The images are one tensor of bytes.** A batch is a list of row numbers: no queue, no worker processes.
-- **What reaches no logit is not computed.** Pooling drops what does not fill a window: of each 28 x 28 image the
-  network sees 26 x 26.
-- **Data is touched once between two convolutions.** In the first block, convolution, pooling and ReLU are one loop that
-  reads bytes and writes pooled maps; in other blocks pooling and ReLU are one. The loops are
+- **Pixels that cannot reach a logit are skipped.** Pooling drops rows and columns that do not fill a window: of each
+  28 x 28 image the network sees 26 x 26.
+- **The operations of a block are fused.** In the first block, convolution, pooling and ReLU are one loop that reads
+  bytes and writes pooled maps; in other blocks pooling and ReLU are fused. The loops are
   [compiled by Numba](../pipeline/model/cpu_kernels.py) once, in a few seconds, and cached.
-- **Large convolutions take less than half the multiplications.** The four values of a pooling window need 16 products a
-  channel instead of 36 ([Winograd](../pipeline/model/cpu_kernels.py)), in float32 from 32 channels and filters on.
-  Figures of 24 November 2026 and before are without this.
-- **Zero gradients are skipped.** In each pooling window one value was taken and the others have gradient zero; with
-  ReLU and dropout, so have more than nine in ten values of the second convolution.
-- **Dropout and the dense layer are one loop**, instead of four small operations each way.
-- **A thread takes a part of the batch, not of each operation**: 64 images at a time. From batches of 128 on, one thread
-  and two give the same bits.
+- **Large convolutions take less than half the multiplications.** The four values of a pooling window need 16 products
+  per channel instead of 36 ([Winograd](../pipeline/model/cpu_kernels.py)), in float32 with at least 32 channels
+  and filters. Figures up to 24 November 2026 were measured without it.
+- **Zero gradients are skipped.** In each pooling window only the argmax has a gradient; with ReLU and dropout, more
+  than nine in ten outputs of the second convolution have gradient zero.
+- **Dropout and the dense layer are fused** into one loop each for the forward and the backward pass.
+- **Threads split the batch, not each operation**, into chunks of 64 images. With batches of 128 or more, one thread and
+  two give the same bits.
 
 A test compares logits and gradients with those of the plain network in float64: within 1e-5 in float32. In bfloat16 the
-logits are within 1e-2. Rounding changes which of two nearly equal values is the largest of its window, so there the
+logits are within 1e-2. Rounding can change which value of a window is the largest, so in bfloat16 the
 gradients are compared, within 1e-2, with those of a network that rounds at the same places.
 
 While batch normalisation is trained, a step needs the whole batch and uses PyTorch's own, slower operations. A GPU
@@ -140,8 +140,8 @@ def _short_recipes() -> str:
     studies, candidates, whole = _read("results")["studies"], _read("candidates"), _read("results")["whole_processes"]
     default = _read("seeds")["summary"]["test_loss"]["mean"]
     parts = []
-    for name, knobs, count in (("short", recipes.SHORT, 10), ("shortest", recipes.SHORTEST, 30)):
-        epochs = knobs["train.epochs"]
+    for name, overrides, count in (("short", recipes.SHORT, 10), ("shortest", recipes.SHORTEST, 30)):
+        epochs = overrides["train.epochs"]
         chosen = candidates[f"{epochs} epochs"]
         best = chosen["decided"][0]
         decided = _mean({"mean": best["validation_accuracy"], "deviation": best["deviation"]})
@@ -150,7 +150,7 @@ def _short_recipes() -> str:
 {_mean(studies[name]["test_accuracy"])} (n = {count}), test loss {studies[name]["test_loss"]["mean"]:.3f}.
 
 ```bash
-dvc exp run {_command(knobs)}
+dvc exp run {_command(overrides)}
 ```
 
 It is the best of {len(chosen["screened"])} candidates by validation accuracy, {decided} (n = {len(best["seeds"])}).
@@ -160,7 +160,7 @@ It is the best of {len(chosen["screened"])} candidates by validation accuracy, {
 {parts[0]}
 {parts[1]}
 The test images had no part in the choice. `python -m bench.choose` repeats it in half an hour;
-`bench/candidates.json` has all scores. Label smoothing makes the probabilities less sure than they could be: the test
+`bench/candidates.json` has all scores. Label smoothing lowers the confidence of the predictions: the test
 loss of the short recipe is {studies["short"]["test_loss"]["mean"]:.3f}, that of the default recipe {default:.3f}.
 Undo a recipe with `git restore . && dvc checkout --force`.
 """
@@ -176,7 +176,7 @@ def _tuning() -> str:
     ]
     return f"""## Tuning
 
-`make tune` took 29 minutes on MNIST: 50 trials, 28 of them pruned, then three finalists and the present values with
+`make tune` took 29 minutes on MNIST: 50 trials, 28 of them pruned, then three finalists and the current values with
 five seeds each. Its winner with the rest of the recipe as in `params.yaml` (`make seeds`), on test images that no trial
 had seen:
 
@@ -189,11 +189,11 @@ The difference is {_difference()}
 Speed: {measured["trials"]} trials of {measured["epochs"]} epochs, the same networks in all studies, which take turns
 (`make bench-tuning`, half an hour).
 
-{_table(("trials an hour", "median (least ... most)"), studies)}
+{_table(("trials per hour", "median (min ... max)"), studies)}
 
 {_bounds(measured)}
 
-The plain study makes {kept[0]:.0f} trials an hour when glibc is told to keep freed memory (one run). A second worker
+The plain study runs {kept[0]:.0f} trials per hour with glibc set to keep freed memory (one run). A second worker
 gains little here, since the two threads of one worker keep both cores busy too: in earlier rounds it was between 0.98
 and 1.09 times as fast.
 
@@ -229,8 +229,8 @@ def _pooling() -> str:
     ]
     return f"""## Pooling and shifted images
 
-The same recipe with other poolings and with none, {measured["seeds"]} seeds each (`make pooling`, half an hour):
-percent of the test images classified right after a shift to the right.
+The same recipe with other kinds of pooling and none, {measured["seeds"]} seeds each (`make pooling`, half an hour):
+percentage of the test images classified correctly after a shift to the right.
 
 {_table(("", "parameters", "0 pixels", "2 pixels", "4 pixels"), rows)}
 
@@ -311,8 +311,8 @@ def _difference() -> str:
     return f"{100 * gained:.2f} points, {gained / error:.1f} times its standard error."
 
 
-def _command(knobs: Mapping[str, object]) -> str:
-    words = [f"-S {word}" for word in recipes.as_words(knobs)]
+def _command(overrides: Mapping[str, object]) -> str:
+    words = [f"-S {word}" for word in recipes.as_words(overrides)]
     return " \\\n    ".join(" ".join(words[at : at + 3]) for at in range(0, len(words), 3))
 
 

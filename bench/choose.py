@@ -35,7 +35,7 @@ class Score:
 
 
 def candidates(epochs: int) -> list[dict[str, object]]:
-    """The candidates for the recipe of so many epochs, as changes to the published one."""
+    """The candidates for a recipe of ``epochs`` epochs, as changes to the published one."""
     common = {"train.epochs": epochs, "train.schedule": "one-cycle", "train.max_shift": 1}
     rates, dropouts, smoothings, sizes = (0.01, 0.015, 0.02), (0.1, 0.2), (0.0, 0.1), (64, 128)
     grid: list[dict[str, object]] = [
@@ -88,12 +88,12 @@ def _best_first(
     splits: tuple[LabelledImages, LabelledImages],
 ) -> list[Score]:
     scores = []
-    for knobs in choices:
-        params = recipes.published().changed(knobs)
+    for overrides in choices:
+        params = recipes.published().changed(overrides)
         reached = [recipes.fitted(seed, params, dataset, *splits)[1][-1].validation_accuracy for seed in seeds]
-        scores.append(Score(knobs, statistics.fmean(reached), statistics.stdev(reached), list(seeds)))
+        scores.append(Score(overrides, statistics.fmean(reached), statistics.stdev(reached), list(seeds)))
         mean, deviation = scores[-1].validation_accuracy, scores[-1].deviation
-        words = " ".join(recipes.as_words(knobs))
+        words = " ".join(recipes.as_words(overrides))
         print(f"{mean:.5f} +- {deviation:.5f}  n = {len(seeds)}  {words}", flush=True)
     return sorted(scores, key=lambda score: score.validation_accuracy, reverse=True)
 

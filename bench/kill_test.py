@@ -85,7 +85,7 @@ def main() -> None:
                 print(killed.as_row(len(rows)), flush=True)
     failed = [row for row in rows if not row.holds(model)]
     TABLE.write_text(_page(rows, seconds, model, version))
-    print(f"{len(rows) - len(failed)} of {len(rows)} kills cost nothing; {TABLE}")
+    print(f"{len(rows) - len(failed)} of {len(rows)} kills lost nothing; {TABLE}")
     sys.exit(bool(failed))
 
 
@@ -113,7 +113,7 @@ def _clear(clone: Path) -> None:
 
 
 def _kill(clone: Path, second: float) -> Killed | None:
-    """Kill `dvc repro` after so many seconds, and run it once more. None where it had ended by then."""
+    """Kill `dvc repro` after ``second`` seconds, and run it once more. None if it had ended by then."""
     command = [sys.executable, "-m", "dvc", "repro", "--verbose"]
     log = clone.parent / "log"
     with log.open("w") as output:
@@ -128,7 +128,7 @@ def _kill(clone: Path, second: float) -> Killed | None:
     if ended:
         return None
     done = _repro(clone)
-    # Under a new name each time: for a known name mlflow would go on reading the file of the kill before.
+    # A new name each time: for a known name mlflow would keep reading the earlier file.
     store = shutil.copy(clone / "mlflow.db", clone.parent / f"{time.time_ns()}.db")
     mlflow.set_tracking_uri(f"sqlite:///{store}")
     found = mlflow.search_runs(search_all_experiments=True, output_format="list")
@@ -155,12 +155,12 @@ def _page(rows: list[Killed], seconds: float, model: str, version: str) -> str:
     where = ", ".join(f"{count} in {stage}" for stage, count in at.items())
     lines = "\n".join(row.as_row(number) for number, row in enumerate(rows, 1))
     facts = machine()
-    return f"""# Reliability: what a kill costs
+    return f"""# Reliability: results of the kill test
 
 `make kill-test` runs `dvc repro` in a clone (mnist-5k, the published recipe for {EPOCHS} epochs, {seconds:.0f} s),
 kills it with all its processes by SIGKILL at a random moment, and runs `dvc repro` once more. {whole} of {len(rows)}
-kills cost nothing: the same model, exactly one finished run for it, no run left open, a champion in the registry. They
-came {where}.
+kills lost nothing: the same model, exactly one finished run for it, no run left open, a champion in the registry.
+Kills by stage: {where}.
 
 | # | second | killed in | model | runs afterwards | champion |
 |---|---|---|---|---|---|

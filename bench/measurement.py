@@ -1,4 +1,4 @@
-"""How things are measured: a process with its seconds and its memory, the machine and the code, the bounds to keep."""
+"""How things are measured: time and memory of a process, the machine and the code, and the required bounds."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class Bound:
-    """A figure and the bound it must keep; ``low`` where less is better."""
+    """A figure and its bound; ``low`` if less is better."""
 
     what: str
     figures: tuple[float, ...]  # their median counts

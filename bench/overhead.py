@@ -41,8 +41,8 @@ MOST = 2  # per cent
 class Timed:
     """Seconds from the end of one epoch to the end of the next.
 
-    All of them; those that the training waited for what is done this ``way``; and those of processor time in the thread
-    that sends to MLflow.
+    In total; of waiting for the live images or the checkpoint; and of processor time in the thread that sends to
+    MLflow.
     """
 
     way: str
@@ -54,7 +54,7 @@ class Timed:
 def main() -> None:
     """Train, print the figures, write the output; exit 1 where one is too large."""
     arguments = _arguments()
-    params = read_params().changed(recipes.from_words(arguments.knobs))
+    params = read_params().changed(recipes.from_words(arguments.overrides))
     dataset = read_dataset()
     device = recipe.device_for(params)
     train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
@@ -68,20 +68,20 @@ def main() -> None:
         mean_longer, error = _mean_and_error(longer(epochs, way))
         print(f"  such epochs took {mean_longer:.2f} % +- {error:.2f} longer than the bare epochs before and after")
         bounds.append(Bound(f"{way} after each epoch", (mean,), MOST, 0, "%", low=True))
-    facts = {"dataset": dataset.name, "knobs": arguments.knobs} | origin()
-    told = {"epochs": [asdict(each) for each in epochs], "bounds": [bound.as_row() for bound in bounds]}
-    files.write_json(arguments.output, facts | told)
+    facts = {"dataset": dataset.name, "knobs": arguments.overrides} | origin()
+    results = {"epochs": [asdict(each) for each in epochs], "bounds": [bound.as_row() for bound in bounds]}
+    files.write_json(arguments.output, facts | results)
     conclude(bounds)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The time that checkpoints and live images take of an epoch.")
-    parser.add_argument("--times", type=int, default=20, help="how often each; 2 or more (default: %(default)s)")
+    parser.add_argument("--times", type=int, default=20, help="repetitions of each; at least 2 (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("bench/overhead.json"), help="(default: %(default)s)")
-    parser.add_argument("knobs", nargs="*", metavar="parameter=value", help="other values for some parameters")
+    parser.add_argument("overrides", nargs="*", metavar="parameter=value", help="other values for some parameters")
     arguments = parser.parse_args()
     if arguments.times < 2:
-        parser.error("an error needs 2 times or more")
+        parser.error("a standard error needs at least 2 repetitions")
     arguments.output = arguments.output.resolve()
     return arguments
 
@@ -89,9 +89,9 @@ def _arguments() -> argparse.Namespace:
 def _epochs(
     params: Params, dataset: Dataset, train: LabelledImages, validation: LabelledImages, times: int
 ) -> list[Timed]:
-    """A TURN so many times, and a bare epoch, so that each has a bare one after it.
+    """TURN repeated ``times`` times, and a final bare epoch, so that each has a bare one after it.
 
-    The epoch before them, in which things are set up, is left out.
+    The first epoch, which includes set-up, is left out.
     """
     count = len(TURN) * times + 1
     params = params.changed({"train.epochs": count + 1})

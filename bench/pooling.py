@@ -54,13 +54,13 @@ class Kind(NamedTuple):
 def main() -> None:
     """Train each kind once a seed, print a line each, write the output and its picture."""
     arguments = _arguments()
-    params = read_params().changed(recipes.from_words(arguments.knobs))
+    params = read_params().changed(recipes.from_words(arguments.overrides))
     dataset = read_dataset()
     device = recipe.device_for(params)
     train, validation, test = (read_split(dataset, name).to(device) for name in (TRAIN, VALIDATION, TEST))
     found: dict[str, Kind] = {}
-    for kind, knobs in KINDS.items():
-        of_kind = params.changed(knobs)
+    for kind, overrides in KINDS.items():
+        of_kind = params.changed(overrides)
         rows = []
         for seed in range(arguments.seeds):
             cnn, _ = recipes.fitted(seed, of_kind, dataset, train, validation)
@@ -68,7 +68,7 @@ def main() -> None:
             rows.append([metrics.accuracy(metrics.predict_logits(cnn, images), test.labels) for images in shifted])
             print(f"{kind}, seed {seed}: {'  '.join(f'{accuracy:.4f}' for accuracy in rows[-1])}", flush=True)
         found[kind] = Kind(parameter_count(recipe.architecture(of_kind, dataset)), rows)
-    facts = {"dataset": dataset.name, "knobs": arguments.knobs, "seeds": arguments.seeds}
+    facts = {"dataset": dataset.name, "knobs": arguments.overrides, "seeds": arguments.seeds}
     facts |= origin()
     kinds = {
         kind: {"parameters": each.parameters, "mean": each.means, "deviation": each.deviations, "rows": each.rows}
@@ -100,14 +100,14 @@ def write_picture(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy against shift, with and without pooling.")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from seed 0 on; 2 or more (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on; at least 2 (default: 5)")
     parser.add_argument("--output", type=Path, default=Path("bench/pooling.json"), help="(default: %(default)s)")
     picture = Path("docs/accuracy_after_shifts.png")
     parser.add_argument("--picture", type=Path, default=picture, help="(default: %(default)s)")
-    parser.add_argument("knobs", nargs="*", metavar="parameter=value", help="other values for some parameters")
+    parser.add_argument("overrides", nargs="*", metavar="parameter=value", help="other values for some parameters")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
-        parser.error("a deviation needs 2 seeds or more")
+        parser.error("a standard deviation needs at least 2 seeds")
     return arguments
 
 

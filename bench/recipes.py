@@ -36,9 +36,9 @@ def as_yaml(values: Mapping[str, object]) -> str:
     return with_values("", {**Params().model_dump(mode="json"), **values})
 
 
-def as_words(knobs: Mapping[str, object]) -> list[str]:
+def as_words(overrides: Mapping[str, object]) -> list[str]:
     """Parameters as `dvc exp run -S` and the programs here take them: ``path=value``."""
-    return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in knobs.items()]
+    return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in overrides.items()]
 
 
 def from_words(words: Iterable[str]) -> dict[str, object]:

@@ -19,18 +19,18 @@ from pipeline.errors import Fault, UserError
 
 KERAS_PYTHON, LIGHTNING = Path("bench/.keras/bin/python"), Path("bench/.lightning")
 KERAS_EPOCHS = 15  # of the published recipe
-LEAST_ACCURACY = 0.97  # after two epochs; one that does not learn does not do the same work
+MIN_ACCURACY = 0.97  # after two epochs; one that does not learn does not do the same work
 # At every step of a DataLoader loop glibc returns thousands of pages to the system and asks for them again, which costs
 # up to a third of its speed. Keras and this project reuse their memory, and are not faster with this.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 def read_images() -> tuple[LabelledImages, LabelledImages]:
-    """The training and validation images of MNIST; a UserError where others are prepared."""
+    """The training and validation images of MNIST. Raises UserError if other images are prepared."""
     dataset = read_dataset()
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
     if dataset.name != "mnist" or (len(train), len(validation)) != (54_000, 6_000):
-        raise UserError(f"the prepared images are {dataset.label}; the bounds are those of mnist")
+        raise UserError(f"the prepared images are {dataset.label}; the bounds are for mnist")
     return train, validation
 
 
@@ -58,10 +58,10 @@ class Contender:
         return measurement.run(self.command(data, epochs), Path.cwd(), PYTHONPATH=path, **self.environment)
 
 
-def ours(*knobs: str, copies: int = 1) -> Contender:
+def ours(*overrides: str, copies: int = 1) -> Contender:
     """This project; ``copies`` repeats the training images."""
     program = "bench.contenders.convtrack_fit"
-    return Contender(lambda _, epochs: [sys.executable, "-m", program, str(epochs), str(copies), *knobs])
+    return Contender(lambda _, epochs: [sys.executable, "-m", program, str(epochs), str(copies), *overrides])
 
 
 def usual(program: str, argument: str, **environment: str) -> Contender:
@@ -81,7 +81,7 @@ CONTENDERS = {  # in the order in which they take their turns
     "DataLoader loop, 2 workers": usual("dataloader_loop", "2", **KEEP_MEMORY),
     "Lightning": usual("lightning_loop", "0", **KEEP_MEMORY),
 }
-RACE = {  # and the epochs of each
+WHOLE_PROCESSES = {  # and the epochs of each
     "Keras, 15 epochs": (KERAS, KERAS_EPOCHS),
     "short recipe": (ours(*recipes.as_words(recipes.SHORT)), recipes.SHORT_EPOCHS[0]),
     "shortest recipe": (ours(*recipes.as_words(recipes.SHORTEST)), recipes.SHORT_EPOCHS[1]),
@@ -90,7 +90,7 @@ RACE = {  # and the epochs of each
 
 @dataclass(frozen=True)
 class Turn:
-    """One process: seconds of each epoch but the first, in which things are still set up, and its peak memory."""
+    """One process: seconds of each epoch except the first, which includes set-up, and its peak memory."""
 
     seconds: list[float]
     validation_accuracy: float
@@ -98,21 +98,21 @@ class Turn:
 
 
 def take_turn(contender: Contender, data: Path, epochs: int) -> Turn:
-    """Run a contender for one epoch more than asked for. Raises Fault where it does not learn."""
+    """Run a contender for one extra epoch, which is left out. Raises Fault if it does not learn."""
     done = contender.run(data, epochs + 1)
     turn = Turn([row["seconds"] for row in done.rows[1:]], done.rows[-1]["validation_accuracy"], done.peak_mb)
-    if turn.validation_accuracy < LEAST_ACCURACY:
+    if turn.validation_accuracy < MIN_ACCURACY:
         raise Fault(
             f"{contender.command(data, epochs)[2]} does not learn: validation accuracy {turn.validation_accuracy:.2%}"
         )
     return turn
 
 
-def race(data: Path, rounds: int) -> Mapping[str, list[float]]:
+def time_whole_processes(data: Path, rounds: int) -> Mapping[str, list[float]]:
     """Seconds from the start of a process to its end, round after round."""
-    seconds: dict[str, list[float]] = {name: [] for name in RACE}
+    seconds: dict[str, list[float]] = {name: [] for name in WHOLE_PROCESSES}
     for number in range(1, rounds + 1):
-        for name, (contender, epochs) in RACE.items():
+        for name, (contender, epochs) in WHOLE_PROCESSES.items():
             seconds[name].append(contender.run(data, epochs).seconds)
             print(f"round {number}  {name:<28}{seconds[name][-1]:.2f} s from start to end", flush=True)
     return seconds

@@ -23,7 +23,7 @@ _FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "fit_seconds")
 def main() -> None:
     """Train and score once for each seed, print a line each and the summary, write the output."""
     arguments = _arguments()
-    params = read_params(arguments.recipe).changed(recipes.from_words(arguments.knobs))
+    params = read_params(arguments.recipe).changed(recipes.from_words(arguments.overrides))
     dataset = read_dataset()
     device = training.set_up(params.train.device, params.train.threads, params.train.precision)
     splits = {name: read_split(dataset, name).to(device) for name in (TRAIN, VALIDATION, TEST)}
@@ -37,19 +37,19 @@ def main() -> None:
         print(f"{key}: mean {value['mean']:.5g}, deviation {value['deviation']:.2g}, n = {arguments.seeds}")
     files.write_json(
         arguments.output,
-        {"dataset": dataset.name, "knobs": arguments.knobs, **origin(), "summary": summary, "rows": rows},
+        {"dataset": dataset.name, "knobs": arguments.overrides, **origin(), "summary": summary, "rows": rows},
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Test accuracy and loss of a recipe over many seeds.")
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed 0 on; 2 or more (default: 10)")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0 on; at least 2 (default: 10)")
     parser.add_argument("--recipe", type=Path, default=PARAMS, help="a file like params.yaml (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("bench/seeds.json"), help="(default: %(default)s)")
-    parser.add_argument("knobs", nargs="*", metavar="parameter=value", help="other values for some parameters")
+    parser.add_argument("overrides", nargs="*", metavar="parameter=value", help="other values for some parameters")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
-        parser.error("a deviation needs 2 seeds or more")
+        parser.error("a standard deviation needs at least 2 seeds")
     return arguments
 
 

@@ -22,7 +22,7 @@ import torch
 
 from bench import arithmetic, measurement, recipes, rounds, stages
 from bench.measurement import Bound, conclude
-from bench.rounds import CONTENDERS, Turn, ours, race, take_turn
+from bench.rounds import CONTENDERS, Turn, ours, take_turn, time_whole_processes
 from pipeline import files
 from pipeline.data.splits import LabelledImages, read_dataset
 from pipeline.errors import UserError, run_command
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of one epoch, and only the bounds of an epoch")
     quick = parser.parse_args().quick
     if not quick and measurement.code().endswith("-dirty"):
-        raise UserError("some of what is measured runs in a clone: commit the changes first, or use --quick")
+        raise UserError("some measurements run in a clone: commit the changes first, or use --quick")
     count, epochs = (1, 1) if quick else (3, 2)
     train, validation = rounds.read_images()
     operations = operations_of_an_epoch(train, validation)
@@ -59,7 +59,7 @@ def main() -> None:
                 print(f"round {number}  {name:<28}{shown} s an epoch", flush=True)
         bounds = epoch_bounds(turns, peaks, operations["all gradients"])
         if not quick:
-            whole = race(data, count)
+            whole = time_whole_processes(data, count)
             studies["short"] = over_seeds(folder, recipes.SHORT, SEEDS["short"])
             studies["shortest"] = over_seeds(folder, recipes.SHORTEST, SEEDS["shortest"])
             bounds += recipe_bounds(studies, whole)
@@ -86,8 +86,8 @@ def main() -> None:
 
 def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) -> dict[str, int]:
     """Floating-point operations with all gradients, and with those alone that are not zero after an epoch."""
-    knobs = {"train.epochs": 1}
-    params = recipes.published().changed(knobs)
+    overrides = {"train.epochs": 1}
+    params = recipes.published().changed(overrides)
     cnn, _ = recipes.fitted(params.seed, params, read_dataset(), train, validation)
     live = arithmetic.live_gradients(cnn, train[:1000], torch.Generator().manual_seed(params.seed))
     counts = len(train), len(validation)
@@ -97,12 +97,12 @@ def operations_of_an_epoch(train: LabelledImages, validation: LabelledImages) ->
     }
 
 
-def over_seeds(folder: Path, knobs: Mapping[str, object], count: int) -> Study:
+def over_seeds(folder: Path, overrides: Mapping[str, object], count: int) -> Study:
     """Mean and deviation of the published recipe with other values for some parameters."""
     output, published = folder / "seeds.json", folder / "published.yaml"
     published.write_text(recipes.as_yaml({}))
     recipe = ("--recipe", str(published), "--output", str(output), "--seeds", str(count))
-    measurement.run([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(knobs)], Path.cwd())
+    measurement.run([sys.executable, "-m", "bench.seeds", *recipe, *recipes.as_words(overrides)], Path.cwd())
     summary: Study = json.loads(output.read_text())["summary"]
     return summary
 

@@ -1,4 +1,4 @@
-"""Whole stages: what they take besides the epochs."""
+"""Whole stages: their time besides the epochs."""
 
 import statistics
 import subprocess
@@ -18,8 +18,8 @@ from pipeline.tracking import store
 SHORT_PAIRS = 5  # a round
 
 
-def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
-    """A repository with the published recipe, changed by ``knobs``, its prepared images and a tracking store.
+def workspace(folder: Path, overrides: Mapping[str, object]) -> Path:
+    """A repository with the published recipe, changed by ``overrides``, its prepared images and a tracking store.
 
     The store exists already, as it does in all runs but the first.
     """
@@ -27,7 +27,7 @@ def workspace(folder: Path, knobs: Mapping[str, object]) -> Path:
     commit = ["-c", "user.name=bench", "-c", "user.email=", "commit", "--quiet", "--allow-empty", "--message=empty"]
     for words in (["init", "--quiet"], commit):  # a run is tagged with the commit
         subprocess.run(["git", *words], cwd=folder, check=True)
-    (folder / "params.yaml").write_text(recipes.as_yaml(knobs))
+    (folder / "params.yaml").write_text(recipes.as_yaml(overrides))
     mirror = files.raw_folder() / read_dataset().name
     in_folder(folder, "-m", "pipeline.prepare", PIPELINE_DATA_MIRROR=str(mirror.resolve()))
     in_folder(folder, "-c", "from pipeline.tracking import store; store.connect()")

@@ -1,4 +1,4 @@
-"""How many trials an hour the tuning study makes, compared with a plain Optuna study: `make bench-tuning`.
+"""How many trials per hour the tuning study runs, compared with a plain Optuna study: `make bench-tuning`.
 
     python -m bench.tuning
 
@@ -57,8 +57,8 @@ def main() -> None:
 def our_study(folder: Path, workers: int) -> tuple[float, list[Values]]:
     """Seconds from the start of the first trial to the end of the last, and the values of the trials."""
     # The sampler chooses so few trials before it looks at any result: all studies try the same values.
-    knobs = {"tune.epochs": EPOCHS, "tune.finalists": 1, "tune.seeds": 2}
-    stages.workspace(folder, knobs)
+    overrides = {"tune.epochs": EPOCHS, "tune.finalists": 1, "tune.seeds": 2}
+    stages.workspace(folder, overrides)
     stages.in_folder(folder, "-m", "pipeline.tune", "--trials", str(TRIALS), "--workers", str(workers))
     storage = JournalStorage(Journal(str((folder / JOURNAL).resolve())))
     done = optuna.load_study(study_name="convtrack", storage=storage).get_trials()

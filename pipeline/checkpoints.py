@@ -1,4 +1,4 @@
-"""The checkpoints of trainings on disk: saved while one runs, found where it was interrupted, removed when it ends."""
+"""Checkpoints of trainings on disk: saved during training, found again after an interruption, removed at the end."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from pipeline.model.training import Epoch
 from pipeline.params import Params
 
 SUFFIX = ".checkpoint"
-LONGEST_KEPT = 30 * 24 * 3600  # seconds without a change, after which another training removes a checkpoint
+MAX_AGE = 30 * 24 * 3600  # seconds without a change, after which another training removes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def paths() -> list[Path]:
 
 
 def save(fingerprint: str, reached: Checkpoint, history: Sequence[Epoch], run_id: str) -> None:
-    """Replace the training's checkpoint, whole or not at all."""
+    """Replace the training's checkpoint atomically."""
     facts = {"history": [asdict(epoch) for epoch in history], "run_id": run_id}
     files.write(_path(fingerprint), checkpoint.to_bytes(reached, facts))
 
@@ -81,7 +81,7 @@ def remove(fingerprint: str) -> None:
     _path(fingerprint).unlink(missing_ok=True)
     for path in paths():
         with suppress(FileNotFoundError):  # another training may remove it at the same time
-            if time.time() - path.stat().st_mtime > LONGEST_KEPT:
+            if time.time() - path.stat().st_mtime > MAX_AGE:
                 path.unlink()
 
 

@@ -1,9 +1,9 @@
-"""Check everything that can be wrong in this repository, and say how to mend it.
+"""Check this repository for problems, and say how to fix them.
 
     python -m pipeline.doctor
 
-A line for each check, whatever the others find. Nothing is changed, except that an MLflow server or PostgreSQL gets the
-empty experiment where it has none. Exits 1 where something is wrong.
+Prints a line for each check. Nothing is changed, except that the experiment is created on an MLflow server or in
+PostgreSQL if it does not exist. Exits 1 if something is wrong.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 DAY = 24 * 3600
 INSTALL = "`rm .venv/.installed`, then `make setup`"
 EVALUATE = "`dvc repro -f -s evaluate`"
-WRITE = f"`dvc repro`, or {EVALUATE} where that has nothing to do"  # commands that write into the store
+WRITE = f"`dvc repro`, or {EVALUATE} if that has nothing to do"  # commands that write into the store
 
 
 class Problem(str):
-    """A line about something that is wrong, and how to mend it."""
+    """A line about something that is wrong, and how to fix it."""
 
 
-Lines = Iterator[str]  # of a check: each Problem that it finds; the last other line says what is there
+Lines = Iterator[str]  # of a check: the Problems found; if there are none, the last line describes what was checked
 
 
 def main() -> None:
@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def _errors_of(read: Callable[..., object], *arguments: object, damaged: str = "delete it") -> Lines:
-    """The error of a reader as a Problem. Most name the remedy; ``damaged`` is that for a file without a stage."""
+    """The error of a reader as a Problem. Most errors include the remedy; ``damaged`` is the remedy for other files."""
     try:
         read(*arguments)
     except (UserError, Fault) as error:
         yield Problem(error)
     except OSError as error:
-        yield Problem(f"{error.filename} cannot be read ({error.strerror}): make it a file that you may read")
+        yield Problem(f"{error.filename} cannot be read ({error.strerror}): check the file and its permissions")
     except (checkpoint.DamagedError, delivery.DamagedError) as error:
         yield Problem(f"{arguments[0]} is damaged ({error}): {damaged}")
 
@@ -90,7 +90,7 @@ def _downloads() -> Lines:
 
 def _images() -> Lines:
     if not files.PREPARED.joinpath("dataset.json").exists():
-        yield "none yet: `dvc repro` makes them"
+        yield "none yet: `dvc repro` creates them"
         return
     dataset = splits.read_dataset()
     for split in splits.SPLITS:
@@ -133,7 +133,7 @@ def _cache() -> Lines:
         elif md5.endswith(".dir"):
             copies += [(f"{path}/{each['relpath']}", each["md5"]) for each in json.loads(content)]
         checked += not md5.endswith(".dir")
-    yield f"{checked} files of these outputs" if checked else "none of these outputs"
+    yield f"{checked} cached files checked" if checked else "these outputs are not cached"
 
 
 def _read_cached(path: Path, md5: str) -> bytes | None:
@@ -154,13 +154,13 @@ def _checkpoints() -> Lines:
         yield "no interrupted training"
         return
     days = (time.time() - max(path.stat().st_mtime for path in paths)) / DAY
-    yield f"{len(paths)} interrupted, the last {days:.0f} days ago: `dvc repro` with its parameters continues it"
+    yield f"{len(paths)} interrupted, the last {days:.0f} days ago: `dvc repro` with the same parameters continues it"
 
 
 def _tracking() -> Lines:
     for path in delivery.undelivered():
         damaged = list(_errors_of(delivery.read, path))
-        yield from damaged or [Problem(f"{path} has updates for a run that MLflow did not get: {WRITE}; or delete it")]
+        yield from damaged or [Problem(f"{path} has updates that MLflow has not received: {WRITE}; or delete it")]
     if not _connect():
         yield f"none yet: {WRITE}"
         return
@@ -210,7 +210,7 @@ def _registry() -> Lines:
 
 
 def _champion_remedy(tags: Mapping[str, str]) -> str:
-    """A command that gives a whole champion: the same model registered again if it is here, else another version."""
+    """A command that restores a complete champion: register the same model again if it is here, else roll back."""
     if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == tags.get(runs.MODEL_SHA256):
         return EVALUATE
     version = promotion.fallback()

@@ -1,4 +1,4 @@
-"""How every command ends: an exit code and, where something went wrong, one line that says what and what to do."""
+"""How every command ends: an exit code and, after an error, one line that says what is wrong and what to do."""
 
 import gc
 import re
@@ -11,7 +11,7 @@ from typing import NoReturn
 NO_MEMORY = re.compile(
     r"(can't|cannot|could not) allocate|out of memory|not enough memory|bad_alloc|could not create a", re.I
 )
-LONGEST_SHOWN = 300  # characters of a name
+MAX_NAME_LENGTH = 300  # characters of a name
 
 
 class UserError(Exception):
@@ -39,7 +39,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _stop(1, "error: there is not enough memory: take a smaller train.batch_size or fewer filters, or make room")
+        _stop(1, "error: out of memory: use a smaller train.batch_size or fewer filters, or free some memory")
     except KeyboardInterrupt:
         _stop(130, "interrupted")
     finally:
@@ -48,7 +48,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also where PyTorch or oneDNN raises a RuntimeError that says so."""
+    """Including the RuntimeErrors that PyTorch and oneDNN raise for it."""
     return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
@@ -58,9 +58,9 @@ def without_password(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A name from outside, for a message: on one line, escaped, and cut where it is too long."""
+    """An untrusted name, for a message: on one line, escaped, and truncated if it is too long."""
     printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    return printable if len(printable) <= LONGEST_SHOWN else f"{printable[:LONGEST_SHOWN]}..."
+    return printable if len(printable) <= MAX_NAME_LENGTH else f"{printable[:MAX_NAME_LENGTH]}..."
 
 
 def _stop(code: int, line: str) -> NoReturn:

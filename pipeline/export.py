@@ -40,7 +40,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.export", description="Write a registered model to a file that works without MLflow."
     )
-    parser.add_argument("--format", required=True, choices=WRITERS, help="ONNX, or a program of torch.export")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="ONNX, or pt2 for torch.export.load")
     parser.add_argument(
         "--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version (default: champion)"
     )

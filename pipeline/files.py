@@ -58,9 +58,9 @@ def runs_in_dvc() -> bool:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write ``path`` whole or not at all: no reader sees half a file, and a power failure leaves none.
+    """Write ``path`` atomically and durably: neither a reader nor a power failure ever sees half a file.
 
-    Raises Fault where it cannot be written; the older file then stays.
+    Raises Fault if it cannot be written; the older file is then kept.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
@@ -80,7 +80,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises Fault where nothing can be written into ``folder``: to be known before an hour of training, not after."""
+    """Raises Fault if ``folder`` is not writable: better before an hour of training than after it."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     probe = there / f".writable.{os.getpid()}"
     write(probe, b"")
@@ -88,9 +88,9 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raises Fault where ``folder`` has no room for ``size`` bytes: for libraries that fail badly on a full disk."""
+    """Raises Fault if ``folder`` has less than ``size`` bytes free: for libraries that crash on a full disk."""
     if shutil.disk_usage(folder).free < size:
-        raise Fault(f"{folder} has no room for {size:,} bytes: make room on that disk, then run again")
+        raise Fault(f"{folder} has less than {size:,} bytes free: make room on that disk, then run again")
 
 
 def _remove_leftovers(path: Path) -> None:

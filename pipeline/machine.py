@@ -17,7 +17,7 @@ FACTS = ("torch.version", "numba.version", "device", "cpu.capability", "cpu.thre
 
 
 def environment_tags(device: torch.device | None = None) -> dict[str, str]:
-    """The commit, the DVC experiment and the machine, as tags. What git or DVC does not give is left out.
+    """The commit, the DVC experiment and the machine, as tags. Values that git or DVC does not provide are left out.
 
     ``device`` is the one that a network is trained on, after training.set_up.
     """

@@ -1,6 +1,6 @@
 """Show where a registered model comes from and who was champion when, or roll back to an earlier champion.
 
-    python -m pipeline.models [MODEL]              where it comes from; would this checkout make it again?
+    python -m pipeline.models [MODEL]              where it comes from; would this checkout train it again?
     python -m pipeline.models [MODEL] --history    who was champion when, and why
     python -m pipeline.models [MODEL] --rollback   make MODEL the champion, by default the previous champion
 
@@ -56,15 +56,15 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", nargs="?", help="an alias, a version, NAME@alias or NAME/version (default: champion)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--history", action="store_true", help="who was champion when (UTC), and why")
-    action.add_argument("--rollback", action="store_true", help="make it champion; without MODEL the previous champion")
+    action.add_argument("--history", action="store_true", help="list the champions, with dates (UTC) and reasons")
+    action.add_argument("--rollback", action="store_true", help="make MODEL the champion (default: the previous one)")
     return parser.parse_args()
 
 
 def _facts(tags: Mapping[str, str]) -> dict[str, str]:
-    """What the tags of a version say, in words; "unknown" for those that it lacks."""
+    """The tags of a version as text; "unknown" for missing ones."""
     known = {key: tags.get(key, "unknown") for key in (*machine.FACTS, "git.commit", "gate.decision", "gate.reason")}
-    dirty = " and changes that were not committed" if tags.get("git.dirty") == "true" else ""
+    dirty = " with uncommitted changes" if tags.get("git.dirty") == "true" else ""
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
     return {
         "model": f"SHA-256 {tags['model.sha256']}",
@@ -79,20 +79,20 @@ def _facts(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _verdict(tags: Mapping[str, str]) -> list[str]:
-    """Whether this checkout would make the same model again, and what differs."""
+    """Whether this checkout would train the same model again, and what differs."""
     params = read_params()
     differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, params.recipe, _prepared_sha256())]
     if differences:
-        return ["This checkout would make another model:", *differences]
+        return ["This checkout would train a different model:", *differences]
     if lineage.CODE not in tags:
-        return ["It is not known whether this checkout would make the same model: DVC brought it back from a cache."]
+        return ["It is unknown whether this checkout would train the same model: DVC restored it from a cache."]
     others = [f"  {what}" for what in lineage.other_machine(tags, recipe.device_for(params))]
     if others:
         return [
-            "This checkout would make the same model except for the last bits, since the machine is another:",
+            "This checkout would train the same model except for the last bits, since the machine is different:",
             *others,
         ]
-    return ["This checkout would make the same model again."]
+    return ["This checkout would train the same model again."]
 
 
 def _prepared_sha256() -> str | None:

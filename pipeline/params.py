@@ -22,8 +22,8 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from pipeline.errors import UserError, printable
 
 PARAMS = Path("params.yaml")
-LARGEST_FILE = 20_000  # bytes; the committed file is about a quarter of that
-DEEPEST_NESTING = 10
+MAX_FILE_SIZE = 20_000  # bytes; the committed file is about a quarter of that
+MAX_NESTING = 10
 
 
 class Section(BaseModel):
@@ -41,7 +41,7 @@ FilterCount = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Data(Section):
-    """The data set, and how it is cut into splits."""
+    """The data set, and how it is split."""
 
     dataset: str = "mnist"
     offline_fallback: str | None = "mnist-5k"
@@ -136,7 +136,7 @@ class Range(Section):
     def _is_a_range(self) -> "Range":
         if self.choices is not None:
             if (self.low, self.high, self.step, self.log) != (None, None, None, False):
-                raise ValueError("choices stand alone, without low, high, step or log")
+                raise ValueError("choices cannot be combined with low, high, step or log")
             return self
         if self.low is None or self.high is None:
             raise ValueError("both low and high are needed, or choices")
@@ -146,7 +146,7 @@ class Range(Section):
             raise ValueError("a logarithmic range starts above 0 and has no step")
         low, high, step = (Fraction(str(number or 0)) for number in (self.low, self.high, self.step))
         if step and (high - low) % step:  # exact: as floats, 0.6 is not a multiple of 0.05
-            raise ValueError(f"steps of {self.step:g} from low ({self.low:g}) do not lead to high ({self.high:g})")
+            raise ValueError(f"high ({self.high:g}) is not low ({self.low:g}) plus a multiple of step ({self.step:g})")
         return self
 
 
@@ -214,7 +214,7 @@ class Params(Section):
 def _problem(params: Params, path: str, space: Range) -> str | None:
     """Why a trial cannot choose this parameter from this range, if it cannot."""
     if path not in (present := params.by_path()):
-        return f"{path} is not among the present parameters"
+        return f"{path} is not one of the current parameters"
     if not path.startswith(("model.", "train.")) or path in NOT_TUNED:
         return f"{path} cannot be tuned; allowed: parameters of model and train, except {', '.join(NOT_TUNED)}"
     if space.choices is None and type(present[path]) not in (int, float):
@@ -228,7 +228,7 @@ def _problem(params: Params, path: str, space: Range) -> str | None:
 
 
 def _ends_and_first_step(space: Range, whole: bool) -> list[float]:
-    """If a parameter, a ``whole`` number or not, may have these values, it may have all of the range."""
+    """Three values of a range: if they are valid for a parameter, all are. ``whole``: the parameter is an integer."""
     assert space.low is not None
     assert space.high is not None
     values = (space.low, space.high, space.low + (space.step or 0))
@@ -236,7 +236,7 @@ def _ends_and_first_step(space: Range, whole: bool) -> list[float]:
 
 
 def digest(recipe: Mapping[str, object]) -> str:
-    """The SHA-256 of a recipe, of these parameters or of those in a model file."""
+    """The SHA-256 of a recipe, whether from params.yaml or from a model file."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
@@ -250,7 +250,7 @@ def flat(section: Mapping[Any, object], prefix: str = "") -> dict[str, object]:
 
 
 def _put(content: dict[str, Any], path: str, value: object) -> None:
-    """Set the value at a dotted path; what ``content`` leaves out on the way is added. Raises ValueError."""
+    """Set the value at a dotted path, adding missing sections to ``content``. Raises ValueError."""
     inside: Any = content
     default: Any = Params().model_dump(mode="json")
     *above, last = (int(key) if key.isdigit() else key for key in path.split("."))
@@ -266,7 +266,7 @@ def _put(content: dict[str, Any], path: str, value: object) -> None:
 
 
 def read_params(path: Path = PARAMS) -> Params:
-    """The parameters in ``path``, where what is left out has its default.
+    """The parameters in ``path``; missing ones have their defaults.
 
     Raises UserError, in one line that names the key, what was given and what is allowed.
     """
@@ -276,8 +276,8 @@ def read_params(path: Path = PARAMS) -> Params:
         raise UserError(f"{path} does not exist: run this in the repository's root") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: `git restore {path}` brings the file back") from None
-    if len(content) > LARGEST_FILE:
-        raise UserError(f"{path} has {len(content):,} bytes; allowed: {LARGEST_FILE:,}")
+    if len(content) > MAX_FILE_SIZE:
+        raise UserError(f"{path} has {len(content):,} bytes; allowed: {MAX_FILE_SIZE:,}")
     try:
         return Params.model_validate(parse_yaml(content, path))
     except ValidationError as error:
@@ -291,7 +291,7 @@ def with_values(content: str, values: Mapping[str, object]) -> str:
     """
     yaml = YAML()
     yaml.preserve_quotes = True
-    yaml.width = LARGEST_FILE  # lines are not wrapped
+    yaml.width = MAX_FILE_SIZE  # lines are not wrapped
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     tree = yaml.load(content) or {}
     for path, value in values.items():
@@ -302,7 +302,7 @@ def with_values(content: str, values: Mapping[str, object]) -> str:
 
 
 def parse_yaml(content: bytes, path: Path) -> object:
-    """What a YAML file holds. Raises UserError, in one line, for a file that is not YAML or expands when it is read."""
+    """What a YAML file holds. Raises UserError, in one line, for a file that is not YAML or that contains aliases."""
     yaml = YAML(typ="safe", pure=True)
     try:
         _refuse_bombs(yaml, content, path)
@@ -319,9 +319,9 @@ def _refuse_bombs(yaml: YAML, content: bytes, path: Path) -> None:
     depth = 0
     for event in yaml.parse(content):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if isinstance(event, AliasEvent) or depth > DEEPEST_NESTING:
+        if isinstance(event, AliasEvent) or depth > MAX_NESTING:
             line = event.start_mark.line + 1
-            raise UserError(f"{path}: line {line}: aliases and more than {DEEPEST_NESTING} levels are not allowed")
+            raise UserError(f"{path}: line {line}: aliases and nesting beyond {MAX_NESTING} levels are not allowed")
 
 
 def _one_line(text: str) -> str:
@@ -339,7 +339,7 @@ def _explained(error: ValidationError) -> str:
 
 
 def _suggestion(keys: Sequence[int | str]) -> str:
-    """What may stand in the place of an unknown key."""
+    """Valid keys to use instead of an unknown one."""
     *above, unknown = (str(key) for key in keys)
     section = Params().model_dump()
     for key in above:

@@ -2,8 +2,8 @@
 
     python -m pipeline.predict FILE_OR_FOLDER... [--model MODEL] [--json]
 
-Prints a line for each picture: the file, its label, how probable it is, and the second guess if that is close. `-` is
-a picture on standard input. A picture that cannot be read is a line on standard error, and does not stop the others.
+Prints a line for each picture: the file, its label, the probability, and the second guess if it is close. `-` reads a
+picture from standard input. A picture that cannot be read gives a line on standard error and does not stop the others.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pipeline.tracking.registry import Loaded
 
 STDIN = "-"
 CLOSE = 0.1  # the probability from which the second guess is shown
-AT_A_TIME = 250  # pictures
+BATCH_SIZE = 250  # pictures
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     line = _as_json if arguments.json else _as_line
     count = unread = 0
     paths = _paths(arguments.files)
-    while batch := list(itertools.islice(paths, AT_A_TIME)):
+    while batch := list(itertools.islice(paths, BATCH_SIZE)):
         images = list(_readable(batch, loaded))
         count, unread = count + len(batch), unread + len(batch) - len(images)
         if images:

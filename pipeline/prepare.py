@@ -1,4 +1,4 @@
-"""Stage `prepare`: download the images, verify them, cut the splits, write them to data/prepared."""
+"""Stage `prepare`: download and verify the images, split them, and write the splits to data/prepared."""
 
 import sys
 

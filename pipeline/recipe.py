@@ -61,8 +61,8 @@ def fit(
     of_one_pixel = any(layer.output_shape[:-1] == (1, 1) for layer in layers(cnn.architecture))
     if cnn.architecture.batch_norm and of_one_pixel and 1 in (size, len(train) % size):
         raise UserError(
-            f"params.yaml: train.batch_size is {size}, which makes a batch of one of the "
-            f"{len(train):,} images; over maps of one pixel model.batch_norm needs two: take another batch size"
+            f"params.yaml: train.batch_size is {size}, which leaves a batch of one of the "
+            f"{len(train):,} images; with maps of one pixel model.batch_norm needs at least two: use another batch size"
         )
     return training.fit(
         cnn,

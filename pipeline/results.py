@@ -15,8 +15,8 @@ def main() -> None:
         "test accuracy": f"{test['accuracy']:.2%} ({test['error_count']} errors in {count:,} images)",
         "test loss": f"{test['loss']:.4f}",
         "parameters": f"{metrics['parameters']:,}",
-        "pictures": f"{files.FIGURES}/",
-        "everything": "source .venv/bin/activate && mlflow ui     then open http://127.0.0.1:5000",
+        "figures": f"{files.FIGURES}/",
+        "MLflow": "source .venv/bin/activate && mlflow ui     then open http://127.0.0.1:5000",
     }
     print("\n".join(f"{name:<15}{fact}" for name, fact in facts.items()))
 

@@ -21,7 +21,7 @@ def main() -> None:
     store.connect()
     version = registry.find(arguments.model)
     application = serving.application(version, arguments.host)
-    print(f"{version.name} version {version.version} answers at http://{arguments.host}:{arguments.port}", flush=True)
+    print(f"{version.name} version {version.version} is served at http://{arguments.host}:{arguments.port}", flush=True)
     uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning")
 
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def start_command() -> None:
-    """Called when `pipeline` is imported. Does nothing unless that is because of `python -m pipeline.<command>`.
+    """Called when `pipeline` is imported. Does nothing except under `python -m pipeline.<command>`.
 
     A notebook or a program that imports `pipeline` keeps its garbage collector and its signal handlers.
     """

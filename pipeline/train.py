@@ -65,7 +65,7 @@ def _fit(
     fingerprint: str,
     interrupted: SavedTraining | None,
 ) -> list[Epoch]:
-    """Train to the last epoch, from where ``interrupted`` ended if there is one; the history of all epochs."""
+    """Train to the last epoch, resuming from ``interrupted`` if there is one; returns the history of all epochs."""
     history = list(interrupted.history) if interrupted else []
     for epoch in history:
         run.log_epoch(epoch)
@@ -78,7 +78,7 @@ def _fit(
 
     resume_from = interrupted.checkpoint if interrupted else None
     if interrupted:
-        print(f"an interrupted training goes on after epoch {len(history)} of {params.train.epochs}", flush=True)
+        print(f"resuming an interrupted training after epoch {len(history)} of {params.train.epochs}", flush=True)
     with _progress_bar(params, len(train), resume_from) as bar:
         on_step = _shows_on(bar, on_cpu=train.images.device.type == "cpu")
         try:

@@ -23,14 +23,14 @@ from pipeline.tracking import runs, store, studies
 from pipeline.tuning import coordinator, finalists, plots
 from pipeline.tuning.finalists import Outcome, Verdict
 from pipeline.tuning.progress import Progress
-from pipeline.tuning.storage import FOLDER, one_machine_at_a_time, open_storage, storage_faults
-from pipeline.tuning.study import Study, open_study, present_values
+from pipeline.tuning.storage import FOLDER, database_lock, open_storage, storage_faults
+from pipeline.tuning.study import Study, current_values, open_study
 from pipeline.tuning.workers import Workers
 
 SUMMARY = FOLDER / "summary.json"
 FIGURES = FOLDER / "figures"
 MAX_NAME = 100  # characters
-PATIENCE = 5  # seconds in which another machine writes its own trial into a store that it may share with this one
+WAIT_FOR_OTHERS = 5  # seconds; another machine may still be writing its trial into a shared store
 
 
 def main() -> None:
@@ -44,10 +44,10 @@ def main() -> None:
         _check_needs(params, dataset)
         # The workers come before the study, since both take long to start.
         with storage_faults(), closing(Workers(count, threads)) as workers:
-            with one_machine_at_a_time():
+            with database_lock():
                 study = open_study(open_storage(), arguments.study, params, dataset, total)
-            if present_values(params) is None:
-                print(f"the present values of {PARAMS} are outside tune.space: they are only tried as a finalist")
+            if current_values(params) is None:
+                print(f"the current values of {PARAMS} are outside tune.space: they are tried only as a finalist")
             store.connect()
             runs.close_stale_runs()
             with studies.study_run(study.id, f"tuning {arguments.study}", params, dataset) as run:
@@ -64,19 +64,19 @@ def _arguments() -> argparse.Namespace:
         prog="python -m pipeline.tune", description="Search the parameters in tune.space for the best values."
     )
     parser.add_argument("--trials", type=_natural, help="total number of trials in the study (default: tune.trials)")
-    parser.add_argument("--workers", type=_natural, help="trials that run at the same time (default: one per core)")
+    parser.add_argument("--workers", type=_natural, help="number of trials in parallel (default: one per core)")
     parser.add_argument("--study", type=_name, default="convtrack", help="name of the study (default: %(default)s)")
     parser.add_argument("--apply", action="store_true", help="write the best values into params.yaml")
-    parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be chance")
+    parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be due to chance")
     arguments = parser.parse_args()
     if arguments.force and not arguments.apply:
-        parser.error("--force goes with --apply")
+        parser.error("--force needs --apply")
     return arguments
 
 
 def _natural(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
 
@@ -129,8 +129,8 @@ def _run_trials(study: Study, workers: Workers, run: studies.StudyRun) -> None:
         progress.show()  # the last ones may have ended elsewhere
     finally:
         progress.end()
-    if study.has_others_since(max(started, time.time() - PATIENCE)):
-        time.sleep(PATIENCE)
+    if study.has_others_since(max(started, time.time() - WAIT_FOR_OTHERS)):
+        time.sleep(WAIT_FOR_OTHERS)
     run.log_missing(study.ended())
     if not study.best(1):
         failure = next((trial.failure for trial in reversed(study.ended()) if trial.failure), "none was completed")
@@ -140,7 +140,7 @@ def _run_trials(study: Study, workers: Workers, run: studies.StudyRun) -> None:
 def _train_finalists(study: Study, workers: Workers) -> list[Outcome]:
     chosen = finalists.choose(study)
     seeds = study.params.tune.seeds
-    print(f"the {len(chosen) - 1} best and the present values, each with {seeds} other seeds:", flush=True)
+    print(f"training the {len(chosen) - 1} best and the current values, each with {seeds} other seeds:", flush=True)
     finalist_study = finalists.open_finalists(study, chosen)
     coordinator.run_trials(finalist_study, workers)
     return finalist_study.outcomes()

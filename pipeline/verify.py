@@ -1,9 +1,9 @@
-"""Build everything twice from nothing, and compare: `make verify`.
+"""Run the pipeline twice from scratch, and compare the outputs: `make verify`.
 
     python -m pipeline.verify
 
-Two copies of this repository, uncommitted changes included, each run `dvc repro` with a store of their own. Exits 1
-where the two differ. Where they differ from the committed dvc.lock, the possible reasons are printed.
+Two copies of this repository, uncommitted changes included, each run `dvc repro` with their own store. Exits 1 if
+the two differ. If they differ from the committed dvc.lock, possible reasons are printed.
 """
 
 import os
@@ -21,7 +21,7 @@ from pipeline.data.splits import read_dataset
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.params import read_params
 
-DECIDING = ("torch", "numpy", "numba")  # packages that may add numbers in another order in another version
+DECIDING = ("torch", "numpy", "numba")  # packages that may sum in a different order in another version
 GRACE_SECONDS = 10  # for a stage to end after SIGTERM
 
 
@@ -63,9 +63,9 @@ def compare(first: Mapping[str, str], second: Mapping[str, str], committed: Mapp
     print()
     if first != second:
         raise Fault("two runs of this code on this machine do not give the same bytes")
-    print("Twice the same bytes.")
+    print("Both builds gave the same bytes.")
     if any(committed.get(path) != md5 for path, md5 in first.items()):
-        print("They are not those of the committed dvc.lock. Possible reasons:")
+        print("They differ from the committed dvc.lock. Possible reasons:")
         print("\n".join(f"  {reason}" for reason in _reasons()))
 
 
@@ -77,7 +77,7 @@ def warn_of_fallback(folder: Path) -> None:
 
 
 def _link_downloads(folder: Path) -> None:
-    """Use the files that are downloaded already. Missing and damaged ones come from the mirrors, as everywhere."""
+    """Reuse the files that are already downloaded. Missing and damaged ones come from the mirrors, as usual."""
     for path, is_published in sources.downloaded():
         if is_published:
             link = folder / path.relative_to(files.root())
@@ -133,8 +133,8 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _table(first: Mapping[str, str], second: Mapping[str, str], committed: Mapping[str, str]) -> Iterator[str]:
     yield f"{'output':<40}{'MD5':<18}{'second run':<14}dvc.lock"
     for path, md5 in first.items():
-        again = "the same" if second.get(path) == md5 else "ANOTHER"
-        before = "the same" if committed.get(path) == md5 else "another"
+        again = "same" if second.get(path) == md5 else "DIFFERENT"
+        before = "same" if committed.get(path) == md5 else "different"
         yield f"{path:<40}{md5[:12]:<18}{again:<14}{before}"
 
 

@@ -57,7 +57,7 @@ def _draw(inputs: ReportInputs) -> list[Path]:
 
 
 def _remove_stale(folder: Path, suffix: str, names: Container[str]) -> None:
-    """Remove what an earlier version of this stage wrote and this one does not; files of other kinds are not ours."""
+    """Remove files that only an earlier version of this stage wrote; other kinds of files are left alone."""
     for path in folder.glob(f"*{suffix}"):
         if path.stem not in names and not path.is_dir():
             path.unlink()

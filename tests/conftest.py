@@ -63,15 +63,15 @@ def write_params(folder: Path, changes: Mapping[str, object]) -> None:
     (folder / "params.yaml").write_text(recipes.as_yaml(changes))
 
 
-def say_of_the_data(**facts: Any) -> None:
-    """Have dataset.json in the current folder say something else."""
+def change_dataset_json(**facts: Any) -> None:
+    """Change facts in the current folder's dataset.json."""
     splits.write_dataset(replace(splits.read_dataset(), **facts))
 
 
-def say_other_images() -> None:
-    """Have it say that the training images are others."""
+def change_training_images() -> None:
+    """Change the digest of the training images in dataset.json."""
     of_each = splits.read_dataset().splits
-    say_of_the_data(splits=of_each | {splits.TRAIN: replace(of_each[splits.TRAIN], sha256="0" * 64)})
+    change_dataset_json(splits=of_each | {splits.TRAIN: replace(of_each[splits.TRAIN], sha256="0" * 64)})
 
 
 # A shell starts what is to run in the background with SIGINT ignored, and `nohup` with SIGHUP; what that starts

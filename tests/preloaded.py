@@ -16,8 +16,8 @@ from numba.core.registry import cpu_target
 
 from pipeline.model import cpu_kernels
 
-cpu_kernels._allow_whole_vectors()  # Numba reads this setting once, when its target is made
+cpu_kernels._allow_512_bit_vectors()  # Numba reads this setting once, when its target is made
 cpu_target.target_context.refresh()
-requirements_utils._init_packages_to_modules_map()  # reads the files of every installed package
+requirements_utils._init_packages_to_modules_map()  # type: ignore[no-untyped-call]  # reads the files of every installed package
 
 __all__ = ["git", "mlflow", "mlxtend", "opentelemetry", "torch"]

@@ -130,22 +130,22 @@ REFUSAL = b'{"code": 403, "message": "not from here"}'
         (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH-2.0-OpenSSH_9.2"),
         (
             b"HTTP/1.1 403 Forbidden\r\nContent-Length: 41\r\n\r\n" + REFUSAL,
-            "what answers there, with HTTP 403, is not OSV",
+            "the server there, with HTTP 403, is not OSV",
         ),
         (
             b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
-            "what answers there, with HTTP 503, is not OSV",
+            "the server there, with HTTP 503, is not OSV",
         ),
         (
             b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>log in</html>\n",
-            "what answers there, with HTTP 200, is not OSV",
+            "the server there, with HTTP 200, is not OSV",
         ),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{", "IncompleteRead(1 bytes read, 19 more expected)"),
         (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 20\r\n\r\n{", "IncompleteRead(1 bytes read, 19 more expected)"),
     ],
     ids=["nothing", "another protocol", "a refusal", "a failure", "a page", "half an answer", "half a refusal"],
 )
-def test_fault_31_what_is_not_osv_is_one_line_and_no_all_clear(exceptions: Path, said: bytes, reason: str) -> None:
+def test_fault_31_a_server_that_is_not_osv_does_not_pass(exceptions: Path, said: bytes, reason: str) -> None:
     with answering(said) as address:
         refused, let_pass = audit(address, exceptions), audit(address, exceptions, "--if-reachable")
     assert (refused.returncode, let_pass.returncode) == (1, 0)

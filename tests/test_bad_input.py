@@ -1,4 +1,4 @@
-"""Bad input by the hundred, generated: each is refused in one line or is no harm, and nothing is half-written."""
+"""Bad input by the hundred, generated: each is refused in one line or is harmless, and nothing is half-written."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.conftest import write_params
 from tests.data.test_sources import publish, put, small_mnist
 
 pytestmark = pytest.mark.faults
-LONGEST_LINE = 500  # characters
+MAX_LINE_LENGTH = 500  # characters
 # The same examples each time. One folder serves them all: whatever an example leaves there is a failure.
 two_hundred = settings(
     max_examples=200,
@@ -58,7 +58,7 @@ def other_values(draw: st.DrawFn) -> bytes:
 
 
 class Whole(bytes):
-    """A file's content, of which hypothesis is told the size alone."""
+    """A file's content; hypothesis prints only its size."""
 
     def __repr__(self) -> str:
         return f"{len(self):,} bytes"
@@ -85,7 +85,7 @@ def _damaged(draw: st.DrawFn, content: Whole) -> bytes:
 
 
 def is_one_line(text: str) -> bool:
-    return len(text.splitlines()) == 1 and text.removesuffix("\n").isprintable() and len(text) <= LONGEST_LINE
+    return len(text.splitlines()) == 1 and text.removesuffix("\n").isprintable() and len(text) <= MAX_LINE_LENGTH
 
 
 def ends(command: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:

@@ -40,7 +40,7 @@ def test_the_operations_of_the_published_network_are_those_counted_by_hand() -> 
 def test_pooling_dropout_and_relu_leave_few_gradients(digits: dict[str, LabelledImages]) -> None:
     cnn = CNN(PUBLISHED, torch.Generator().manual_seed(0))
     first, second = arithmetic.live_gradients(cnn, digits["train"][:100], torch.Generator().manual_seed(0))
-    # The second convolution has 11 x 11 x 64 values; a window of four has one winner, and dropout stops half of them.
+    # The second convolution has 11 x 11 x 64 values; a window of four has one argmax, and dropout stops half of them.
     assert 0 < second < 5 * 5 * 64 * 0.55
     assert 0 < first <= 13 * 13 * 32
     assert second < cnn.architecture.filters[1] * 121 / 8
@@ -50,14 +50,14 @@ def test_the_others_train_the_same_network() -> None:
     assert sum(parameter.numel() for parameter in dataloader_loop.network().parameters()) == 34_826
 
 
-def test_a_recipe_can_be_said_in_words_and_understood() -> None:
-    knobs = {
+def test_overrides_survive_a_round_trip_through_the_command_line() -> None:
+    overrides = {
         "model.batch_norm": True,
         "train.threads": None,
         "train.learning_rate": 0.015,
         "train.schedule": "one-cycle",
     }
-    assert recipes.from_words(recipes.as_words(knobs)) == knobs
+    assert recipes.from_words(recipes.as_words(overrides)) == overrides
     params = recipes.published().changed(recipes.SHORT)
     assert (params.train.epochs, params.train.schedule, params.model.dropout) == (4, "one-cycle", 0.1)
     assert params.model.filters == recipes.published().model.filters
@@ -154,7 +154,7 @@ def test_the_dataloader_is_judged_by_its_faster_number_of_workers() -> None:
 
 
 @pytest.mark.parametrize(("accuracy", "learns"), [(0.98, True), (0.9, False)])
-def test_a_contender_that_does_not_learn_is_no_contender(accuracy: float, learns: bool) -> None:
+def test_a_contender_that_does_not_learn_is_a_fault(accuracy: float, learns: bool) -> None:
     lines = [{"seconds": 9.0, "validation_accuracy": 0.5}, {"seconds": 7.0, "validation_accuracy": accuracy}]
     program = "; ".join(f"print({json.dumps(json.dumps(line))})" for line in lines)
     contender = rounds.Contender(lambda data, epochs: [sys.executable, "-c", program])
@@ -185,7 +185,7 @@ def test_the_plain_study_tries_the_values_that_it_is_given(digits: dict[str, Lab
         tuning.plain_study(data, [{"model.filters.0": 8, "model.filters.1": 0, "model.dropout": 0.1}])
 
 
-def test_what_is_done_beside_an_epoch_is_told_in_shares_of_a_bare_one() -> None:
+def test_overhead_is_a_share_of_a_bare_epoch() -> None:
     rows = [(2.0, 0, 0.1), (2.2, 0.1, 0.3), (2.0, 0, 0.1), (2.0, 0.02, 0.1)]
     rows += [(2.0, 0, 0.1), (2.1, 0.3, 0.1), (4.0, 0, 0.1), (4.4, 0.02, 0.12), (4.0, 0, 0.1)]  # something else at work
     ways = (*overhead.TURN, *overhead.TURN, overhead.BARE)

@@ -75,21 +75,21 @@ def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> t
         pytest.param("SIGTERM", "KILLED", 143, marks=pytest.mark.slow),
     ],
 )
-def test_fault_1_and_2_an_interrupted_training_goes_on_to_the_same_bytes(
+def test_fault_1_and_2_a_resumed_training_gives_the_same_bytes(
     workspace: Path, uninterrupted: tuple[bytes, bytes], by: str, status: str, code: int
 ) -> None:
     write_params(workspace, LONG)
     with start(workspace) as process:
         after_epoch(process, 5)
         process.send_signal(getattr(signal, by))
-        _, told = process.communicate()
+        _, errors = process.communicate()
     assert process.returncode == code
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
     assert not files.MODEL.exists()
     with start(workspace) as process:
-        out, told = process.communicate()
-    assert process.returncode == 0, told
-    assert "an interrupted training goes on after epoch" in out
+        out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resuming an interrupted training after epoch" in out
     assert "epoch  3/12" not in out
     assert outputs() == uninterrupted
     first, second = every_run()
@@ -106,7 +106,7 @@ def test_fault_1_and_2_an_interrupted_training_goes_on_to_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.faults
 def test_fault_1_whenever_it_is_killed(workspace: Path, uninterrupted: tuple[bytes, bytes]) -> None:
-    """Twenty times, at any moment, and each time a little after it has gone on."""
+    """Twenty times, at any moment, and each time a little after it has resumed."""
     write_params(workspace, LONG | {"train.checkpoint_seconds": 0.05})
     generator = random.Random(0)
     kills = 0
@@ -169,9 +169,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_training_starts_from_the_begin
     (path,) = files.checkpoints_folder().iterdir()
     damage(path)
     train.main()
-    told = capsys.readouterr()
-    assert f"warning: {path} is damaged (" in told.err
-    assert "goes on after epoch" not in told.out
+    printed = capsys.readouterr()
+    assert f"warning: {path} is damaged (" in printed.err
+    assert "interrupted training after epoch" not in printed.out
     assert every_run()[-1].info.status == "FINISHED"
 
 
@@ -192,10 +192,10 @@ def test_a_training_with_other_parameters_never_continues_it(
     capsys.readouterr()
     write_params(workspace, values | changed)
     train.main()
-    assert "goes on after epoch" not in capsys.readouterr().out
+    assert "interrupted training after epoch" not in capsys.readouterr().out
     write_params(workspace, values)
     train.main()
-    assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+    assert "interrupted training after epoch 2 of 3" in capsys.readouterr().out
 
 
 def test_a_parameter_that_does_not_change_the_model_continues_it(
@@ -206,7 +206,7 @@ def test_a_parameter_that_does_not_change_the_model_continues_it(
     _stop_after(2, monkeypatch)
     write_params(workspace, values | {"train.checkpoint_seconds": None, "evaluate.calibration_bins": 5})
     train.main()
-    assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+    assert "interrupted training after epoch 2 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ print(lineage.code())
 
 
 @pytest.mark.usefixtures("either_store")
-def test_a_training_that_ended_before_dvc_knew_of_it_is_not_done_again(
+def test_a_training_that_dvc_did_not_record_is_not_repeated(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DVC_STAGE", "train")
@@ -294,7 +294,7 @@ def test_checkpoints_that_nobody_continues_are_removed_after_a_month(workspace: 
 @needs_own_mounts
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models", "reports", "checkpoints"])
-def test_fault_4_outputs_that_cannot_be_written_are_said_before_the_training(workspace: Path, folder: str) -> None:
+def test_fault_4_unwritable_outputs_are_reported_before_training(workspace: Path, folder: str) -> None:
     """A read-only disk in the folder's place, in a mount of the process's own."""
     (workspace / folder).mkdir(exist_ok=True)
     mount = f"mount -t tmpfs -o ro tmpfs {folder} && exec {sys.executable} -m pipeline.train"

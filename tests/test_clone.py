@@ -126,10 +126,10 @@ except mlflow.MlflowException as error:
 def test_a_second_call_runs_nothing(clone: Path) -> None:
     before = (clone / "dvc.lock").read_bytes()
     started = time.perf_counter()
-    told = succeed("dvc", "repro", folder=clone)
+    printed = succeed("dvc", "repro", folder=clone)
     assert time.perf_counter() - started < 2
-    assert "Running stage" not in told
-    assert "Data and pipelines are up to date." in told
+    assert "Running stage" not in printed
+    assert "Data and pipelines are up to date." in printed
     assert (clone / "dvc.lock").read_bytes() == before
 
 
@@ -170,7 +170,7 @@ def test_a_forced_repetition_gives_the_same_lock_and_a_new_run_with_the_same_has
     assert str(mlflow.MlflowClient().get_model_version_by_alias("mnist-5k-cnn", "champion").version) == "1"
 
 
-def test_make_installs_once_and_anew_when_the_lock_file_changes(clone: Path) -> None:
+def test_make_installs_again_only_if_the_lock_file_changes(clone: Path) -> None:
     """`make -n` prints what would be run; the environment is a stamp as after an installation."""
     stamp = clone / ".venv/.installed"
     stamp.parent.mkdir()
@@ -184,21 +184,21 @@ def test_make_installs_once_and_anew_when_the_lock_file_changes(clone: Path) -> 
 
 
 @pytest.mark.slow
-def test_what_stood_in_without_a_network_is_never_brought_back_in_silence(clone: Path) -> None:
-    """DVC's run cache would restore the outputs of an earlier `prepare` with the same knobs, without its warning."""
+def test_the_fallback_is_never_restored_silently_by_dvc(clone: Path) -> None:
+    """DVC's run cache would restore the outputs of an earlier `prepare` with the same values, without its warning."""
     for fraction in (0.2, 0.1):
         write_params(clone, ONE_EPOCH | {"data.validation_fraction": fraction})
         assert "Running stage 'prepare'" in succeed("dvc", "repro", "prepare", folder=clone)
 
 
 @pytest.mark.slow
-def test_going_back_to_earlier_knobs_fills_the_new_run_too(clone: Path) -> None:
-    """DVC's run cache would train anew and then skip the stages that give the run its scores and figures."""
+def test_returning_to_earlier_parameters_logs_to_the_new_run_too(clone: Path) -> None:
+    """With its run cache DVC would train again and then skip the stages that log the scores and figures to the run."""
     for dropout in (0.4, 0.5):
         write_params(clone, ONE_EPOCH | {"model.dropout": dropout})
-        told = succeed("dvc", "repro", folder=clone)
+        printed = succeed("dvc", "repro", folder=clone)
         for stage in ("train", "evaluate", "visualize"):
-            assert f"Running stage '{stage}'" in told
+            assert f"Running stage '{stage}'" in printed
     newest, other, *_, first = runs_of(clone)
     assert newest.data.tags["model.sha256"] == first.data.tags["model.sha256"] != other.data.tags["model.sha256"]
     assert newest.data.metrics["test_accuracy"] == first.data.metrics["test_accuracy"]
@@ -250,7 +250,7 @@ def test_experiments_in_copies_of_their_own_log_into_the_same_store(clone: Path,
 
 @pytest.mark.slow
 def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
-    """A baseline, a worse model, a better one, the way back, an experiment in a copy, a fresh store; by commands."""
+    """A baseline, a worse model, a better one, a rollback, an experiment in a copy, an empty store; by commands."""
     clone = shutil.copytree(clone, tmp_path / "plain clone")
     for name in clone.glob("mlflow.db*"):
         name.unlink()
@@ -284,10 +284,10 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
     succeed("dvc", "repro", folder=clone)
     assert promotion() == ("3", "champion")
     assert " against " in json.loads((clone / files.PROMOTION).read_text())["reason"]
-    assert "This checkout would make the same model again." in champion()
+    assert "This checkout would train the same model again." in champion()
 
     assert champion("--rollback") == "mnist-5k-cnn version 1 is the champion\n"
-    assert "This checkout would make another model:\n  params: train.epochs was 2, here it is 6" in champion()
+    assert "This checkout would train a different model:\n  params: train.epochs was 2, here it is 6" in champion()
     assert [line[21:30] for line in champion("--history").splitlines()] == ["version 1", "version 3", "version 1"]
 
     succeed("dvc", "exp", "run", "--temp", "--name", "bold", "-S", "train.epochs=8", folder=clone)
@@ -304,11 +304,11 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
     assert aliases() == {"champion": "1"}
     (restored,) = runs_of(clone)
     assert restored.data.tags["restored"] == "true"
-    assert "DVC brought it back from a cache" in champion()
+    assert "DVC restored it from a cache" in champion()
 
 
 @pytest.mark.slow
-def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path, tmp_path: Path) -> None:
+def test_a_model_restored_by_dvc_gets_a_run_in_an_empty_store(clone: Path, tmp_path: Path) -> None:
     clone = shutil.copytree(clone, tmp_path / "clone")  # whose store this process has not open
     write_params(clone, ONE_EPOCH)
     succeed("dvc", "repro", folder=clone)
@@ -328,9 +328,9 @@ def test_what_dvc_brings_back_gets_a_run_in_a_fresh_store(clone: Path, tmp_path:
     version = mlflow.MlflowClient().get_model_version_by_alias("mnist-5k-cnn", "champion")
     assert version.run_id == restored.info.run_id
     assert version.tags["restored"] == "true"
-    assert "DVC brought it back from a cache" in str(version.description)
+    assert "DVC restored it from a cache" in str(version.description)
     printed = succeed(sys.executable, "-m", "pipeline.models", folder=clone)
-    assert printed.endswith("would make the same model: DVC brought it back from a cache.\n")
+    assert printed.endswith("would train the same model: DVC restored it from a cache.\n")
 
 
 @pytest.mark.slow
@@ -364,7 +364,7 @@ def other_address() -> str:
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_fault_6_a_broken_lock_and_two_at_once_are_dvcs_to_say_and_harm_nothing(clone: Path, tmp_path: Path) -> None:
+def test_fault_6_dvc_reports_a_damaged_rwlock_and_concurrent_runs(clone: Path, tmp_path: Path) -> None:
     clone = shutil.copytree(clone, tmp_path / "clone")
     write_params(clone, ONE_EPOCH)
     succeed("dvc", "repro", folder=clone)

@@ -1,4 +1,4 @@
-"""`python -m pipeline.doctor`: all is well, or what is wrong and what mends it."""
+"""`python -m pipeline.doctor`: no problems, or each problem with its remedy."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from pipeline.errors import run_command
 from pipeline.model import model_file
 from pipeline.model.training import Epoch
 from pipeline.tracking import delivery, runs, store
-from tests.conftest import REPOSITORY, say_of_the_data
+from tests.conftest import REPOSITORY, change_dataset_json
 from tests.test_clone import succeed
 from tests.tracking.evaluating import change_model
 
@@ -75,7 +75,7 @@ def test_where_all_is_well_it_says_so(repository: Path, capsys: pytest.CaptureFi
     assert [line[:22].split("  ")[0] for line in lines] == ["ok"] * len(LINES)
     assert [line[7:22].strip() for line in lines] == list(LINES)
     assert "mnist-5k, 5,000 images" in lines[3]
-    assert "20 files of these outputs" in lines[6]  # 18 of them in a folder
+    assert "20 cached files checked" in lines[6]  # 18 of them in a folder
     assert lines[9].endswith("mnist-5k-cnn version 1 is the champion")
 
 
@@ -108,7 +108,7 @@ def test_a_database_is_neither_made_nor_filled(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     code, lines = diagnosis(capsys)
     assert code == 0, lines
-    assert "none yet: `dvc repro`, or `dvc repro -f -s evaluate` where that has nothing to do" in lines[8]
+    assert "none yet: `dvc repro`, or `dvc repro -f -s evaluate` if that has nothing to do" in lines[8]
     assert "nothing registered yet: `dvc repro`, or `dvc repro -f -s evaluate`" in lines[9]
     assert list(database.parent.iterdir()) == [database] * is_there
     assert not is_there or database.read_bytes() == migrated_database.read_bytes()
@@ -217,7 +217,7 @@ def _no_champion(folder: Path) -> None:
 
 
 def _another_model_here(folder: Path) -> None:
-    """Its evaluation would not mend the champion, and there is another version."""
+    """Its evaluation would not repair the champion, and there is another version."""
     change_model(model_file.from_bytes(files.MODEL.read_bytes()), seed=3, noise=3)
     evaluate.main()
     content = (folder / "mlruns/models").glob("*/artifacts/extra_files/model.safetensors")
@@ -228,7 +228,7 @@ def _another_model_here(folder: Path) -> None:
 
 def _stand_in(folder: Path) -> None:
     with chdir(folder):
-        say_of_the_data(requested="mnist")
+        change_dataset_json(requested="mnist")
 
 
 def _flip(path: Path) -> None:
@@ -244,7 +244,7 @@ def _flip(path: Path) -> None:
         (_params, "params.yaml", "seed is 'one': input should be a valid integer"),
         (_download, "downloads", "data/raw/mnist/train-labels-idx1-ubyte.gz is not the published file: delete it"),
         (_split, "images", "data/prepared/train.safetensors is damaged"),
-        (_stand_in, "images", "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR or repair the network"),
+        (_stand_in, "images", "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR or fix the connection"),
         (_model, "model", "run `dvc repro -f train`"),
         (_lock, "dvc.lock", "`git checkout dvc.lock`, then `dvc repro`"),
         (_rwlock, "dvc.lock", ".dvc/tmp/rwlock is damaged: delete it"),
@@ -264,7 +264,7 @@ def _flip(path: Path) -> None:
         (
             _undelivered,
             "tracking store",
-            ".undelivered.json has updates for a run that MLflow did not get: `dvc repro`",
+            ".undelivered.json has updates that MLflow has not received: `dvc repro`",
         ),
         (_run, "tracking store", "1 runs are open although their processes have died; to close them: `dvc repro`"),
         (_store, "tracking store", "mlflow.db failed: "),
@@ -272,13 +272,13 @@ def _flip(path: Path) -> None:
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
         (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),
         (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.models 1 --rollback`"),
-        (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): make it a file"),
+        (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): check the file"),
         (_no_split_but_a_folder, "images", "data/prepared/train.safetensors cannot be read (Is a directory)"),
         (_no_updates_but_a_folder, "tracking store", "abc.undelivered.json cannot be read (Is a directory)"),
         (_no_checkpoint_but_a_folder, "checkpoints", "a.checkpoint cannot be read (Is a directory)"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_mends_it(
+def test_each_problem_is_reported_with_its_remedy(
     repository: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[Path], None],
@@ -320,7 +320,7 @@ def under_dvc(repository: Path) -> Path:
         (_no_champion, "registry"),
     ],
 )
-def test_what_it_says_mends_it(
+def test_the_suggested_commands_fix_the_problem(
     under_dvc: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], line: str
 ) -> None:
     """The commands that it prints, as a person would type them, and then it finds nothing."""

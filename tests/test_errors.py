@@ -27,7 +27,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     ("command", "code", "line"),
     [
         (lambda: None, 0, ""),
-        (raising(UserError("mend it")), 2, "error: mend it\n"),
+        (raising(UserError("fix it")), 2, "error: fix it\n"),
         (raising(Fault("it broke")), 1, "error: it broke\n"),
         (
             raising(OSError(28, "No space left on device", "models")),

@@ -73,7 +73,7 @@ finally:
     assert done.stdout.decode() == "b'older' ['file']\n"
 
 
-# strace is no Python package and watches Linux alone, so `make setup` cannot bring it: a clone on macOS, or in a
+# strace is not a Python package and is for Linux only, so `make setup` cannot install it: a clone on macOS, or in a
 # container that may not trace, must be able to run the other tests. CI is not let through without it (.ci/run).
 @pytest.mark.faults
 @pytest.mark.skipif(

@@ -50,9 +50,9 @@ def test_fault_2_every_command_ends_alike(finished_copy: Path, command: str, sen
     assert process.stdout is not None
     assert "waits\n" in iter(process.stdout.readline, ""), process.communicate()
     process.send_signal(getattr(signal, sent))
-    _, told = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     code, lines = {"SIGINT": (130, "interrupted\n"), "SIGTERM": (143, "")}[sent]
-    assert (process.returncode, told) == (code, lines)
+    assert (process.returncode, errors) == (code, lines)
     outputs = [path for path in there if "mlflow.db" not in path.name]
     assert {path: path.stat().st_mtime_ns for path in outputs} == {path: there[path] for path in outputs}
 
@@ -76,5 +76,5 @@ def test_fault_2_ctrl_c_while_the_libraries_are_loaded_is_one_line(
     while process.poll() is None and library not in maps.read_text():
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert (process.returncode, told) == (130, "interrupted\n")
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted\n")

@@ -1,4 +1,4 @@
-"""`python -m pipeline.models`: where a model comes from, and the way back."""
+"""`python -m pipeline.models`: where a model comes from, and rollback."""
 
 import json
 from pathlib import Path
@@ -9,36 +9,36 @@ import torch
 
 from pipeline import evaluate, files, machine, train
 from pipeline.tracking import lineage, registry, store
-from tests.conftest import QUICK, run_command, say_other_images, write_params
+from tests.conftest import QUICK, change_training_images, run_command, write_params
 
 
-def told(folder: Path, *arguments: str) -> str:
+def output(folder: Path, *arguments: str) -> str:
     done = run_command("models", *arguments, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode()
 
 
 @pytest.mark.slow
-def test_a_version_tells_where_it_comes_from_and_whether_it_would_come_again(workspace: Path) -> None:
+def test_a_version_shows_its_lineage_and_whether_it_can_be_reproduced(workspace: Path) -> None:
     """Each stage as a process of its own: the code that made a model is what its process had loaded."""
     for stage in ("train", "evaluate"):
         assert run_command(stage, folder=workspace).returncode == 0
     tags = _champion_tags()
-    printed = told(workspace)
+    printed = output(workspace)
     for fact in ("mnist-5k-cnn version 1", tags["model.sha256"], tags["data.sha256"], tags["params.sha256"]):
         assert fact in printed
     assert "\n  model.dropout             0.5\n" in printed
-    assert printed.endswith("This checkout would make the same model again.\n")
+    assert printed.endswith("This checkout would train the same model again.\n")
     assert set(json.loads(tags["code"])) >= {"pipeline/train.py", "pipeline/model/cpu_kernels.py", "pipeline/params.py"}
     assert not {name for name in json.loads(tags["code"]) if "tracking" in name or "figures" in name}
 
     write_params(workspace, QUICK | {"model.dropout": 0.3, "evaluate.calibration_bins": 10})
-    assert "another model:\n  params: model.dropout was 0.5, here it is 0.3\n" in told(workspace, "1")
+    assert "a different model:\n  params: model.dropout was 0.5, here it is 0.3\n" in output(workspace, "1")
     write_params(workspace, QUICK)
-    say_other_images()
-    assert "\n  data: SHA-256 was " in told(workspace, "champion")
+    change_training_images()
+    assert "\n  data: SHA-256 was " in output(workspace, "champion")
     (files.PREPARED / "dataset.json").unlink()
-    assert "\n  data: none are prepared here yet: dvc repro prepare\n" in told(workspace, "mnist-5k-cnn@champion")
+    assert "\n  data: none are prepared here yet: dvc repro prepare\n" in output(workspace, "mnist-5k-cnn@champion")
 
 
 def _champion_tags() -> dict[str, str]:
@@ -64,9 +64,9 @@ def test_the_threads_of_params_yaml_are_those_that_count(workspace: Path) -> Non
     write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 1})
     for stage in ("train", "evaluate"):
         assert run_command(stage, folder=workspace).returncode == 0
-    assert told(workspace).endswith("This checkout would make the same model again.\n")
+    assert output(workspace).endswith("This checkout would train the same model again.\n")
     write_params(workspace, QUICK | {"train.epochs": 1, "train.threads": 2})
-    assert "since the machine is another:\n  cpu.threads was 1, here it is 2\n" in told(workspace)
+    assert "since the machine is different:\n  cpu.threads was 1, here it is 2\n" in output(workspace)
 
 
 def test_a_version_that_somebody_registered_by_hand_is_one_line(finished_copy: Path) -> None:
@@ -81,22 +81,22 @@ def test_a_version_that_somebody_registered_by_hand_is_one_line(finished_copy: P
 
 
 @pytest.mark.slow
-def test_the_history_and_the_way_back(finished_copy: Path) -> None:
+def test_history_and_rollback(finished_copy: Path) -> None:
     evaluate.main()
     refused = run_command("models", "--rollback", folder=finished_copy)
     assert refused.returncode == 2
-    assert b"error: mnist-5k-cnn has had no other champion to go back to" in refused.stderr
+    assert b"error: mnist-5k-cnn has no earlier champion to roll back to" in refused.stderr
     write_params(finished_copy, QUICK | {"train.epochs": 5})
     train.main()
     evaluate.main()
-    assert told(finished_copy, "--rollback") == "mnist-5k-cnn version 1 is the champion\n"
-    lines = told(finished_copy, "--history").splitlines()
+    assert output(finished_copy, "--rollback") == "mnist-5k-cnn version 1 is the champion\n"
+    lines = output(finished_copy, "--history").splitlines()
     assert [line[21:30] for line in lines] == ["version 1", "version 2", "version 1"]
-    assert lines[2].endswith("version 1: by hand, in the place of version 2")
+    assert lines[2].endswith("version 1: by hand, replacing version 2")
     evaluate.main()  # the better model again: it stays deposed
     assert str(registry.find("champion").version) == "1"
     assert mlflow.MlflowClient().get_model_version("mnist-5k-cnn", "2").tags["gate.reason"].startswith("it was rolled")
-    assert told(finished_copy, "2", "--rollback") == "mnist-5k-cnn version 2 is the champion\n"
+    assert output(finished_copy, "2", "--rollback") == "mnist-5k-cnn version 2 is the champion\n"
 
 
 @pytest.mark.parametrize("arguments", [["7"], ["--history"], ["--rollback"], []])

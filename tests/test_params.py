@@ -88,11 +88,11 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ("tune: {space: {a: {low: 9, high: 8}}}", r"tune.space.a is {.*}: low \(9\) must be below high \(8\)"),
         ("tune: {space: {a: {low: 9}}}", "tune.space.a is {.*}: both low and high are needed, or choices"),
         ("tune: {space: {a: {low: 0, high: 1, log: true}}}", "tune.space.a is {.*}: .* starts above 0 and has no step"),
-        ("tune: {space: {a: {low: 1, choices: [1]}}}", "tune.space.a is {.*}: choices stand alone"),
+        ("tune: {space: {a: {low: 1, choices: [1]}}}", "tune.space.a is {.*}: choices cannot be combined"),
         ("tune: {space: {a: {choices: []}}}", r"tune.space.a.choices is \[\]: .* at least 1 item"),
         (
             "tune: {space: {a: {low: 8, high: 100, step: 8}}}",
-            r"tune.space.a is {.*}: steps of 8 from low \(8\) do not lead to high \(100\)",
+            r"tune.space.a is {.*}: high \(100\) is not low \(8\) plus a multiple of step \(8\)",
         ),
         ("tune: {space: {a: {low: 0, high: 1.0e+300, step: 7.0e-300}}}", "tune.space.a is {.*}: steps of 7e-300 .*"),
     ],
@@ -113,8 +113,8 @@ def test_fault_22_the_line_names_the_key_what_was_given_and_what_is_allowed(
         ("seed: 1\nseed: 2\n", 'line 2: found duplicate key "seed"'),
         (b"\xff\xfe\x00", "is not YAML"),
         ("seed: !!python/object/apply:os.system ['touch PWNED']", "could not determine a constructor for the tag"),
-        ("[" * 15_000, "line 1: aliases and more than 10 levels are not allowed"),
-        ("a: &a [1]\nb: *a\n", "line 2: aliases and more than 10 levels are not allowed"),
+        ("[" * 15_000, "line 1: aliases and nesting beyond 10 levels are not allowed"),
+        ("a: &a [1]\nb: *a\n", "line 2: aliases and nesting beyond 10 levels are not allowed"),
         ("seed: 0 # " + "x" * 200_000, "has 200,010 bytes; allowed: 20,000"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_range_does_not_forbid_training_another_network() -> None:
     params = Params().changed({"model.filters": [16]})
     assert params.model.filters == (16,)
     with pytest.raises(
-        UserError, match=r"^params.yaml: tune.space: model.filters.1 is not among the present parameters"
+        UserError, match=r"^params.yaml: tune.space: model.filters.1 is not one of the current parameters"
     ):
         params.check_space()
 
@@ -168,7 +168,7 @@ def test_a_range_that_does_not_fit_is_refused_by_tune(workspace: Path) -> None:
     write_params(workspace, QUICK | {"model.filters": [16]})
     done = run_command("tune", folder=workspace)
     assert done.returncode == 2
-    line = "error: params.yaml: tune.space: model.filters.1 is not among the present parameters\n"
+    line = "error: params.yaml: tune.space: model.filters.1 is not one of the current parameters\n"
     assert done.stderr.decode() == line
 
 
@@ -189,7 +189,7 @@ def test_every_range_that_does_not_fit_is_named() -> None:
         params.check_space()
     found = str(error.value).removeprefix("params.yaml: tune.space: ").split("; ")
     for part in (
-        "model.dropuot is not among the present parameters",
+        "model.dropuot is not one of the current parameters",
         "model.filters.0 is 0: input should be greater than or equal to 1",
         "model.filters.1 is 8.5: input should be a valid integer",
         "model.dropout is 1.0: input should be less than 1",

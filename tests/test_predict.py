@@ -45,7 +45,7 @@ def test_a_line_for_each_picture_and_one_for_each_that_cannot_be_read(folder: Pa
     assert all(re.search(r"  \d+\.\d%(  \(or \d, \d+\.\d%\))?$", line) for line in lines)
     assert done.stderr.decode().splitlines() == [
         f"error: {tmp_path}/broken.png is not a picture; allowed: BMP, JPEG, PNG, WEBP",
-        "error: missing.png cannot be read: there is no such file",
+        "error: missing.png cannot be read: no such file",
         "error: 2 of 4 pictures could not be read",
     ]
     assert done.returncode == 2
@@ -56,11 +56,11 @@ def test_json_has_all_probabilities_and_a_picture_may_come_from_standard_input(f
     content = (tmp_path / "seven.png").read_bytes()
     done = run_command("predict", "-", "--json", "--model", "mnist-5k-cnn/1", folder=folder, stdin=content)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["file"], told["label"]) == ("-", "7")
-    assert set(told["probabilities"]) == set("0123456789")
-    assert sum(told["probabilities"].values()) == pytest.approx(1)
-    assert told["probability"] == max(told["probabilities"].values())
+    answer = json.loads(done.stdout)
+    assert (answer["file"], answer["label"]) == ("-", "7")
+    assert set(answer["probabilities"]) == set("0123456789")
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    assert answer["probability"] == max(answer["probabilities"].values())
 
 
 def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> Non
     for index in range(100):
         Image.fromarray(test.images[index, ..., 0].numpy()).save(tmp_path / f"{index:03}.png")
     done = run_command("predict", str(tmp_path), folder=folder)
-    told = [line.split("  ")[1] for line in done.stdout.decode().splitlines()]
+    labels = [line.split("  ")[1] for line in done.stdout.decode().splitlines()]
     predicted = [line.split(",")[2] for line in Path("reports/predictions.csv").read_text().splitlines()[1:101]]
-    assert sum(a == b for a, b in zip(told, predicted, strict=True)) >= 97
+    assert sum(a == b for a, b in zip(labels, predicted, strict=True)) >= 97
 
 
 @pytest.mark.parametrize(
@@ -80,29 +80,29 @@ def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> Non
         (["--model", "9", "x.png"], "error: mnist-5k-cnn has no version 9; it has: 1, champion\n"),
     ],
 )
-def test_what_cannot_be_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
+def test_an_unknown_version_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
     done = run_command("predict", *arguments, folder=folder)
     assert (done.returncode, done.stderr.decode()) == (2, line)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("models", "models cannot be read: it is a folder without pictures ("),
-        ("a\nb.png", "a\\nb.png cannot be read: there is no such file"),
-        ("\x1b[31mred.png", "\\x1b[31mred.png cannot be read: there is no such file"),
-        (os.fsdecode(b"caf\xe9.png"), "caf\\udce9.png cannot be read: there is no such file"),
+        ("a\nb.png", "a\\nb.png cannot be read: no such file"),
+        ("\x1b[31mred.png", "\\x1b[31mred.png cannot be read: no such file"),
+        (os.fsdecode(b"caf\xe9.png"), "caf\\udce9.png cannot be read: no such file"),
         ("x" * 10_000, f"{'x' * 300}... cannot be read: File name too long"),
     ],
 )
-def test_fault_28_a_name_from_outside_is_one_line_and_stops_no_other(
-    folder: Path, tmp_path: Path, name: str, told: str
+def test_fault_28_an_unreadable_file_is_one_line_and_the_others_are_classified(
+    folder: Path, tmp_path: Path, name: str, message: str
 ) -> None:
     drawn(3, 20).save(tmp_path / "three.png")
     done = run_command("predict", name, str(tmp_path / "three.png"), folder=folder)
     first, last = done.stderr.decode().splitlines()
-    assert first.startswith(f"error: {told}")
+    assert first.startswith(f"error: {message}")
     assert last == "error: 1 of 2 pictures could not be read"
     assert done.stdout.decode().startswith(f"{tmp_path}/three.png  3  ")
 
@@ -118,17 +118,17 @@ def test_fault_28_names_are_escaped_where_there_is_a_picture_too(folder: Path, t
         [f"{tmp_path}/two\\nlines.png", "3"],
     ]
     done = run_command("predict", "--json", str(tmp_path), folder=folder)
-    files_told = [json.loads(line)["file"] for line in done.stdout.decode().splitlines()]
-    assert files_told == [f"{tmp_path}/{os.fsdecode(b'caf' + bytes([0xE9]))}.png", f"{tmp_path}/two\nlines.png"]
+    paths = [json.loads(line)["file"] for line in done.stdout.decode().splitlines()]
+    assert paths == [f"{tmp_path}/{os.fsdecode(b'caf' + bytes([0xE9]))}.png", f"{tmp_path}/two\nlines.png"]
 
 
-def test_the_same_picture_twice_is_told_twice(folder: Path, tmp_path: Path) -> None:
+def test_a_picture_given_twice_is_listed_twice(folder: Path, tmp_path: Path) -> None:
     drawn(3, 20).save(tmp_path / "three.png")
     done = run_command("predict", *[str(tmp_path / "three.png")] * 2, folder=folder)
     assert len(done.stdout.splitlines()) == 2
 
 
-def test_the_second_guess_is_told_where_it_is_close() -> None:
+def test_the_second_guess_is_shown_if_it_is_close() -> None:
     close = predict._as_line("x.png", {"3": 0.8, "5": 0.15, "8": 0.05})
     assert close == "x.png  3  80.0%  (or 5, 15.0%)"
     assert predict._as_line("x.png", {"3": 0.95, "5": 0.05}) == "x.png  3  95.0%"

@@ -1,4 +1,4 @@
-"""The README and docs/ keep their word: links lead somewhere, commands and parameters exist, figures were measured."""
+"""The README and docs/ are correct: links resolve, commands and parameters exist, figures were measured."""
 
 import importlib
 import itertools

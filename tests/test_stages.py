@@ -23,7 +23,7 @@ from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.explain import report
 from pipeline.model import model_file
-from tests.conftest import QUICK, REPOSITORY, run_stage, say_of_the_data, write_params
+from tests.conftest import QUICK, REPOSITORY, change_dataset_json, run_stage, write_params
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -88,24 +88,22 @@ def test_a_second_run_gives_the_same_bytes(finished: Path, workspace: Path) -> N
     assert contents(workspace) == contents(finished)
 
 
-def test_results_tell_the_data_set_the_figures_and_where_to_look(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_show_the_data_set_and_the_metrics(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.main()
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     accuracy = json.loads(files.METRICS.read_text())["test"]["accuracy"]
-    assert "mnist-5k (3,600 training images)" in told
-    assert f"{accuracy:.2%}" in told
-    assert "mlflow ui" in told
+    assert "mnist-5k (3,600 training images)" in printed
+    assert f"{accuracy:.2%}" in printed
+    assert "mlflow ui" in printed
 
 
 def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main()
-    told = capsys.readouterr().out
-    assert "conv2d_1          (11, 11, 64)            18,496" in told
-    lines = [line for line in told.splitlines() if line.startswith("epoch ")]
+    printed = capsys.readouterr().out
+    assert "conv2d_1          (11, 11, 64)            18,496" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("epoch ")]
     assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     assert all("train loss" in line and "validation loss" in line and line.endswith(" s") for line in lines)
 
@@ -117,13 +115,13 @@ def test_training_on_a_terminal_shows_a_bar_with_loss_accuracy_and_the_time_left
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(workspace)}
     with subprocess.Popen(command, cwd=workspace, env=environment, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
-        told = b""
+        printed = b""
         with suppress(OSError):  # Linux's way to say that the other end is closed
             while part := os.read(ours, 4096):
-                told += part
+                printed += part
     os.close(ours)
     assert process.returncode == 0
-    bars = [bar for bar in told.decode().split("\r") if " images/s" in bar]
+    bars = [bar for bar in printed.decode().split("\r") if " images/s" in bar]
     assert any(
         re.search(r"/7.20k \[\d\d:\d\d<\d\d:\d\d, .* images/s, accuracy=\d+%, loss=\d\.\d{3}\]", bar) for bar in bars
     )
@@ -136,7 +134,7 @@ def test_training_and_preparing_never_open_the_test_images(workspace: Path) -> N
 
 
 @pytest.mark.slow
-def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
+def test_every_parameter_of_a_stage_is_used(finished_copy: Path) -> None:
     def measure() -> tuple[float, float]:
         evaluate.main()
         visualize.main()
@@ -145,8 +143,8 @@ def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
 
     error, height = measure()
     maps = (files.FIGURES / "feature_maps.png").read_bytes()
-    knobs = {"evaluate.calibration_bins": 100, "visualize.mistakes": 4, "visualize.image": 5}
-    write_params(finished_copy, QUICK | knobs)
+    parameters = {"evaluate.calibration_bins": 100, "visualize.mistakes": 4, "visualize.image": 5}
+    write_params(finished_copy, QUICK | parameters)
     other_error, other_height = measure()
     assert other_error != error
     assert other_height < height / 3
@@ -156,7 +154,7 @@ def test_every_knob_of_a_stage_is_used(finished_copy: Path) -> None:
 def test_results_say_so_where_another_data_set_stands_in(
     finished_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    say_of_the_data(requested="mnist")
+    change_dataset_json(requested="mnist")
     results.main()
     assert "mnist-5k, standing in for mnist (3,600 training images)" in capsys.readouterr().out
 
@@ -211,7 +209,7 @@ def test_a_stage_before_its_inputs_names_the_stage_to_run(
     assert contents(finished_copy) == before
 
 
-def test_a_bad_knob_is_one_line_and_nothing_is_written(workspace: Path) -> None:
+def test_an_invalid_parameter_is_one_line_and_nothing_is_written(workspace: Path) -> None:
     before = contents(workspace)
     write_params(workspace, {"model.dropout": 5})
     for stage in ("prepare", "train"):
@@ -220,14 +218,14 @@ def test_a_bad_knob_is_one_line_and_nothing_is_written(workspace: Path) -> None:
     assert contents(workspace) == before
 
 
-def test_layers_that_do_not_fit_the_images_are_said_before_a_run_is_opened(workspace: Path) -> None:
+def test_layers_that_do_not_fit_the_images_are_reported_before_a_run_is_opened(workspace: Path) -> None:
     write_params(workspace, QUICK | {"model.kernel_size": 15})
     with pytest.raises(UserError, match=r"params\.yaml: model: block 2 does not fit the 7 x 7 pixels"):
         train.main()
     assert not (workspace / "mlruns").exists()
 
 
-def test_a_gpu_that_is_not_there_is_said_before_a_run_is_opened(workspace: Path) -> None:
+def test_a_missing_gpu_is_reported_before_a_run_is_opened(workspace: Path) -> None:
     write_params(workspace, QUICK | {"train.device": "cuda"})
     code, line = run_stage("train", workspace, CUDA_VISIBLE_DEVICES="")  # none, on any machine
     assert code == 2
@@ -235,7 +233,7 @@ def test_a_gpu_that_is_not_there_is_said_before_a_run_is_opened(workspace: Path)
     assert not (workspace / "mlruns").exists()
 
 
-def test_a_processor_without_bfloat16_is_said_before_a_run_is_opened(
+def test_a_processor_without_bfloat16_is_reported_before_a_run_is_opened(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_params(workspace, QUICK | {"train.precision": "bfloat16", "train.device": "cpu"})

@@ -30,7 +30,7 @@ from pipeline.tracking import store, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
 from pipeline.tuning.study import STARTUP_TRIALS, Study, counts, open_study
-from tests.conftest import QUICK, REPOSITORY, run_command, say_other_images, write_params
+from tests.conftest import QUICK, REPOSITORY, change_training_images, run_command, write_params
 
 SMALL: dict[str, Any] = QUICK | {
     "model.filters.0": 8,
@@ -126,7 +126,7 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
     summary = json.loads((study_folder / "tuning/summary.json").read_text())
     assert summary["trials"] == 4
     assert [each["validation_accuracy"]["n"] for each in summary["finalists"]] == [2, 2]
-    assert {each["name"] for each in summary["finalists"]} >= {"present"}
+    assert {each["name"] for each in summary["finalists"]} >= {"current"}
     pictures = {path.stem for path in (study_folder / "tuning/figures").glob("*.png")}
     assert pictures == {"history", "importances", "slice", "parallel_coordinates", "accuracy_against_size"}
 
@@ -168,7 +168,7 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
     after = Path("params.yaml").read_text()
     changed = [line for line in after.splitlines() if line not in before.splitlines()]
     winner = json.loads((study_folder / "tuning/summary.json").read_text())["winner"]
-    if winner == "present":
+    if winner == "current":
         assert after == before
     else:
         assert 1 <= len(changed) <= 2
@@ -266,7 +266,7 @@ def test_the_same_seed_and_one_worker_give_the_same_trials_also_in_two_goes(stud
         ),
     ],
 )
-def test_fault_18_a_study_is_not_gone_on_with_for_something_else(
+def test_fault_18_a_study_is_not_resumed_with_other_settings(
     study_folder: Path, changed: dict[str, object], line: str
 ) -> None:
     small_study()
@@ -289,8 +289,8 @@ def test_the_tuned_values_may_change_and_the_study_goes_on(study_folder: Path) -
 @pytest.mark.faults
 def test_fault_18_other_images_make_another_study(study_folder: Path) -> None:
     small_study()
-    say_other_images()
-    with pytest.raises(UserError, match=r"was made with data\.sha256 = [0-9a-f]{64}, and now it is [0-9a-f]{64}"):
+    change_training_images()
+    with pytest.raises(UserError, match=r"was created with data\.sha256 = [0-9a-f]{64}, and now it is [0-9a-f]{64}"):
         small_study()
 
 
@@ -311,7 +311,7 @@ def test_fault_16_an_interrupt_while_the_journal_is_written_keeps_nobody_waiting
 
 
 @pytest.mark.slow
-def test_values_that_were_tried_are_answered_from_history(study_folder: Path) -> None:
+def test_repeated_values_reuse_the_earlier_result(study_folder: Path) -> None:
     write_params(study_folder, SMALL | {"tune.space": {"model.filters.0": {"choices": [4, 8]}}})
     run("--trials", "6", "--workers", "1")
     found = trials()
@@ -326,17 +326,17 @@ def test_values_that_were_tried_are_answered_from_history(study_folder: Path) ->
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("knob", "choices", "part"),
+    ("parameter", "choices", "part"),
     [
         ("model.kernel_size", [14, 15], "block 2 does not fit"),
         ("train.learning_rate", [1e6, 1e7], "the training loss is"),
     ],
 )
 def test_fault_17_when_every_trial_fails_nothing_is_applied(
-    study_folder: Path, knob: str, choices: list[float], part: str
+    study_folder: Path, parameter: str, choices: list[float], part: str
 ) -> None:
-    present = {"train.learning_rate": choices[0]} if knob == "train.learning_rate" else {}  # it is tried first
-    write_params(study_folder, SMALL | present | {"tune.space": {knob: {"choices": choices}}})
+    present = {"train.learning_rate": choices[0]} if parameter == "train.learning_rate" else {}  # it is tried first
+    write_params(study_folder, SMALL | present | {"tune.space": {parameter: {"choices": choices}}})
     before = Path("params.yaml").read_bytes()
     line = refused("--apply", "--force", code=1)
     assert line.startswith("no trial of the study was completed; the last one: ")
@@ -383,8 +383,8 @@ def test_fault_28_a_study_may_have_any_name(study_folder: Path) -> None:
     ("arguments", "line"),
     [
         (["--workers", "1000"], "--workers is 1000; allowed: 1 to"),
-        (["--trials", "0"], "argument --trials: 0 is not a whole number of at least 1"),
-        (["--force"], "--force goes with --apply"),
+        (["--trials", "0"], "argument --trials: 0 is not a positive whole number"),
+        (["--force"], "--force needs --apply"),
         (["--study", "two\nlines"], "argument --study: a study's name has 1 to 100 characters, all on one line"),
         (["--study", "x" * 10_000], "argument --study: a study's name has 1 to 100 characters, all on one line"),
     ],
@@ -404,7 +404,7 @@ def test_fault_28_arguments_that_make_no_sense_are_refused(
 
 
 @pytest.mark.parametrize("fault", ["no GPU", "no images"])
-def test_what_no_trial_could_do_without_is_missed_before_the_first(study_folder: Path, fault: str) -> None:
+def test_missing_inputs_are_reported_before_the_first_trial(study_folder: Path, fault: str) -> None:
     if fault == "no GPU":
         write_params(study_folder, SMALL | {"train.device": "cuda"})
         line = refused(CUDA_VISIBLE_DEVICES="")
@@ -416,7 +416,7 @@ def test_what_no_trial_could_do_without_is_missed_before_the_first(study_folder:
     assert not JOURNAL.exists()
 
 
-def test_a_storage_that_is_not_there_is_said_in_one_line(study_folder: Path) -> None:
+def test_a_missing_storage_is_reported_in_one_line(study_folder: Path) -> None:
     line = refused(code=1, OPTUNA_STORAGE="sqlite:////nowhere/study.db")
     assert line == "the study's storage failed: unable to open database file"
 
@@ -434,7 +434,7 @@ def test_two_studies_at_once_in_one_folder_are_refused(study_folder: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_study_is_gone_on_with(study_folder: Path, sent: signal.Signals) -> None:
+def test_an_interrupted_study_is_resumed(study_folder: Path, sent: signal.Signals) -> None:
     write_params(study_folder, SMALL | {"tune.epochs": 40})
     with start() as interrupted:
         wait_for_trials(3)
@@ -498,7 +498,7 @@ def test_fault_16_half_a_line_in_the_journal_is_cut_off_and_a_stale_lock_is_not_
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_in_one_line_and_loses_nothing(study_folder: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(study_folder: Path) -> None:
     with start(stderr=subprocess.PIPE) as study:
         wait_for_trials(2)
         done = [trial for trial in trials() if counts(trial)]
@@ -513,7 +513,7 @@ def test_a_full_disk_is_said_in_one_line_and_loses_nothing(study_folder: Path) -
 
 
 @pytest.mark.slow
-def test_a_locked_database_is_said_in_one_line_and_loses_nothing(study_folder: Path) -> None:
+def test_a_locked_database_is_reported_in_one_line_and_loses_nothing(study_folder: Path) -> None:
     url = f"sqlite:///{study_folder / 'study.db'}"
     run("--trials", "2", OPTUNA_STORAGE=url)
     with sqlite3.connect("study.db") as other:
@@ -525,7 +525,7 @@ def test_a_locked_database_is_said_in_one_line_and_loses_nothing(study_folder: P
     assert len(optuna.load_study(study_name="convtrack", storage=url).trials) == 3
 
 
-def test_a_storage_without_its_driver_is_said_in_one_line(study_folder: Path) -> None:
+def test_a_storage_without_its_driver_is_reported_in_one_line(study_folder: Path) -> None:
     line = refused(OPTUNA_STORAGE="postgresql+pg8000://host/study")
     assert line == (
         "OPTUNA_STORAGE needs the package pg8000, which is not installed; "
@@ -535,7 +535,7 @@ def test_a_storage_without_its_driver_is_said_in_one_line(study_folder: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["study", "worker", "interrupted"])
-def test_finalists_go_on_after_a_kill_and_none_is_trained_twice(study_folder: Path, killed: str) -> None:
+def test_finalists_resume_after_a_kill_and_none_is_trained_twice(study_folder: Path, killed: str) -> None:
     write_params(study_folder, SMALL | {"tune.trials": 2, "tune.seeds": 4, "tune.epochs": 5})
     with start() as study:
         wait_for_finalists(2)
@@ -559,7 +559,7 @@ def test_a_finalist_that_fails_ends_the_command_and_is_tried_again(study_folder:
     write_params(study_folder, SMALL | {"train.learning_rate": 1e6, "tune.space": space})
     for _ in range(2):
         line = refused("--workers", "1", code=1)
-        assert re.match(r"present with seed \d+ failed: DivergedError: the training loss is", line)
+        assert re.match(r"current with seed \d+ failed: DivergedError: the training loss is", line)
     assert [state for state, _ in finalist_trials()] == ["FAIL", "FAIL"]
     assert parent().info.status == "FAILED"
 
@@ -574,13 +574,13 @@ def test_finalists_that_are_no_longer_wanted_are_not_trained(study_folder: Path)
     now = open_finalists(search, [present])
     started = [trial for trial in (now.next(), now.next(), now.next(), now.next()) if trial is not None]
     assert [now.values_of(trial)["model.dropout"] for trial in started] == [0.5, 0.5]
-    assert not now.wants_another()
+    assert not now.needs_another_trial()
     assert not now.is_done()
 
 
 def test_a_study_may_not_take_the_name_of_the_finalists(study_folder: Path) -> None:
     open_finalists(small_study(), [])
-    with pytest.raises(UserError, match="the study convtrack finalists was made with"):
+    with pytest.raises(UserError, match="the study convtrack finalists was created with"):
         small_study("convtrack finalists")
 
 
@@ -604,7 +604,7 @@ def start(stderr: int | None = None) -> "subprocess.Popen[bytes]":
 
 
 def wait_for_lines(count: int) -> None:
-    """Until the journal has so many."""
+    """Until the journal has ``count`` lines."""
     for _ in range(6000):
         if JOURNAL.exists() and JOURNAL.read_bytes().count(b"\n") >= count:
             return
@@ -622,7 +622,7 @@ def wait_for_epochs(count: int) -> None:
 
 
 def wait_for_finalists(count: int) -> None:
-    """Until so many trainings of finalists have been started."""
+    """Until ``count`` trainings of finalists have been started."""
     for _ in range(1200):
         if JOURNAL.exists() and "convtrack finalists" in JOURNAL.read_text() and len(finalist_trials()) >= count:
             return
@@ -631,7 +631,7 @@ def wait_for_finalists(count: int) -> None:
 
 
 def wait_for_trials(count: int) -> None:
-    """Until so many have been begun."""
+    """Until ``count`` trials have been started."""
     for _ in range(600):
         if JOURNAL.exists() and JOURNAL.read_text().count('"op_code":4') >= count + 1:
             return

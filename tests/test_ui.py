@@ -20,7 +20,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NOT_OURS = re.compile(
     r"telemetry|users/current|ERR_(NAME_NOT_RESOLVED|INTERNET_DISCONNECTED|CONNECTION|PROXY|TUNNEL)|favicon"
 )
-# A browser is no Python package, so `make setup` cannot bring it, and a server that trains has none: a clone without it
+# A browser is not a Python package: `make setup` cannot add it, and a server that trains has none: a clone without it
 # must be able to run the other tests. CI is not let through without it (.ci/run).
 pytestmark = [
     pytest.mark.browser,
@@ -83,7 +83,7 @@ def test_the_experiment_is_in_the_list(page: Page, address: str) -> None:
     shows(page, "convtrack")
 
 
-def test_the_run_tells_its_parameters_scores_and_data(page: Page, address: str, run: Run) -> None:
+def test_the_run_shows_its_parameters_scores_and_data(page: Page, address: str, run: Run) -> None:
     page.goto(at(address, run))
     shows(page, str(run.info.run_name), "model.filters", "test_accuracy", "mnist-5k-train")
     page.get_by_text("+2", exact=True).click()

@@ -18,7 +18,7 @@ from pipeline import verify
 from pipeline.data import sources
 from pipeline.errors import Fault, run_command
 from pipeline.machine import copy_repository
-from tests.conftest import say_of_the_data, write_params
+from tests.conftest import change_dataset_json, write_params
 from tests.data.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
 from tests.test_clone import ONE_EPOCH, environment, run, succeed
 
@@ -52,16 +52,14 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_what_counts_is_the_committed_lock_and_not_what_dvc_repro_has_made_of_it(
-    repository: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_builds_are_compared_with_the_committed_lock(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_lock(repository, REBUILT)
     committed = verify.committed_outputs()
     assert committed == COMMITTED
     verify.compare(REBUILT, REBUILT, committed)
-    told = capsys.readouterr().out
-    assert told.splitlines()[1].split() == ["models/model.safetensors", "c" * 12, "the", "same", "another"]
-    assert "They are not those of the committed dvc.lock." in told
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1].split() == ["models/model.safetensors", "c" * 12, "same", "different"]
+    assert "They differ from the committed dvc.lock." in printed
 
 
 def test_the_repository_may_be_a_folder_of_a_larger_one(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,11 +95,11 @@ def test_where_no_lock_is_committed_one_line_says_so_before_anything_is_built(
     with pytest.raises(SystemExit) as end:
         run_command(verify.main)
     assert end.value.code == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"error: there is no committed dvc.lock to compare with ({why}")
-    assert told.err.endswith("): run `dvc repro` and commit it\n")
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: there is no committed dvc.lock to compare with ({why}")
+    assert printed.err.endswith("): run `dvc repro` and commit it\n")
+    assert printed.err.count("\n") == 1
 
 
 def test_the_same_bytes_as_committed_need_no_reasons(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,29 +107,29 @@ def test_the_same_bytes_as_committed_need_no_reasons(repository: Path, capsys: p
     head, *rows, empty, last = capsys.readouterr().out.splitlines()
     assert head.split() == ["output", "MD5", "second", "run", "dvc.lock"]
     assert [row.split() for row in rows] == [
-        ["models/model.safetensors", "a" * 12, "the", "same", "the", "same"],
-        ["reports/figures", "b" * 12, "the", "same", "the", "same"],
+        ["models/model.safetensors", "a" * 12, "same", "same"],
+        ["reports/figures", "b" * 12, "same", "same"],
     ]
-    assert (empty, last) == ("", "Twice the same bytes.")
+    assert (empty, last) == ("", "Both builds gave the same bytes.")
 
 
 def test_a_build_with_the_fallback_says_so(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify.warn_of_fallback(workspace)
     assert capsys.readouterr().out == ""
-    say_of_the_data(requested="mnist")
+    change_dataset_json(requested="mnist")
     verify.warn_of_fallback(workspace)
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR" in line
 
 
-def test_other_bytes_than_committed_come_with_what_may_be_why(
+def test_a_difference_from_the_committed_lock_is_explained(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_params(repository, {"train.threads": 1, "train.device": "cpu"})
     verify.compare(REBUILT, REBUILT, verify.committed_outputs())
-    told = capsys.readouterr().out
-    _, _, reasons = told.partition("Twice the same bytes.\nThey are not those of the committed dvc.lock. ")
+    printed = capsys.readouterr().out
+    _, _, reasons = printed.partition("Both builds gave the same bytes.\nThey differ from the committed dvc.lock. ")
     elsewhere = "; it may differ on the machine that wrote dvc.lock"
     first, *lines = reasons.splitlines()[1:]
     assert "`git diff HEAD`" in first
@@ -150,8 +148,8 @@ def test_two_builds_that_differ_are_a_fault_that_names_the_output(
     with pytest.raises(Fault, match="two runs of this code on this machine do not give the same bytes"):
         verify.compare(COMMITTED, REBUILT, verify.committed_outputs())
     model, figures = capsys.readouterr().out.splitlines()[1:3]
-    assert model.split() == ["models/model.safetensors", "a" * 12, "ANOTHER", "the", "same"]
-    assert "ANOTHER" not in figures
+    assert model.split() == ["models/model.safetensors", "a" * 12, "DIFFERENT", "same"]
+    assert "DIFFERENT" not in figures
 
 
 def test_whole_downloads_are_used_again_and_the_others_come_from_the_users_mirror(
@@ -235,8 +233,8 @@ def test_fault_2_an_interrupted_build_leaves_no_stage_at_work_and_no_folder(
         time.sleep(0.2)
     assert any("pipeline.train" in command for command in commands_in(builds))
     process.send_signal(getattr(signal, sent))
-    _, told = process.communicate(timeout=60)
-    assert (process.returncode, told) == (code, "interrupted\n" if sent == "SIGINT" else "")
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (code, "interrupted\n" if sent == "SIGINT" else "")
     assert commands_in(builds) == []
     assert list(builds.glob("convtrack-*")) == []
 
@@ -260,10 +258,10 @@ def test_verify_builds_twice_from_nothing_and_compares(clone: Path) -> None:
     commit(clone)
     lock = clone / "dvc.lock"
     lock.write_text(re.sub("md5: [0-9a-f]{32}", f"md5: {'a' * 32}", lock.read_text()))  # not committed
-    told = succeed(sys.executable, "-m", "pipeline.verify", folder=clone)
-    assert told.endswith("\nTwice the same bytes.\n")
-    rows = [line.split() for line in told.splitlines() if "the same" in line]
-    assert {row[0] for row in rows if row[2:] == ["the", "same", "the", "same"]} == {
+    printed = succeed(sys.executable, "-m", "pipeline.verify", folder=clone)
+    assert printed.endswith("\nBoth builds gave the same bytes.\n")
+    rows = [line.split() for line in printed.splitlines() if "same" in line]
+    assert {row[0] for row in rows if row[2:] == ["same", "same"]} == {
         "data/prepared/dataset.json",
         "data/prepared/test.safetensors",
         "data/prepared/train.safetensors",
@@ -284,4 +282,4 @@ def test_verify_builds_twice_from_nothing_and_compares(clone: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == "error: two runs of this code on this machine do not give the same bytes\n"
     (model,) = [line for line in done.stdout.splitlines() if line.startswith("models/model.safetensors")]
-    assert "ANOTHER" in model
+    assert "DIFFERENT" in model

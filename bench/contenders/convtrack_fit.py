@@ -2,7 +2,7 @@
 
     python -m bench.contenders.convtrack_fit EPOCHS COPIES [parameter=value ...]
 
-COPIES repeats the training images so many times.
+COPIES is how often the training images are repeated.
 """
 
 import json
@@ -16,8 +16,8 @@ from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset
 def main() -> None:
     """Fit the network to the prepared images; a JSON line for each epoch."""
     epochs, copies, *words = sys.argv[1:]
-    knobs = recipes.from_words(words) | {"train.epochs": int(epochs)}
-    params = recipes.published().changed(knobs)
+    overrides = recipes.from_words(words) | {"train.epochs": int(epochs)}
+    params = recipes.published().changed(overrides)
     recipe.device_for(params)
     dataset = read_dataset()
     train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)

@@ -35,7 +35,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
 
 def loaders(workers: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Loaders of the training images, shuffled anew each epoch, and of the validation images."""
+    """Loaders of the training images, reshuffled each epoch, and of the validation images."""
     data = np.load(sys.argv[1])
     train, validation = (Digits(data[f"{split}_images"], data[f"{split}_labels"]) for split in ("train", "validation"))
     return (

@@ -14,12 +14,12 @@ from pipeline.errors import UserError
 
 FORMATS = {"BMP": (".bmp",), "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-# What Pillow's readers raise for files that are cut off or changed.
+# What Pillow raises for truncated or corrupted files.
 DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, RuntimeError, OverflowError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-MOST_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000
 BOX = 20 / 28  # the part of the image's side that a digit of MNIST fills
 INK = 0.3  # of the darkest stroke; anything fainter counts as paper
 
@@ -31,8 +31,8 @@ def read(file: Path | IO[bytes], name: str) -> Image.Image:
     """
     try:
         with Image.open(file, formats=list(FORMATS)) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise UserError(f"{name} has {picture.width} x {picture.height} pixels; allowed: {MOST_PIXELS:,}")
+            if picture.width * picture.height > MAX_PIXELS:
+                raise UserError(f"{name} has {picture.width} x {picture.height} pixels; allowed: {MAX_PIXELS:,}")
             upright = ImageOps.exif_transpose(picture)
             if upright.has_transparency_data:
                 white = Image.new("RGBA", upright.size, "white")
@@ -49,7 +49,7 @@ def read(file: Path | IO[bytes], name: str) -> Image.Image:
 def _reason(error: Exception) -> str:
     match error:
         case FileNotFoundError():
-            return "there is no such file"
+            return "no such file"
         case IsADirectoryError():
             return f"it is a folder without pictures ({', '.join(SUFFIXES)})"
         case OSError() if error.strerror:
@@ -66,7 +66,7 @@ def fitted(picture: Image.Image, image_shape: tuple[int, int, int]) -> torch.Ten
 
 
 def centred_strokes(picture: Image.Image, image_shape: tuple[int, int, int], name: str) -> torch.Tensor:
-    """A drawn or written character as an image (H, W, 1) uint8, made as MNIST was made.
+    """A drawn or written character as an image (H, W, 1) uint8, preprocessed like MNIST.
 
     Light strokes on black, whichever way round the picture is. The character is scaled, with its proportions kept and
     its edges smoothed, to fit a box of 20 x 20 of 28 x 28 pixels, and its centre of mass is moved to the centre of the
@@ -87,7 +87,7 @@ def centred_strokes(picture: Image.Image, image_shape: tuple[int, int, int], nam
 def _ink(grey: NDArray[np.float32]) -> NDArray[np.float32] | None:
     """The amount of ink at each pixel (H, W), 0 to 1; None for a blank picture.
 
-    The median of the border is the paper. Ink is what is darker, or what is lighter where there is more of that.
+    The median of the border is the paper. Ink is what is darker than it, or what is lighter if that is more.
     """
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     difference = grey - np.median(border)

@@ -1,4 +1,4 @@
-"""The data sets by name, and how their images are had. The only file that knows a data set by its name.
+"""The data sets by name, and how their images are loaded. No other module refers to a data set by name.
 
 A new data set is a function that returns a Source, and a line in DATASETS.
 """
@@ -27,13 +27,13 @@ from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError, without_password
 
 MIRROR_VARIABLE = "PIPELINE_DATA_MIRROR"
-NETWORK_REMEDY = f"set {MIRROR_VARIABLE} or repair the network"
+NETWORK_REMEDY = f"set {MIRROR_VARIABLE} or fix the connection"
 MIRROR_TIMEOUT_SECONDS = 30  # for a connection or a read; a silent mirror must not hang the stage
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as published, and in ``origin`` by whom. ``test`` is None where the publisher names no test split."""
+    """A data set as published, and in ``origin`` by whom. ``test`` is None if there is no published test split."""
 
     origin: str
     class_names: tuple[str, ...]
@@ -43,10 +43,10 @@ class Source:
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a data set is loaded, and how other pictures are made like its images.
+    """How a data set is loaded, and how other pictures are preprocessed for its models.
 
-    ``centred_strokes``: its images are light strokes on black, and pictures are made so with
-    image_files.centred_strokes; else they are scaled and cropped with image_files.fitted.
+    ``centred_strokes``: its images are light strokes on black, and pictures are converted with
+    image_files.centred_strokes; otherwise they are scaled and cropped with image_files.fitted.
     """
 
     load: Callable[[], Source]
@@ -124,10 +124,10 @@ class NoMirrorError(Fault):
 
 
 def load(name: str, offline_fallback: str | None = None) -> tuple[str, Source]:
-    """The data set ``name``, and the name of the data set that it really is.
+    """The data set ``name``, and the name of the data set that was actually loaded.
 
-    The two differ where no mirror answers and ``offline_fallback`` is "mnist-5k": then those digits are used, after a
-    warning, for data of the same classes. With None that is a NoMirrorError. Raises UserError for an unknown name or a
+    The two differ if no mirror can be reached and ``offline_fallback`` is "mnist-5k": then those digits are used, after
+    a warning, if the classes are the same. With None it is a NoMirrorError. Raises UserError for an unknown name or a
     damaged file in ``data/raw``.
     """
     if name not in DATASETS:
@@ -143,10 +143,10 @@ def load(name: str, offline_fallback: str | None = None) -> tuple[str, Source]:
 
 
 def _fallback_for(name: str, error: NoMirrorError) -> Source:
-    """The packaged digits in place of ``name``; a NoMirrorError where that has other classes."""
+    """The packaged digits in place of ``name``; a NoMirrorError if that has different classes."""
     fallback = DATASETS[FALLBACK].load()
     if PUBLISHED[name].class_names != fallback.class_names:
-        raise NoMirrorError(f"{error}; {FALLBACK} cannot stand in for {name}, which has other classes") from None
+        raise NoMirrorError(f"{error}; {FALLBACK} cannot stand in for {name}, which has different classes") from None
     _warn_loudly(name, error)
     return fallback
 
@@ -179,7 +179,7 @@ def downloaded() -> Iterator[tuple[Path, bool]]:
 
 
 def _fetch(name: str, file: str, digest: str) -> Path:
-    """The path of ``file``, its SHA-256 checked. It is downloaded whole or not at all."""
+    """The path of ``file``, its SHA-256 checked. The download is atomic."""
     target = files.raw_folder() / name / file
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def _fetch(name: str, file: str, digest: str) -> Path:
 
 
 def _mirrors(name: str) -> Iterator[str]:
-    """Folders and URLs to try, in this order. One mirror may hold several data sets in folders of their names."""
+    """Folders and URLs to try, in this order. A mirror may have one folder per data set."""
     if own := os.environ.get(MIRROR_VARIABLE):
         if "://" not in own and not (files.root() / own).is_dir():
             raise UserError(f"{MIRROR_VARIABLE} is {own}, which is neither a URL nor a folder")

@@ -1,4 +1,4 @@
-"""The prepared splits: cut them, check them, write and read them."""
+"""The prepared splits: create, check, write and read them."""
 
 import hashlib
 import itertools
@@ -47,7 +47,7 @@ class SplitFacts:
 class Dataset:
     """The content of ``dataset.json``.
 
-    ``name`` is the data set that was really used and ``requested`` the one that params.yaml names; they differ after
+    ``name`` is the data set that was actually used and ``requested`` the one that params.yaml names; they differ after
     the offline fallback. ``mean`` and ``std`` are those of the training pixels in [0, 1], one value per channel.
     """
 
@@ -62,7 +62,7 @@ class Dataset:
 
     @property
     def label(self) -> str:
-        """The name to show. It says so where this is not the data set that params.yaml names."""
+        """The name to show. It also shows if this is not the data set that params.yaml names."""
         return self.name if self.name == self.requested else f"{self.name}, standing in for {self.requested}"
 
     @property
@@ -86,7 +86,7 @@ def cut(
 ) -> dict[str, LabelledImages]:
     """The three splits. Validation is the last part of the published training images, in their published order.
 
-    Where the publisher names no test split, the images are first shuffled with ``seed``, and the last
+    If there is no published test split, the images are first shuffled with ``seed``, and the last
     ``test_fraction`` of them become the test split. Raises UserError where a split would have no images.
     """
     if test is None:
@@ -99,12 +99,12 @@ def cut(
 def _cut_off(images: LabelledImages, fraction: float, split: str) -> tuple[LabelledImages, LabelledImages]:
     kept = len(images) - round(len(images) * fraction)
     if kept == len(images):
-        raise UserError(f"params.yaml: data.{split}_fraction is {fraction}, less than one of {len(images):,} images")
+        raise UserError(f"params.yaml: data.{split}_fraction is {fraction}, less than one image of {len(images):,}")
     return images[:kept], images[kept:]
 
 
 def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:
-    """Warnings about the splits, a line each. Raises UserError for labels that cannot be learned."""
+    """Warnings about the splits, a line each. Raises UserError for invalid labels and for classes without images."""
     warnings = []
     for split, images in splits.items():
         outside = (images.labels < 0) | (images.labels >= len(class_names))
@@ -178,7 +178,7 @@ def _write_split(split: LabelledImages, path: Path, class_names: tuple[str, ...]
 
 
 def _rounded(values: torch.Tensor) -> tuple[float, ...]:
-    # Six digits are more than anyone reads and fewer than the order of summation can change.
+    # Six digits, so that the order of summation does not change them.
     return tuple(round(value, 6) for value in values.tolist())
 
 

@@ -25,12 +25,12 @@ class Regularization:
 
     l1: float = 0.0  # of brightness
     total_variation: float = 0.0  # of edges
-    jitter: int = 0  # pixels by which the image may move either way at each step, so that no single place matters
+    jitter: int = 0  # pixels of random shift in each direction at each step, so that no single position matters
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """Number of steps, root mean square change of a pixel in each, and where they begin: see `starts`."""
+    """Number of steps, root mean square change of a pixel in each, and the starting images: see `starts`."""
 
     steps: int
     step_size: float
@@ -82,7 +82,7 @@ def maximize(
     def maximize_chunk(chosen: Tensor) -> Tensor:
         return ascend(score_of(cnn, chosen), start[chosen], regularization, ascent)
 
-    # Every operation on one thread: the number of threads then changes no bit, which two hundred steps would amplify.
+    # Every operation on one thread: otherwise rounding would depend on the number of threads, amplified by 200 steps.
     with cpu_threads.thread_pool(cnn, start.device) as pool:
         return torch.cat(list(pool.map(maximize_chunk, torch.split(torch.arange(count), CHUNK))))
 
@@ -90,8 +90,8 @@ def maximize(
 def ascend(score: Score, start: Tensor, regularization: Regularization, ascent: Ascent) -> Tensor:
     """Images (N, C, H, W) in [0, 1] with a higher score than ``start``.
 
-    Each step follows the gradient, scaled to the same length for every image; from the middle on the steps become
-    shorter, down to nothing.
+    Each step follows the gradient, scaled to the same length for every image; in the second half the step
+    size falls linearly to zero.
     """
     generator = torch.Generator().manual_seed(ascent.seed)
     images = start
@@ -108,7 +108,7 @@ def ascend(score: Score, start: Tensor, regularization: Regularization, ascent: 
 
 
 def _jittered(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Moved by up to this many pixels, all by the same; black comes into view."""
+    """Shifted by up to this many pixels, all by the same amount; new pixels are black."""
     if not most:
         return images
     down, right = (torch.randint(2 * most + 1, (2,), generator=generator) - most).tolist()

@@ -18,7 +18,7 @@ CHUNK = 250  # images at a time
 
 
 class FeatureMaps(NamedTuple):
-    """What one layer makes of images: ``maps`` (N, filters, H, W)."""
+    """The output of one layer for images: ``maps`` (N, filters, H, W)."""
 
     layer: str
     maps: Tensor
@@ -53,16 +53,16 @@ def feature_maps(cnn: CNN, images: Tensor) -> list[FeatureMaps]:
     return found
 
 
-class Field(NamedTuple):
-    """The part of the image that one place of a layer's maps sees: the next place sees ``step`` pixels further on."""
+class ReceptiveField(NamedTuple):
+    """The part of the image that one position of a layer's maps sees; the next sees ``step`` pixels further."""
 
     first: int
     step: int
     side: int
 
 
-def receptive_field(cnn: CNN) -> Field:
-    """What one place of the last convolution's maps sees; ``first`` is below 0 where it sees padding."""
+def receptive_field(cnn: CNN) -> ReceptiveField:
+    """What one position of the last convolution's maps sees; ``first`` is below 0 if it sees padding."""
     first, step, side = 0, 1, 1
     last = cnn.block_list()[-1].convolution
     for layer in cnn.blocks.modules():
@@ -77,13 +77,13 @@ def receptive_field(cnn: CNN) -> Field:
         elif isinstance(layer, Pooling):
             side += (layer.size - 1) * step
             step *= layer.size
-    return Field(first, step * last.stride[0], side)
+    return ReceptiveField(first, step * last.stride[0], side)
 
 
 class Patches(NamedTuple):
     """The parts of images that excite each filter most: (filters, count, side, side, C) uint8, the strongest first.
 
-    And the ``strongest`` answer of each filter, before ReLU: (filters,).
+    And the ``strongest`` response of each filter, before ReLU: (filters,).
     """
 
     patches: Tensor
@@ -152,7 +152,7 @@ def occlusion(cnn: CNN, images: Tensor, classes: Tensor, side: int) -> Tensor:
 
 
 def grad_cam(cnn: CNN, images: Tensor, classes: Tensor) -> Tensor:
-    """Where the last convolution, before its pooling, finds what speaks for a class (Selvaraju et al., 2017).
+    """Where the last convolution, before its pooling, finds evidence for a class (Selvaraju et al., 2017).
 
     Images (N, C, H, W), one class (N,) each; (N, H, W), at least 0, stretched from the size of the maps.
     """
@@ -166,7 +166,7 @@ def grad_cam(cnn: CNN, images: Tensor, classes: Tensor) -> Tensor:
 
 
 def with_random_weights(cnn: CNN) -> CNN:
-    """The same layers, untrained. What they explain alike is not what was learned (Adebayo et al., 2018)."""
+    """The same layers, untrained: a sanity check of explanations (Adebayo et al., 2018)."""
     return CNN(cnn.architecture, torch.Generator().manual_seed(1)).eval()
 
 
@@ -187,9 +187,9 @@ def _chosen(logits: Tensor, classes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[float]]:
-    """How alike each layer's maps stay when images (N, H, W, C) move to the right by 0, 1 ... ``shifts`` pixels.
+    """How similar each layer's maps stay when images (N, H, W, C) move to the right by 0, 1 ... ``shifts`` pixels.
 
-    For each layer of `feature_maps` the mean cosine between the maps before and after, whose images move as wholes:
+    For each layer of `feature_maps` the mean cosine similarity between the maps before and after the shift:
     1 is unchanged.
     """
     sums: dict[str, list[float]] = {}
@@ -204,7 +204,7 @@ def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[fl
 
 @torch.no_grad()
 def penultimate_features(cnn: CNN, images: Tensor) -> Tensor:
-    """What the dense layer sees of images (N, H, W, C): (N, features) float32."""
+    """The input of the dense layer for images (N, H, W, C): (N, features) float32."""
     cnn.eval()
     return torch.cat([cnn.flatten(cnn.maps(chunk)) for chunk in torch.split(images, CHUNK)])
 
@@ -231,7 +231,7 @@ def most_confident_mistakes(labels: Tensor, predicted: Tensor, confidence: Tenso
 
 
 class Doubts(NamedTuple):
-    """Images whose labels are doubted, as indices, and the classes that they may really be of: (count,) each."""
+    """Images whose labels are doubtful, as indices, and their likely classes: (count,) each."""
 
     images: Tensor
     classes: Tensor

@@ -57,7 +57,7 @@ def noisy(images: Tensor, deviation: float) -> Tensor:
 
 
 def blurred(images: Tensor, deviation: float) -> Tensor:
-    """Images (N, H, W, C) uint8 blurred by a Gaussian with a standard deviation of so many pixels."""
+    """Images (N, H, W, C) uint8 blurred by a Gaussian; ``deviation`` is its standard deviation in pixels."""
     if not deviation:
         return images
     reach = math.ceil(3 * deviation)
@@ -70,7 +70,7 @@ def blurred(images: Tensor, deviation: float) -> Tensor:
 
 
 def with_contrast(images: Tensor, contrast: float) -> Tensor:
-    """Images uint8 with so many times their contrast, at most 1, around the grey in the middle of the range."""
+    """Images uint8 with their contrast multiplied by ``contrast``, at most 1, around the middle grey."""
     return (127.5 + (images - 127.5) * contrast).round().to(torch.uint8)
 
 
@@ -101,7 +101,7 @@ REPORTED = {  # in metrics.json
 
 
 def accuracies(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, list[tuple[float, float]]]:
-    """For each corruption (strength, accuracy) on images (N, H, W, C) uint8 that are corrupted so."""
+    """For each corruption (strength, accuracy) on corrupted images (N, H, W, C) uint8."""
     return {
         name: [(strength, _accuracy(cnn, images, labels, name, strength)) for strength in corruption.strengths]
         for name, corruption in CORRUPTIONS.items()

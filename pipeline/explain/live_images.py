@@ -17,7 +17,7 @@ from pipeline.params import Maximisation
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 SIDE = 200  # pixels, roughly
-STEPS = 5  # gradient ascent steps per epoch; a resumed training starts the class image anew
+STEPS = 5  # gradient ascent steps per epoch; a resumed training restarts the class image
 RED, BLUE = (178, 24, 43), (33, 102, 172)  # as in the figure of the filters
 GREY = 128
 

@@ -21,7 +21,7 @@ def model_card(dataset: Dataset, saved: TrainedModel, metrics: Mapping[str, Any]
             _table(("parameter", "value"), saved.recipe.items()),
             "## Architecture",
             f"```text\n{summary(saved.cnn.architecture)}\n```",
-            f"## How good it is, on the {dataset.splits[TEST].count:,} test images",
+            f"## Metrics on the {dataset.splits[TEST].count:,} test images",
             *_scores(dataset, metrics),
             "## Limits",
             _limits(dataset),
@@ -81,7 +81,7 @@ def _scores(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
     return [
         _table(("", "measured", "95 % confidence"), rows),
         _table(("class", "images", "recall", "95 % confidence"), recalls),
-        "The intervals (Wilson) show how far chance in the choice of the test images goes.",
+        "The intervals (Wilson) show the uncertainty that comes from the choice of test images.",
     ]
 
 
@@ -92,20 +92,20 @@ def _interval(right: int, count: int) -> str:
 
 def _limits(dataset: Dataset) -> str:
     lines = [
-        "It knows nothing but these classes: any other image is given one of them too, often with high confidence.",
+        "It knows only these classes: any other image is assigned to one of them too, often with high confidence.",
         "It expects images like those it was trained on, in size, framing and contrast; the rows above that begin with "
         "*accuracy,* show how much it loses on others.",
-        "It comes from one training; with another seed it would make other mistakes.",
+        "It comes from one training run; with another seed it would make different mistakes.",
     ]
     if dataset.name != dataset.requested:
-        lines.insert(0, f"**{_text(dataset.name)} stood in for {_text(dataset.requested)}**, which could not be had.")
+        lines.insert(0, f"**{_text(dataset.name)} stood in for {_text(dataset.requested)}**, which was not available.")
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _reproduction(tags: Mapping[str, str]) -> str:
     if "git.commit" not in tags:
         return (
-            "DVC brought it back from a cache, or there was no git: its code and machine are not known. "
+            "DVC restored it from a cache, or git was not available: its code and machine are unknown. "
             "Run `dvc repro` with the recipe above."
         )
     dirty = " There were uncommitted changes." if tags.get("git.dirty") == "true" else ""

@@ -75,10 +75,10 @@ def label_row(axes: Axes, text: str) -> None:
 
 
 def shortened(name: str, length: int) -> str:
-    """A class name cut to at most so many characters."""
+    """A class name truncated to at most ``length`` characters."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def counted(number: int, thing: str, ending: str = "s") -> str:
-    """A number and its noun, with the ending unless there is one of it."""
+    """A number and its noun, in the plural unless the number is 1."""
     return f"{number:,} {thing}{'' if number == 1 else ending}"

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 Augmentation = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
-def shift(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Each image (N, H, W, C) moved by up to ``most`` pixels along each side; what comes into view is 0."""
-    most = int(most)
+def shift(images: Tensor, limit: float, generator: torch.Generator) -> Tensor:
+    """Each image (N, H, W, C) shifted by up to ``limit`` pixels in both directions; new pixels are 0."""
+    limit = int(limit)
     count, height, width, _ = images.shape
-    wide = F.pad(images, (0, 0, most, most, most, most))
-    down, right = torch.randint(2 * most + 1, (2, count, 1), generator=generator, device=images.device)
+    wide = F.pad(images, (0, 0, limit, limit, limit, limit))
+    down, right = torch.randint(2 * limit + 1, (2, count, 1), generator=generator, device=images.device)
     rows = down + torch.arange(height, device=images.device)
     columns = right + torch.arange(width, device=images.device)
     return wide[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 def to_bytes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> bytes:
-    """The checkpoint with ``facts`` beside it: numbers, text, and lists and mappings of them."""
+    """The checkpoint together with ``facts``: numbers, text, and lists and mappings of them."""
     content = io.BytesIO()
     fields = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
     if not checkpoint.step:  # nothing of the next epoch is done
@@ -56,7 +56,7 @@ def from_bytes(content: bytes) -> tuple[Checkpoint, dict[str, Any]]:
     """What ``to_bytes`` wrote, on the CPU. Unpickles tensors and plain values only. Raises DamagedError."""
     stored = content[DIGEST_SIZE:]
     if _signed(stored) != content:
-        raise DamagedError("its SHA-256 is not the one in it")
+        raise DamagedError("its SHA-256 does not match")
     try:
         read = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         return Checkpoint(**read["fit"]), read["facts"]

@@ -56,7 +56,7 @@ class Block(nn.Sequential):
         super().__init__(layers)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, C, H, W) in, floats or bytes of which 255 stands for 1; (N, filters, H', W') out."""
+        """(N, C, H, W) in, floats or bytes (255 stands for 1); (N, filters, H', W') out."""
         return cpu_ops.run(self, inputs)
 
     def before(self, name: str, inputs: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Block(nn.Sequential):
         return cpu_ops.run(list(self)[: names.index(name)], inputs)
 
     def onwards(self, name: str, maps: Tensor) -> Tensor:
-        """The block's output where ``maps`` reach the layer ``name``: the rest of the way after ``before``."""
+        """The block's output for ``maps`` that reach the layer ``name``: the rest of the pass after ``before``."""
         names = list(self._modules)
         return cpu_ops.run(list(self)[names.index(name) :], maps)
 
@@ -116,8 +116,8 @@ class CNN(nn.Module):
             raise ValueError(
                 f"images are {tuple(images.shape)} {images.dtype}; the network takes N x {expected} torch.uint8"
             )
-        # Where a convolution or a pooling does not come out even, rows and columns at the right and bottom reach no
-        # logit: of a 28 x 28 image the published network sees 26 x 26. They are not computed.
+        # If the sizes do not divide evenly, the last rows and columns cannot affect a logit: of a 28 x 28 image the
+        # published network sees 26 x 26. They are not computed.
         maps: Tensor = self.blocks(pixels[:, :, : self.seen[0], : self.seen[1]])
         return maps
 
@@ -156,8 +156,8 @@ def _output_shape(architecture: Architecture) -> tuple[int, int, int]:
 def _seen_side(blocks: nn.Sequential, axis: int, architecture: Architecture) -> int:
     """How many rows (axis 0) or columns (axis 1) of an image can change a logit.
 
-    All of them behind a layer that looks at the right and bottom edge, such as a convolution with padding, or at
-    everything, such as batch normalisation.
+    All of them if there is a layer that uses the right and bottom edge, such as a convolution with padding, or the
+    whole image, such as batch normalisation.
     """
     side = _output_shape(architecture)[1 + axis]
     for layer in reversed([layer for block in blocks for layer in block.children()]):
@@ -184,7 +184,7 @@ class Layer(NamedTuple):
 
 @functools.cache
 def layers(architecture: Architecture) -> tuple[Layer, ...]:
-    """The CNN's layers in the order in which they run, activations left out, read off the network itself.
+    """The CNN's layers in the order in which they run, without activations, derived from the network itself.
 
     Raises ValueError where the layers do not fit the images.
     """
@@ -223,7 +223,7 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _multiply_adds(layer: nn.Module, output: Tensor) -> int:
-    """Multiplications with an addition for one image: every number of the output is a sum over the weights of one."""
+    """Multiply-adds for one image: every output value is a sum over the weights of one filter or neuron."""
     if isinstance(layer, nn.Conv2d | nn.Linear):
         return output.numel() * layer.weight[0].numel()
     return 0
@@ -239,12 +239,12 @@ def summary(architecture: Architecture) -> str:
 
 
 def parameter_count(architecture: Architecture) -> int:
-    """How many numbers the training adjusts."""
+    """The number of trainable parameters."""
     return sum(layer.parameters for layer in layers(architecture))
 
 
 def multiply_adds(architecture: Architecture) -> int:
-    """How many multiplications with an addition the convolutions and the dense layer do for one image."""
+    """The multiply-adds of the convolutions and the dense layer for one image."""
     return sum(layer.multiply_adds for layer in layers(architecture))
 
 
@@ -253,7 +253,7 @@ def as_input(images: Tensor) -> Tensor:
     return as_float(images.permute(0, 3, 1, 2))
 
 
-MOST_IMAGES = 1000
+MAX_IMAGES = 1000
 
 
 class Classifier(nn.Module):
@@ -265,8 +265,8 @@ class Classifier(nn.Module):
         self.cnn = copy.deepcopy(cnn).cpu().eval().to(memory_format=torch.contiguous_format)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities, each row adding up to 1; a RuntimeError for more than MOST_IMAGES."""
+        """Probabilities, each row adding up to 1; a RuntimeError for more than MAX_IMAGES."""
         # The exported graph keeps this check: a server's memory must not depend on who asks.
-        torch._check(images.shape[0] <= MOST_IMAGES, lambda: f"at most {MOST_IMAGES:,} images at a time")
+        torch._check(images.shape[0] <= MAX_IMAGES, lambda: f"at most {MAX_IMAGES:,} images at a time")
         logits: Tensor = self.cnn(images)
         return logits.softmax(dim=1)

@@ -1,6 +1,6 @@
 """Loops for which PyTorch has no single operation, compiled for the CPU by Numba.
 
-A small CNN waits for memory more than it computes: as separate operations, the first convolution, its ReLU and its
+A small CNN is limited by memory bandwidth: as separate operations, the first convolution, its ReLU and its
 pooling move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; the
 convolution's own output is never stored. Other convolutions are computed pooling window by pooling window where that
 takes less than half the multiplications. The backward pass follows only the argmax of each pooling window.
@@ -24,27 +24,27 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
-DEAD = 255  # instead of the argmax where ReLU let nothing through
+DEAD = 255  # instead of the argmax if ReLU set the output to zero
 
 
 Factory = TypeVar("Factory", bound=Callable[..., object])
-_one_at_a_time = threading.Lock()
+_build_lock = threading.Lock()
 
 
-def _built_once(factory: Factory) -> Factory:
+def _cached_build(factory: Factory) -> Factory:
     """Each set of sizes is built once, also when several threads ask for it at the same time."""
     cached = functools.cache(factory)
 
     @functools.wraps(factory)
     def build(*sizes: object) -> object:
-        with _one_at_a_time:
+        with _build_lock:
             return cached(*sizes)
 
     return cast(Factory, build)
 
 
 @functools.cache
-def _allow_whole_vectors() -> None:
+def _allow_512_bit_vectors() -> None:
     """Let the compiler use all 512 bits of AVX-512.
 
     By default it uses 256 on Intel's processors, because the first ones with AVX-512 slowed down otherwise. On an
@@ -54,16 +54,16 @@ def _allow_whole_vectors() -> None:
         config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
-def _compiled(function: Loop, freedoms: Set[str] = frozenset({"contract"})) -> Loop:
+def _compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"})) -> Loop:
     # Without the interpreter's lock, so that threads can run it at the same time. A multiplication and the addition
-    # after it may become one instruction; other reorderings need ``freedoms``. The same inputs give the same bits.
-    _allow_whole_vectors()
-    loop: Loop = njit(nogil=True, cache=True, fastmath=set(freedoms), error_model="numpy")(function)
+    # after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same bits.
+    _allow_512_bit_vectors()
+    loop: Loop = njit(nogil=True, cache=True, fastmath=set(fastmath), error_model="numpy")(function)
     return loop
 
 
 def _called_in_loops(function: Factory) -> Factory:
-    _allow_whole_vectors()
+    _allow_512_bit_vectors()
     return cast(Factory, njit(function))
 
 
@@ -74,7 +74,7 @@ class Pair(NamedTuple):
     backward: Loop
 
 
-@_built_once
+@_cached_build
 def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
     """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
 
@@ -99,7 +99,7 @@ def first_block(size: int, stride: int, channels: int, filters: int, window: int
                                 for b in range(size):
                                     for c in range(channels):
                                         total += np.float32(images[n, y + a, x + b, c]) * weights[a, b, c, f]
-                            if sign * total > best or total != total:  # NaN wins, as in PyTorch, and is seen
+                            if sign * total > best or total != total:  # NaN propagates, as in PyTorch
                                 best = sign * total
                                 best_place = place
                         best *= sign
@@ -137,9 +137,9 @@ def first_block(size: int, stride: int, channels: int, filters: int, window: int
     return Pair(_compiled(forward), _compiled(backward))
 
 
-@_built_once
+@_cached_build
 def pool_relu(window: int, sign: int) -> Pair:
-    """Pooling and ReLU of maps (N, H, W, filters); what is left over at the right and bottom is cut off."""
+    """Pooling and ReLU of maps (N, H, W, filters); rows and columns that do not fill a window are dropped."""
     zero, lowest = np.float32(0), np.float32(-np.inf)
 
     def forward(maps: Floats, pooled: Floats, argmax: Bytes) -> None:
@@ -172,10 +172,10 @@ def pool_relu(window: int, sign: int) -> Pair:
 
 
 DEPTH = 8  # products that are summed up at once; more would not fit into the registers
-IMAGES = 2  # images at a time: what is in work then stays in the core's own cache
+IMAGES = 2  # images at a time, so that the data stays in the core's cache
 
 
-@_built_once
+@_cached_build
 def winograd(channels: int, filters: int, sign: int) -> Loop:
     """Convolution by 3 x 3 filters without padding, pooling by 2 x 2 windows and ReLU, in 16 products instead of 36.
 
@@ -192,7 +192,7 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
     def forward(inputs: Floats, factors: Floats, biases: Floats, pooled: Floats, argmax: Bytes) -> None:
         count, height, width, _ = pooled.shape
         most = IMAGES * height * width
-        sums = np.zeros((16, most + 1, depth), np.float32)  # windows are taken two by two, so one may be too many
+        sums = np.zeros((16, most + 1, depth), np.float32)  # windows are computed in pairs, so there may be one extra
         products = np.empty((16, most + 1, filters), np.float32)
         for start in range(0, count, IMAGES):
             images = min(IMAGES, count - start)
@@ -201,12 +201,12 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
                     for j in range(width):
                         y, x, window = 2 * i, 2 * j, (n * height + i) * width + j
                         for c in range(channels):
-                            p = _parted_column(inputs, start + n, y, x, c)
-                            q = _parted_column(inputs, start + n, y, x + 1, c)
-                            r = _parted_column(inputs, start + n, y, x + 2, c)
-                            s = _parted_column(inputs, start + n, y, x + 3, c)
+                            p = _input_transform_column(inputs, start + n, y, x, c)
+                            q = _input_transform_column(inputs, start + n, y, x + 1, c)
+                            r = _input_transform_column(inputs, start + n, y, x + 2, c)
+                            s = _input_transform_column(inputs, start + n, y, x + 3, c)
                             for a in range(4):
-                                values = _parted(p[a], q[a], r[a], s[a])
+                                values = _input_transform(p[a], q[a], r[a], s[a])
                                 for b in range(4):
                                     sums[4 * a + b, window, c] = values[b]
             for g in range(16):
@@ -235,15 +235,15 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
                     for j in range(width):
                         window = (n * height + i) * width + j
                         for f in range(filters):
-                            p = _joined_column(products, 0, window, f)
-                            q = _joined_column(products, 1, window, f)
-                            r = _joined_column(products, 2, window, f)
-                            s = _joined_column(products, 3, window, f)
+                            p = _output_transform_column(products, 0, window, f)
+                            q = _output_transform_column(products, 1, window, f)
+                            r = _output_transform_column(products, 2, window, f)
+                            s = _output_transform_column(products, 3, window, f)
                             best = lowest
                             best_place = 0
                             for place in range(4):
                                 a = place // 2
-                                value = sign * (_joined(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
+                                value = sign * (_output_transform(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
                                 if value > best or value != value:
                                     best = value
                                     best_place = place
@@ -254,38 +254,38 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
     return _compiled(forward)
 
 
-# Winograd's sums along one side: of four inputs, and of four products.
+# Winograd's transforms along one dimension: of four inputs, and of four products.
 
 
 @_called_in_loops
-def _parted(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
+def _input_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
     return a - c, b + c, c - b, b - d
 
 
 @_called_in_loops
-def _joined(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
+def _output_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
     return a + b + c, b - c - d
 
 
 @_called_in_loops
-def _parted_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
-    return _parted(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
+def _input_transform_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
+    return _input_transform(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
 
 
 @_called_in_loops
-def _joined_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
-    return _joined(
+def _output_transform_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
+    return _output_transform(
         products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
     )
 
 
-@_built_once
-def conv_backward(size: int, stride: int, channels: int, window: int, inputs_learn: bool) -> Loop:
+@_cached_build
+def conv_backward(size: int, stride: int, channels: int, window: int, needs_input_grad: bool) -> Loop:
     """The gradients of a convolution from those of the pooled maps, skipping what pooling discarded.
 
-    In each window only the argmax has a gradient, and none where ReLU or dropout stopped it. The rest, a sixteenth of
-    the convolution's outputs in the default network, is taken one by one: each adds its multiple of the filter to the
-    gradients of the inputs, and its multiple of the inputs to the gradient of the filter. Inputs are
+    In each window only the argmax has a gradient, and none if ReLU or dropout set it to zero. The others, a sixteenth
+    of the convolution's outputs in the default network, are processed one by one: each adds a multiple of the filter to
+    the gradients of the inputs, and a multiple of the inputs to the gradient of the filter. Inputs are
     (N, H, W * channels), weights (filters, size, size * channels).
     """
     row = size * channels
@@ -301,7 +301,7 @@ def conv_backward(size: int, stride: int, channels: int, window: int, inputs_lea
     ) -> None:  # adds to the last three
         count, height, width, filters = grad_pooled.shape
         rows, columns = np.empty(height * width + 1, np.int64), np.empty(height * width + 1, np.int64)
-        learned = np.empty(height * width + 1, np.float32)
+        gradients = np.empty(height * width + 1, np.float32)
         for n in range(count):
             for f in range(filters):
                 length = 0
@@ -310,13 +310,13 @@ def conv_backward(size: int, stride: int, channels: int, window: int, inputs_lea
                         gradient, best_place = grad_pooled[n, i, j, f], argmax[n, i, j, f]
                         rows[length] = (i * window + best_place // window) * stride
                         columns[length] = (j * window + best_place % window) * stride * channels
-                        learned[length] = gradient
+                        gradients[length] = gradient
                         length += (gradient != 0) & (best_place != DEAD)
                 for k in range(length):
-                    y, x, gradient = rows[k], columns[k], learned[k]
+                    y, x, gradient = rows[k], columns[k], gradients[k]
                     grad_biases[f] += gradient
                     for a in range(size):
-                        if inputs_learn:
+                        if needs_input_grad:
                             sums, values = grad_inputs[n, y + a, x : x + row], weights[f, a]
                             for t in range(row):
                                 sums[t] += gradient * values[t]
@@ -327,11 +327,11 @@ def conv_backward(size: int, stride: int, channels: int, window: int, inputs_lea
     return _compiled(backward)
 
 
-@_built_once
+@_cached_build
 def dropout_dense() -> Pair:
-    """Dropout and the dense layer after it: features (N, F), a number drawn for each, weights (C, F), logits (N, C).
+    """Dropout and the dense layer after it: features (N, F), a random number for each, weights (C, F), logits (N, C).
 
-    A feature is kept, times ``scale``, where its number is ``lowest_kept`` or more.
+    A feature is kept and multiplied by ``scale`` if its random number is at least ``lowest_kept``.
     """
 
     def forward(
@@ -375,5 +375,5 @@ def dropout_dense() -> Pair:
             for f in range(kept.shape[1]):
                 grad_features[n, f] = grad_features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
 
-    # A sum over the features becomes one of sixteen partial sums.
+    # With "reassoc" a sum over the features is computed as sixteen partial sums.
     return Pair(_compiled(forward, {"contract", "reassoc"}), _compiled(backward))

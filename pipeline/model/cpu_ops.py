@@ -1,7 +1,7 @@
-"""CPU operations that compute several layers of a block at once, faster than PyTorch's one after the other.
+"""Fused CPU operations: each computes several layers of a block at once, faster than PyTorch's separate ones.
 
-``run`` puts one only in the place of exactly the layers that it computes. The function is the same: a test compares it
-with the layers in float64.
+``run`` uses one only for exactly the layers that it computes. The result is the same: a test compares it with the
+layers in float64.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,15 +18,15 @@ from pipeline.model.cpu_kernels import Loop, Pair
 from pipeline.model.layers import Dropout, Pooling, as_float
 
 SIGNS = {"max": 1, "min": -1}
-MOST_UNROLLED = 36  # multiply-adds for one filter and one pooling window; beyond, the compiler keeps loops, and is slow
-FEWEST_FILTERS = 16  # a vector's length
-FEWEST_FACTORS = 32  # channels and filters; with fewer the sums cost more than the multiplications that they save
-SUMS_OF_THREE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
-SUMS_OF_NINE = torch.kron(SUMS_OF_THREE, SUMS_OF_THREE)  # of a filter's weights, for ``cpu_kernels.winograd``
+MAX_UNROLLED = 36  # multiply-adds for one filter and one pooling window; above it, the compiler keeps slow loops
+MIN_FILTERS = 16  # a vector's length
+MIN_WINOGRAD_CHANNELS = 32  # channels and filters; with fewer, the transforms cost more than they save
+WINOGRAD_1D = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+WINOGRAD_2D = torch.kron(WINOGRAD_1D, WINOGRAD_1D)  # of a filter's weights, for ``cpu_kernels.winograd``
 
 
 class FusedLayers(NamedTuple):
-    """An operation that computes one layer of each of ``kinds``, in this order, if it ``suits`` them and the maps."""
+    """An operation that computes layers of these ``kinds``, in this order, if ``suits`` returns True for them."""
 
     kinds: tuple[type[nn.Module], ...]
     suits: Callable[..., bool]
@@ -34,10 +34,10 @@ class FusedLayers(NamedTuple):
 
 
 def run(layers: Iterable[nn.Module], maps: Tensor) -> Tensor:
-    """The maps that ``layers``, one after the other, make of (N, C, H, W): floats, or bytes of which 255 stands for 1.
+    """The output of ``layers``, applied in order to maps (N, C, H, W): floats, or bytes where 255 stands for 1.
 
-    A layer that no operation computes is called as it is. So are all layers on another device, in an export, in other
-    number formats, and where a hook is registered on them.
+    A layer without a fused operation is called as usual. So are all layers on another device, in an export, with other
+    dtypes, and with a registered hook.
     """
     waiting = list(layers)
     while waiting:
@@ -62,7 +62,7 @@ def _matching(layers: list[nn.Module], maps: Tensor) -> FusedLayers | None:
 
 
 def _is_computed_here(maps: Tensor) -> bool:
-    """Whether the loops can read these numbers: not on a GPU, and not the stand-ins of an export."""
+    """Whether the loops can read these numbers: not on a GPU, and not the fake tensors of an export."""
     readable = maps.device.type == "cpu" and maps.dtype in (torch.uint8, torch.float32, torch.bfloat16)
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return readable and type(maps) is Tensor and not traced
@@ -73,14 +73,14 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _is_unpadded(convolution: nn.Conv2d, pooling: Pooling) -> bool:
-    """Whether this is a convolution with square filters, no padding and a bias before pooling that one value wins."""
+    """Whether this is a convolution with square filters, no padding and a bias, followed by max or min pooling."""
     (height, width), (down, right) = convolution.kernel_size, convolution.stride
     is_plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
     return height == width and down == right and is_plain and convolution.bias is not None and pooling.kind in SIGNS
 
 
 class _Context(FunctionCtx):
-    """What an operation leaves for the backward pass."""
+    """What an operation saves for the backward pass."""
 
     convolution: nn.Conv2d
     pooling: Pooling
@@ -100,7 +100,7 @@ Gradients = tuple[Tensor | None, ...]
 def _can_read_bytes(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
     """Whether ``_bytes_block`` computes these layers, and is faster."""
     multiply_adds = convolution.weight[0].numel() * pooling.size**2
-    is_fast = multiply_adds <= MOST_UNROLLED and convolution.out_channels >= FEWEST_FILTERS
+    is_fast = multiply_adds <= MAX_UNROLLED and convolution.out_channels >= MIN_FILTERS
     return maps.dtype == torch.uint8 and is_fast and _is_unpadded(convolution, pooling)
 
 
@@ -167,11 +167,11 @@ class _Block(torch.autograd.Function):
     def backward(ctx: _Context, grad_pooled: Tensor) -> Gradients:
         inputs, weights = (_by_pixel(each) for each in ctx.saved_tensors)
         filters, size, _, channels = weights.shape
-        inputs_learn = ctx.needs_input_grad[0]  # pixels do not
-        grad_inputs = torch.zeros(inputs.shape if inputs_learn else (0, 0, 0, 0))
+        needs_input_grad = ctx.needs_input_grad[0]  # pixels do not
+        grad_inputs = torch.zeros(inputs.shape if needs_input_grad else (0, 0, 0, 0))
         grad_weight, grad_bias = torch.zeros_like(weights), torch.zeros(filters)
         stride, window = ctx.convolution.stride[0], ctx.pooling.size
-        loop: Loop = cpu_kernels.conv_backward(size, stride, channels, window, inputs_learn)
+        loop: Loop = cpu_kernels.conv_backward(size, stride, channels, window, needs_input_grad)
         loop(
             inputs.flatten(2).numpy(),
             weights.flatten(2).numpy(),
@@ -181,20 +181,20 @@ class _Block(torch.autograd.Function):
             grad_weight.flatten(2).numpy(),
             grad_bias.numpy(),
         )
-        returned = grad_inputs.permute(0, 3, 1, 2) if inputs_learn else None
+        returned = grad_inputs.permute(0, 3, 1, 2) if needs_input_grad else None
         return returned, grad_weight.permute(0, 3, 1, 2), grad_bias, None, None
 
 
 def _suits_winograd(convolution: nn.Conv2d, pooling: Pooling) -> bool:
     """Whether ``_by_winograd`` can compute this convolution and pooling, and is faster."""
     sizes = convolution.kernel_size[0], convolution.stride[0], pooling.size
-    return sizes == (3, 1, 2) and min(convolution.in_channels, convolution.out_channels) >= FEWEST_FACTORS
+    return sizes == (3, 1, 2) and min(convolution.in_channels, convolution.out_channels) >= MIN_WINOGRAD_CHANNELS
 
 
 def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """What ``_pooled`` makes of the convolution of inputs (N, C, H, W)."""
     filters, channels, *_ = weight.shape
-    factors = (SUMS_OF_NINE @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
+    factors = (WINOGRAD_2D @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
     factors = F.pad(factors, (0, 0, 0, -channels % cpu_kernels.DEPTH))
     pooled = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
     argmax = torch.empty(pooled.shape, dtype=torch.uint8)
@@ -204,7 +204,7 @@ def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tup
 
 
 def _pooled(pooling: Pooling, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (N, filters, H, W) after ReLU and pooling, (N, H', W', filters), and which place of each window won."""
+    """Maps (N, filters, H, W) after ReLU and pooling, (N, H', W', filters), and the argmax of each window."""
     by_pixel = _by_pixel(maps)
     count, height, width, filters = by_pixel.shape
     pooled = torch.empty(count, height // pooling.size, width // pooling.size, filters)
@@ -251,7 +251,7 @@ FUSED = (
 
 
 def _by_pixel(maps: Tensor) -> Tensor:
-    """(N, filters, H, W) as (N, H, W, filters) float32 in this order of memory, which costs nothing if it has it."""
+    """(N, filters, H, W) as (N, H, W, filters) float32 contiguous in memory; free if it already is."""
     return maps.permute(0, 2, 3, 1).float().contiguous()
 
 

@@ -1,4 +1,4 @@
-"""All cores for one batch: threads take chunks of its images."""
+"""Data parallelism over threads: each computes a chunk of a batch."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-LARGEST_CHUNK = 64  # images; what is being computed then stays near its core
-SMALLEST_CHUNK = 16  # images; with fewer the operations' own overhead takes over
+MAX_CHUNK = 64  # images; what is being computed then stays near its core
+MIN_CHUNK = 16  # images; with fewer the operations' own overhead takes over
 Result = TypeVar("Result")
 
 
 class ThreadPool:
     """Threads that each take a chunk of a batch, and compute every operation on one thread.
 
-    PyTorch's own way, all threads at each operation, has them wait for each other some fifty times a step.
+    PyTorch instead splits each operation among all threads, which then synchronise some fifty times per step.
     """
 
     def __init__(self, count: int, others: ThreadPoolExecutor | None) -> None:
@@ -27,11 +27,11 @@ class ThreadPool:
     def chunk(self, batch_size: int) -> int:
         """How many images of a batch make a chunk; all of them where a batch cannot be split.
 
-        The number of threads does not change a bit of the result as long as there is a largest chunk for each.
+        The number of threads does not change the result as long as every thread has a chunk of the maximum size.
         """
         if self._others is None:
             return batch_size
-        return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, math.ceil(batch_size / self.count)))
+        return min(MAX_CHUNK, max(MIN_CHUNK, math.ceil(batch_size / self.count)))
 
     def map(self, function: Callable[..., Result], *chunks: Iterable[Any]) -> Iterator[Result]:
         """The function's results for the chunks, in their order. Settings such as no_grad do not reach the function.
@@ -48,9 +48,9 @@ class ThreadPool:
 
 @contextmanager
 def thread_pool(network: nn.Module, device: torch.device) -> Iterator[ThreadPool]:
-    """As many threads as torch has; a single one where a batch must stay whole.
+    """As many threads as torch has; a single one if a batch cannot be split.
 
-    That is on a GPU, and while batch normalisation is trained, which looks at the whole batch.
+    That is the case on a GPU, and in training with batch normalisation, which needs the whole batch.
     """
     threads = torch.get_num_threads()
     normalises = network.training and any(isinstance(layer, _BatchNorm) for layer in network.modules())

@@ -6,14 +6,14 @@ import json
 import torch
 from torch.export import Dim, ExportedProgram
 
-from pipeline.model.cnn import CNN, MOST_IMAGES, Classifier
+from pipeline.model.cnn import CNN, MAX_IMAGES, Classifier
 
 CLASS_NAMES = "class_names"  # the key of the names in both formats, as a JSON list
 
 
 def _program(cnn: CNN) -> ExportedProgram:
     example = torch.zeros((2, *cnn.architecture.image_shape), dtype=torch.uint8)
-    images = {0: Dim("N", min=1, max=MOST_IMAGES)}
+    images = {0: Dim("N", min=1, max=MAX_IMAGES)}
     return torch.export.export(Classifier(cnn), (example,), dynamic_shapes={"images": images})
 
 

@@ -35,7 +35,7 @@ class Pooling(nn.Module):
 
 
 class Flatten(nn.Module):
-    """Maps (N, C, H, W) as features (N, H * W * C), pixel by pixel: as they lie in memory, and as in Keras."""
+    """Maps (N, C, H, W) as features (N, H * W * C), pixel by pixel: in memory order, and as in Keras."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """(N, C, H, W) in, (N, features) out."""

@@ -49,7 +49,7 @@ def from_bytes(content: bytes, name: str = "the model file") -> TrainedModel:
         facts = json.loads(header["__metadata__"][METADATA])
         weights = safetensors.torch.load(content)
         if facts.pop(DIGEST) != _digest(facts, weights):
-            raise ValueError("its SHA-256 is not the one in it")
+            raise ValueError("its SHA-256 does not match")
         layers = facts["architecture"]
         cnn = CNN(
             Architecture(**layers | {key: tuple(layers[key]) for key in ("image_shape", "class_names", "filters")}),

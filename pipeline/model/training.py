@@ -23,7 +23,7 @@ from pipeline.model.cnn import CNN
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
-LARGEST_LOSS = 1e6  # nats; a network that guesses among ten classes has 2.3
+MAX_LOSS = 1e6  # nats; a network that guesses among ten classes has 2.3
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Step:
 
 
 def set_up(device: DeviceName, threads: int | None, precision: Precision) -> torch.device:
-    """Make torch compute the same bits every time, on ``threads`` CPU threads (None: one per core); returns the device.
+    """Make torch deterministic, with ``threads`` CPU threads (None: one per core); returns the device.
 
     Raises ValueError where the machine lacks the device, or instructions for the precision.
     """
@@ -82,7 +82,7 @@ def set_up(device: DeviceName, threads: int | None, precision: Precision) -> tor
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.allow_tf32 = False  # float32 as on the CPU; else convolutions round to 11 significant bits
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory that it did not write, so none need be filled first: that takes 3 % of the training.
+    # No code here reads uninitialised memory, so filling it, which takes 3 % of the training, is switched off.
     deterministic: Any = torch.utils.deterministic  # torch puts a class in the module's place when it is imported
     deterministic.fill_uninitialized_memory = False
     return chosen
@@ -99,7 +99,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 class DivergedError(Exception):
-    """The loss is no longer a number, or one that no network recovers from."""
+    """The loss is NaN, or too large for the network to recover."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ def fit(
     ``train`` and ``validation`` are images (N, H, W, C) uint8 and labels (N,) int64 on the device of ``generator``,
     from which the order of the images, the augmentations and the dropout masks are drawn. ``on_step`` is called after
     each step. ``save_checkpoint`` is given a checkpoint after each pass, once the Epoch has been taken, and within a
-    pass whenever ``checkpoint_seconds`` have gone by; ``resume_from`` is one of the same fit. From the first step of an
+    pass every ``checkpoint_seconds``; ``resume_from`` is one of the same fit. From the first step of an
     epoch to its last nothing else is copied from the device. Raises DivergedError.
     """
     images, labels = train
     cnn.to(images.device)
     parameters = list(cnn.parameters())
-    # The fused optimizers pair weights and gradients by their place in memory, so both must lie there alike.
+    # The fused optimizers need weights and gradients with the same memory layout.
     gradients = [torch.empty_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -191,7 +191,7 @@ def fit(
         states = cnn.state_dict(), optimizer.state_dict(), schedule.state_dict()
         return Checkpoint(passes, done, seconds, *states, drawn_from, losses, logits)
 
-    # Kept for the whole epoch, so made once: small results that stay between large ones that go would fragment memory.
+    # Allocated once: small results kept between large temporary ones would fragment memory.
     losses = torch.empty(steps, device=images.device)
     logits = torch.empty(len(labels), len(cnn.architecture.class_names), device=images.device)
     passes, done, before = 0, 0, 0.0  # epochs, then steps and seconds of the next one that an earlier process has done
@@ -242,7 +242,7 @@ def fit(
             seconds=before + time.perf_counter() - started,
         )
         for split_name, mean_loss in (("training", finished.train_loss), ("validation", finished.validation_loss)):
-            if not mean_loss < LARGEST_LOSS:  # true for NaN too
+            if not mean_loss < MAX_LOSS:  # true for NaN too
                 raise DivergedError(f"the {split_name} loss is {mean_loss:.3g} in epoch {epoch}")
         yield finished
         done, before = 0, 0.0

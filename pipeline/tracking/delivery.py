@@ -1,7 +1,7 @@
-"""Send the numbers of a training to its MLflow run while it goes on.
+"""Send the metrics of a training to its MLflow run in the background.
 
-A thread sends them, so that the training never waits for a store that is slow, locked or gone. What has not arrived by
-the end is saved beside the checkpoints. The next command that writes into the store sends it: once, and in order.
+A thread sends them, so that the training never waits for a store that is slow, locked or unreachable. What was not sent
+by the end is saved with the checkpoints, and the next command that writes into the store sends it: once, and in order.
 """
 
 import json
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import Fault
-from pipeline.tracking.store import STORE_ERRORS, one_line, quick_answers
+from pipeline.tracking.store import STORE_ERRORS, one_line, short_timeouts
 
-PATIENCE = 10.0  # seconds for which the end of a training waits for the store
+END_TIMEOUT = 10.0  # seconds to wait for the store at the end of a training
 SUFFIX = ".undelivered.json"
 METRICS, IMAGES = "metrics", "images"  # what the thread sends
 
@@ -32,7 +32,7 @@ Send = Callable[[MlflowClient], object]
 
 @dataclass
 class PendingUpdates:
-    """What a run lacks: metrics by their epoch, parameters, tags, and how it ended.
+    """Data that a run has not received: metrics by their epoch, parameters, tags, and how it ended.
 
     ``times`` are those of the rows, in milliseconds since 1970, as is ``ended``.
     """
@@ -71,7 +71,7 @@ class AsyncLogger:
         self._queue.put((METRICS, lambda client: client.log_batch(self.pending.run_id, metrics=metrics)))
 
     def log_image(self, epoch: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Send an image (H, W, 3). Unlike metrics it is lost where the store does not take it."""
+        """Send an image (H, W, 3). Unlike metrics it is lost if the store does not accept it."""
         self._queue.put((IMAGES, lambda client: client.log_image(self.pending.run_id, image, key=name, step=epoch)))
 
     def _send_all(self) -> None:
@@ -86,18 +86,18 @@ class AsyncLogger:
                 # Images are files: they may be on another disk than the metrics.
                 self._given_up |= {IMAGES} if what == IMAGES else {METRICS, IMAGES}
                 without = "live images" if what == IMAGES else "it"
-                _warn(f"the tracking store failed ({one_line(error)}): the training goes on without {without}")
+                _warn(f"the tracking store failed ({one_line(error)}): training continues without {without}")
 
     def end(self, status: str) -> None:
-        """End the run with this status and send what it lacks; save that where the store does not take it."""
+        """End the run with this status and send the missing data; save it if the store does not accept it."""
         self.pending.status, self.pending.ended = status, _now()
         self._queue.put(None)
-        self._thread.join(PATIENCE / 2)
+        self._thread.join(END_TIMEOUT / 2)
         self._given_up.add(IMAGES)  # they must not delay the metrics
-        self._thread.join(PATIENCE / 2)
+        self._thread.join(END_TIMEOUT / 2)
         try:
             if self._thread.is_alive():
-                raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
+                raise TimeoutError(f"no answer within {END_TIMEOUT:.0f} s")
             deliver(self.pending)
         except STORE_ERRORS as error:
             _warn(f"the tracking store failed ({one_line(error)}): {self._save()}")
@@ -109,13 +109,13 @@ class AsyncLogger:
             files.write_json(path, asdict(self.pending))
         except Fault as fault:  # must not hide why the run ended
             return f"the end of the run is lost, {fault}"
-        return f"nothing is lost, what the run lacks is in {path}, and the next `dvc repro` sends it"
+        return f"nothing is lost: the missing data is in {path}, and the next `dvc repro` sends it"
 
 
 def deliver(updates: PendingUpdates) -> None:
-    """Send a run what it lacks, and end it where ``updates`` has a status. Safe to repeat."""
+    """Send a run its missing data, and end it if ``updates`` has a status. Safe to repeat."""
     client = MlflowClient()
-    with quick_answers():
+    with short_timeouts():
         for epoch in sorted(set(updates.rows) - _logged_epochs(client, updates)):
             client.log_batch(updates.run_id, metrics=updates.metrics(epoch))
         params = [Param(*each) for each in updates.params.items()]
@@ -144,10 +144,10 @@ def deliver_all() -> None:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            _warn(f"{path} is of a run that this tracking store does not have")
+            _warn(f"{path} belongs to a run that this tracking store does not have")
             continue
         path.unlink()
-        print(f"sent the tracking store what run {updates.run_id} lacked")
+        print(f"sent the missing data of run {updates.run_id} to the tracking store")
 
 
 class DamagedError(Exception):

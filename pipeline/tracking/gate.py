@@ -39,7 +39,7 @@ class Paired:
     def p_value(self) -> float:
         """How likely two equally good models differ as much (exact McNemar test, two-sided; McNemar, 1947).
 
-        Images that both get right or both get wrong do not count. For the others, equally good models toss a coin.
+        Images that both get right or both get wrong do not count. The others are equally likely for either model.
         """
         differing = self.only_challenger_right + self.only_champion_right
         return float(binomtest(self.only_challenger_right, differing).pvalue) if differing else 1.0

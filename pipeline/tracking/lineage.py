@@ -12,9 +12,9 @@ PARAMS_SHA256, DATA_SHA256 = "params.sha256", "data.sha256"
 
 
 def code() -> str:
-    """JSON: the files of code that the stage `train` depends on, and the start of the SHA-256 of each.
+    """JSON: the code files that the stage `train` depends on, and the start of the SHA-256 of each.
 
-    Unlike a commit they show changes that were not committed.
+    Unlike a commit it includes uncommitted changes.
     """
     return json.dumps({path: digest[:16] for path, digest in dvc_files.code_of("train").items()})
 

@@ -1,7 +1,7 @@
-"""The model as MLflow stores it: an exported PyTorch graph (`pt2`), and beside it the model file.
+"""The model as MLflow stores it: an exported PyTorch graph (`pt2`) together with the model file.
 
-Others load the graph. This project reads the model file, which holds only weights and facts: a graph is a program, and
-one that somebody has changed would run.
+Others load the graph. This project reads the model file, which holds only weights and metadata: a graph is a program,
+and loading a modified one could run code.
 """
 
 from importlib.metadata import version
@@ -74,9 +74,9 @@ def _example(architecture: Architecture) -> "np.ndarray[tuple[int, ...], np.dtyp
 
 
 def read(artifact_uri: str, model_sha256: str) -> TrainedModel:
-    """The content of a logged model's model file. Whoever wrote it, nothing in it can run.
+    """The content of a logged model's model file. Reading it cannot run code.
 
-    Raises Fault where the file cannot be read, or does not have this hash.
+    Raises Fault if the file cannot be read, or does not have this hash.
     """
     return model_file.from_bytes(_content(artifact_uri, model_sha256), f"the model file of {artifact_uri}")
 

@@ -1,4 +1,4 @@
-"""Promotion: let a model pass the champion gate, move the alias, record who became champion, roll back.
+"""Promotion: compare a model with the champion, move the alias, record the champions, roll back.
 
 The alias `champion` says who is champion now; tags of the registered model record who was, since when and why. MLflow
 cannot write both in one step. The alias is set first, so a missing record is noticed by comparing the two.
@@ -29,7 +29,7 @@ from pipeline.tracking.registry import CLASS_NAMES, PARAMETERS, PREDICTIONS_SHA2
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
 from pipeline.tracking.store import store_faults
 
-WAS_CHAMPION = "it was the champion already"
+WAS_CHAMPION = "it was already the champion"
 ROLLED_BACK = "gate.rolled_back"  # since when; evaluating the version again does not make it champion
 CHAMPION_TAG = "champion."  # tags of the registered model, followed by the time: who became champion, and why
 
@@ -56,7 +56,7 @@ def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promot
     completes it.
     """
     name = registry.model_name(dataset)
-    with store.one_at_a_time("gate"):  # MLflow cannot compare an alias and set it in one step
+    with store.exclusive_lock("gate"):  # MLflow cannot compare an alias and set it in one step
         _complete_records(name)
         while True:
             champion = registry.champion(name)
@@ -90,7 +90,7 @@ def _decide(
     if registered is not None and number == str(registered.version):
         return Decision(CHAMPION, WAS_CHAMPION)
     if champion.tags.get(MODEL_SHA256) == entry.model_sha256 and not registry.is_complete(champion):
-        return Decision(CHAMPION, f"it is the model of version {number}, whose file is gone or damaged")
+        return Decision(CHAMPION, f"it is the model of version {number}, whose file is missing or damaged")
     if registered is not None and ROLLED_BACK in registered.tags:
         return Decision(CHALLENGER, f"it was rolled back on {registered.tags[ROLLED_BACK]}")
     try:
@@ -101,7 +101,7 @@ def _decide(
 
 
 class _CannotCompareError(Exception):
-    """Why a model cannot be scored on the present test images."""
+    """Why a model cannot be scored on the current test images."""
 
 
 def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> NDArray[np.bool_]:
@@ -115,7 +115,7 @@ def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> N
     ):
         return logged
     if json.loads(version.tags[CLASS_NAMES]) != list(dataset.class_names):
-        raise _CannotCompareError("has other classes")
+        raise _CannotCompareError("has different classes")
     try:
         loaded = registry.load(version)
     except (Fault, UserError) as error:
@@ -128,7 +128,7 @@ def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> N
 
 
 def _logged_predictions(version: ModelVersion) -> NDArray[np.bool_] | None:
-    """Which predictions among the artifacts of its run are correct; None if they are gone or of another evaluation."""
+    """Which of the predictions logged to its run are correct; None if they are missing or of another evaluation."""
     with TemporaryDirectory(prefix="convtrack-") as folder:
         try:
             path = MlflowClient().download_artifacts(
@@ -171,7 +171,7 @@ class ChampionRecord:
 
 @store_faults()
 def history(name: str) -> list[ChampionRecord]:
-    """The champions from the first to the present one."""
+    """The champions from the first to the current one."""
     records = _written_records(name)
     champion = registry.champion(name)
     if champion and _is_missing(champion, records):
@@ -212,23 +212,23 @@ def _reason(champion: ModelVersion) -> str:
 
 @store_faults()
 def roll_back(reference: str | None) -> ModelVersion:
-    """Make a version the champion, by default the champion before the present one.
+    """Make a version the champion, by default the previous champion.
 
-    Evaluating the present one again does not bring it back; a new model can still take over. A version that cannot be
+    Evaluating the replaced one again does not bring it back; a new model can still take over. A version that cannot be
     loaded never becomes champion.
     """
     client = MlflowClient()
-    with store.one_at_a_time("gate"):
+    with store.exclusive_lock("gate"):
         referred = registry.find(reference or CHAMPION)
         _complete_records(referred.name)
         version = referred if reference else _champion_before(referred)
         present = registry.aliases(version.name).get(CHAMPION)
         if present == str(version.version):
-            raise UserError(f"{version.name} version {present} is the champion already")
+            raise UserError(f"{version.name} version {present} is already the champion")
         registry.load(version)
         if present is not None:
             client.set_model_version_tag(version.name, present, ROLLED_BACK, _now())
-        _set_champion(version, "by hand" if present is None else f"by hand, in the place of version {present}")
+        _set_champion(version, "by hand" if present is None else f"by hand, replacing version {present}")
         if ROLLED_BACK in version.tags:
             client.delete_model_version_tag(version.name, version.version, ROLLED_BACK)
     return version
@@ -240,7 +240,7 @@ def _champion_before(present: ModelVersion) -> ModelVersion:
     eligible.pop(str(present.version), None)
     earlier = [record.version for record in history(present.name) if record.version in eligible]
     if not earlier:
-        raise UserError(f"{present.name} has had no other champion to go back to; name a version before --rollback")
+        raise UserError(f"{present.name} has no earlier champion to roll back to; give a version before --rollback")
     return eligible[earlier[-1]]
 
 

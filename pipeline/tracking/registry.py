@@ -25,7 +25,7 @@ from pipeline.tracking.store import store_faults
 
 TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
-LONGEST_DESCRIPTION = 5000  # characters, in the databases of MLflow
+MAX_DESCRIPTION_LENGTH = 5000  # characters, in the databases of MLflow
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def _update(version: ModelVersion, tags: Mapping[str, str], description: str) ->
 
 def _description(card: str) -> str:
     """As much of a card as a store takes for a description; all of it is among the run's artifacts."""
-    if len(card) <= LONGEST_DESCRIPTION:
+    if len(card) <= MAX_DESCRIPTION_LENGTH:
         return card
     rest = f"\n\nThe rest is in `{EVALUATION}/{files.CARD.name}` of the run."
-    return card[: LONGEST_DESCRIPTION - len(rest)].rpartition("\n")[0] + rest
+    return card[: MAX_DESCRIPTION_LENGTH - len(rest)].rpartition("\n")[0] + rest
 
 
 def _link_logged_model(model_id: str, version: ModelVersion) -> None:
@@ -142,7 +142,7 @@ def _search(filter_string: str) -> list[ModelVersion]:
 
 
 def champion(name: str) -> ModelVersion | None:
-    """The present champion, if there is one."""
+    """The current champion, if there is one."""
     number = aliases(name).get(CHAMPION)
     return MlflowClient().get_model_version(name, number) if number else None
 
@@ -195,7 +195,7 @@ def default_name() -> str:
         return model_name(read_dataset())
     registered = names()
     if len(registered) != 1:
-        raise UserError(f"name the model, as in NAME@champion; registered: {', '.join(registered) or 'none'}")
+        raise UserError(f"specify the model, as in NAME@champion; registered: {', '.join(registered) or 'none'}")
     return registered[0]
 
 

@@ -32,13 +32,13 @@ from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
 from pipeline.tracking.delivery import PendingUpdates
 from pipeline.tracking.lineage import PARAMS_SHA256
-from pipeline.tracking.store import STORE_ERRORS, experiment_id, quick_answers, store_faults
+from pipeline.tracking.store import STORE_ERRORS, experiment_id, short_timeouts, store_faults
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
 FINGERPRINT = "fingerprint"
-HOST, PROCESS = "process.host", "process"  # which process writes a run, so that a dead one's run can be closed
-LONGEST_FAILURE = 5000  # characters of a tag
+HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, the run is closed
+MAX_TAG_LENGTH = 5000  # characters of a tag
 
 
 @store_faults()
@@ -64,7 +64,7 @@ def stale_runs() -> list[str]:
 
 
 def _process() -> str:
-    """This process, and not another that gets the same number later."""
+    """Identifies this process, even if its number is reused later."""
     return f"{os.getpid()} since {psutil.Process().create_time():.0f}"
 
 
@@ -77,7 +77,7 @@ def _is_alive(process: str) -> bool:
 
 
 class TrainingRun:
-    """An open run that a training writes into while it goes on."""
+    """An open run that a training writes into."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id, self._logger = run_id, delivery.AsyncLogger(run_id)
@@ -119,7 +119,7 @@ def training_run(
         mlflow.log_params(facts, run_id=run_id)
         if continues:
             _link(continues, run_id)
-    with quick_answers():
+    with short_timeouts():
         run = TrainingRun(run_id)
         with _ends_with_outcome(run.end):
             yield run
@@ -145,14 +145,14 @@ def open_run(
 
 @contextmanager
 def _ends_with_outcome(end: Callable[[str, str], object]) -> Iterator[None]:
-    """Call ``end`` with the status that a run has earned, and the reason if it failed."""
+    """Call ``end`` with the final status of a run, and the reason if it failed."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         end("KILLED", "")
         raise
     except BaseException as error:
-        end("FAILED", without_password(f"{type(error).__name__}: {error}")[:LONGEST_FAILURE])
+        end("FAILED", without_password(f"{type(error).__name__}: {error}")[:MAX_TAG_LENGTH])
         raise
     end("FINISHED", "")
 
@@ -240,7 +240,7 @@ def find_or_restore(
 ) -> str:
     """The id of the newest finished run whose model has this hash.
 
-    If DVC took the model from its cache there may be none. Then a run tagged ``restored`` is created from the files:
+    If DVC restored it from its cache there may be none. Then a run tagged ``restored`` is created from the files:
     they hold the recipe, the data and the rows of history.csv, but not the machine and the code.
     """
     if found := _newest_finished(f"tags.`{MODEL_SHA256}` = '{model_sha256}'"):

@@ -1,8 +1,8 @@
 """A registered model behind HTTP, with the routes and answers of MLflow's own scoring server.
 
-That server takes a body of any size, cuts fractions off (an image in 0 ... 1 becomes black), reads text as numbers, and
-answers 500 to a request without a content type. Here the memory is bounded whoever asks, and what is not an image is
-refused with the reason.
+That server accepts a body of any size, truncates fractions (an image in 0 ... 1 becomes black), reads text as numbers,
+and returns 500 for a request without a content type. Here the memory is bounded, and invalid input is refused with the
+reason.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.model.cnn import MOST_IMAGES
+from pipeline.model.cnn import MAX_IMAGES
 from pipeline.tracking import registry
 from pipeline.tracking.registry import Loaded
 from pipeline.tracking.store import store_faults
 
-ALL_ADDRESSES = ("0.0.0.0", "::")  # listens at every address of the machine, whatever its names are
+ALL_ADDRESSES = ("0.0.0.0", "::")  # listens on every address of the machine, under any host name
 KEYS = ("inputs", "instances")
 BYTES_PER_PIXEL = 8  # "[255], " and one more
-AT_A_TIME = 4  # requests that are read and answered; the others wait, and their bodies with the clients
-PATIENCE = 30.0  # seconds within which a body must have come
+MAX_CONCURRENT_REQUESTS = 4  # requests that are processed; the others wait before their bodies are read
+BODY_TIMEOUT = 30.0  # seconds within which a body must be complete
 
 
 class RefusedError(Exception):
@@ -44,7 +44,7 @@ class RefusedError(Exception):
 
 @store_faults()
 def application(version: ModelVersion, host: str) -> Starlette:
-    """The ASGI application that serves a registered model to those who call this server ``host``.
+    """The ASGI application that serves a registered model to requests whose host name is ``host`` or localhost.
 
     Raises Fault for a version that models.read refuses.
     """
@@ -56,7 +56,7 @@ def application(version: ModelVersion, host: str) -> Starlette:
         Route("/version", _version),
         Route("/invocations", predictor.answer, methods=["POST"]),
     ]
-    # Otherwise a page in a browser on this machine could send requests, through a name of its own that leads here.
+    # Against DNS rebinding: a web page could reach this server under a host name of its own.
     names = ["*"] if host in ALL_ADDRESSES else ["localhost", "127.0.0.1", "[::1]", host]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts])
@@ -72,21 +72,21 @@ def _version(request: Request) -> Response:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Answers POST /invocations: 1 to MOST_IMAGES images of whole numbers from 0 to 255.
+    """Answers POST /invocations: 1 to MAX_IMAGES images of whole numbers from 0 to 255.
 
-    However many clients ask at once, the memory is that of AT_A_TIME requests.
+    However many clients there are, the memory is that of MAX_CONCURRENT_REQUESTS requests.
     """
 
     loaded: Loaded
-    turns: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, AT_A_TIME))
+    slots: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, MAX_CONCURRENT_REQUESTS))
     cnn_lock: threading.Lock = field(default_factory=threading.Lock)
 
     async def answer(self, request: Request) -> Response:
-        """The probabilities of each image, or why there are none."""
+        """The probabilities of each image, or the reason for refusing the request."""
         try:
             _check_content_type(request.headers.getlist("content-type"))
-            async with self.turns:
-                body = await _body(request, BYTES_PER_PIXEL * MOST_IMAGES * int(np.prod(self.loaded.image_shape)))
+            async with self.slots:
+                body = await _body(request, BYTES_PER_PIXEL * MAX_IMAGES * int(np.prod(self.loaded.image_shape)))
                 return await asyncio.to_thread(self._predictions, body)
         except RefusedError as refused:
             return JSONResponse({"error": str(refused)}, refused.status)
@@ -106,18 +106,18 @@ def _check_content_type(given: list[str]) -> None:
 
 
 async def _body(request: Request, most: int) -> bytearray:
-    """The body of a request, of at most so many bytes."""
+    """The body of a request, of at most ``most`` bytes."""
     body = bytearray()
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(BODY_TIMEOUT):
             async for part in request.stream():
                 body += part
                 if len(body) > most:
-                    raise RefusedError(413, f"more than {most:,} bytes; at most {MOST_IMAGES:,} images at a time")
+                    raise RefusedError(413, f"more than {most:,} bytes; at most {MAX_IMAGES:,} images at a time")
     except TimeoutError:
-        raise RefusedError(408, f"the request did not come within {PATIENCE:.0f} s") from None
+        raise RefusedError(408, f"the request was not complete within {BODY_TIMEOUT:.0f} s") from None
     except ClientDisconnect:
-        raise RefusedError(400, "the request broke off") from None
+        raise RefusedError(400, "the request was cut off") from None
     return body
 
 
@@ -134,11 +134,9 @@ def images_from(body: bytes | bytearray, image_shape: tuple[int, int, int]) -> N
         images = np.asarray(next(iter(content.values())), dtype=object)
     except ValueError as error:
         raise RefusedError(400, f"the images are not all of the same shape: {error}") from error
-    if images.shape[1:] != image_shape or not 1 <= len(images) <= MOST_IMAGES:
+    if images.shape[1:] != image_shape or not 1 <= len(images) <= MAX_IMAGES:
         wanted = ", ".join(map(str, image_shape))
-        raise RefusedError(
-            400, f"images of the shape {images.shape}; wanted: (N, {wanted}), N from 1 to {MOST_IMAGES:,}"
-        )
+        raise RefusedError(400, f"images of shape {images.shape}; expected: (N, {wanted}), N from 1 to {MAX_IMAGES:,}")
     pixels = images.ravel().tolist()
     if set(map(type, pixels)) != {int} or min(pixels) < 0 or max(pixels) > 255:
         raise RefusedError(400, "pixels are whole numbers from 0 (black) to 255 (white)")

@@ -1,4 +1,4 @@
-"""The tracking store: reach it, create it where there is none, and report its errors in one line."""
+"""The tracking store: connect to it, create it if it does not exist, and report its errors in one line."""
 
 import errno
 import fcntl
@@ -37,7 +37,7 @@ def store_faults() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, without a password."""
-    # SQLAlchemy puts what it was about to do in front of some errors.
+    # SQLAlchemy prefixes some errors with the failed operation.
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(raised as a result of")]
     remedy = ": make room on that disk" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
     return without_password(lines[0] if lines else type(error).__name__) + remedy
@@ -65,7 +65,7 @@ def connect() -> None:
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database logs each of its migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
     # mlflow lets several processes create the tables of an empty database at once, and then all but one fail.
-    with one_at_a_time("connect"), quick_answers():
+    with exclusive_lock("connect"), short_timeouts():
         _check_database_server(given or own_store())
         _create_database(given or own_store())
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
@@ -81,8 +81,8 @@ def experiment_id() -> str:
 
 
 @contextmanager
-def quick_answers() -> Iterator[None]:
-    """Give up a server that does not answer after seconds; mlflow itself tries for four minutes."""
+def short_timeouts() -> Iterator[None]:
+    """Give up within seconds on a server that does not respond; mlflow itself tries for four minutes."""
     short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
     added = {name: value for name, value in short.items() if name not in os.environ}
     os.environ.update(added)
@@ -94,7 +94,7 @@ def quick_answers() -> Iterator[None]:
 
 
 def _check_database_server(uri: str) -> None:
-    """Give up a database server that does not answer after seconds; mlflow itself tries for two minutes."""
+    """Give up within seconds on a database server that does not respond; mlflow itself tries for two minutes."""
     if uri.startswith(("postgresql", "mysql")):
         engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_TIMEOUT})
         engine.connect().close()
@@ -102,7 +102,7 @@ def _check_database_server(uri: str) -> None:
 
 
 def _create_database(uri: str) -> None:
-    """Create an SQLite file that does not exist yet, complete or not at all.
+    """Create an SQLite file atomically if it does not exist.
 
     mlflow creates the tables one after the other, and cannot continue if it is killed in between.
     """
@@ -114,7 +114,7 @@ def _create_database(uri: str) -> None:
         created, copied = Path(folder) / "created.db", Path(folder) / "copied.db"
         MlflowClient(f"sqlite:///{created}").search_experiments()  # creates the tables
         with closing(sqlite3.connect(created)) as source, closing(sqlite3.connect(copied)) as target:
-            source.backup(target)  # with what may still be in a log beside the file
+            source.backup(target)  # including what is still in the write-ahead log
         files.write(path, copied.read_bytes())
 
 
@@ -127,8 +127,8 @@ def _create_experiment(artifact_location: str | None) -> None:
 
 
 @contextmanager
-def one_at_a_time(what: str) -> Iterator[None]:
-    """Let one process on this machine at a time do ``what`` in the same store; the others wait."""
+def exclusive_lock(what: str) -> Iterator[None]:
+    """A lock named ``what``, for the processes on this machine that use the same store."""
     with _lock_file(what).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
         yield

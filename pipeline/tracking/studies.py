@@ -1,6 +1,6 @@
 """A tuning study in MLflow: a parent run, and a child for each trial, written once the trial has ended.
 
-So no child is left running, whatever is killed: what is missing is written when the study is resumed.
+So no child run is left open after a kill: missing ones are written when the study is resumed.
 """
 
 import itertools
@@ -144,7 +144,7 @@ class StudyRun:
 
 @contextmanager
 def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Iterator[StudyRun]:
-    """The parent run of a study, found by the study's id or made. It ends FINISHED, KILLED or FAILED, as it should."""
+    """The parent run of a study, found by the study's id or created. It ends as FINISHED, KILLED or FAILED."""
     with ExitStack() as stack:
         with store_faults():  # not around the study itself, whose storage raises errors of the same types
             experiment = MlflowClient().get_experiment_by_name(store.EXPERIMENT)

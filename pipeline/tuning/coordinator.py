@@ -1,4 +1,4 @@
-"""The loop that gives the trials of a study to the workers."""
+"""The loop that assigns the trials of a study to the workers."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,11 +46,11 @@ def run_trials(study: Study, workers: Workers, on_change: Callable[[], object] =
 
 
 def _start_trials(study: Study, workers: Workers, running: dict[int, _Running]) -> None:
-    while workers.has_idle and study.wants_another():
+    while workers.has_idle and study.needs_another_trial():
         trial = study.next()
         if trial is not None:
             running[trial.number] = _Running(trial)
-            workers.give(trial.number, study.params_of(trial))
+            workers.assign(trial.number, study.params_of(trial))
 
 
 def _has_ended(study: Study, workers: Workers, running: _Running, message: Message) -> bool:
@@ -58,12 +58,12 @@ def _has_ended(study: Study, workers: Workers, running: _Running, message: Messa
         if isinstance(message, Epoch):
             running.history.append(message)
             running.pruned = not study.report(running.trial, message)
-            workers.answer(running.trial.number, go_on=not running.pruned)
+            workers.reply(running.trial.number, proceed=not running.pruned)
         else:
             _end(study, running, message)
     except UpdateFinishedTrialError:  # it sent no heartbeat for so long that another machine has requeued it
         if isinstance(message, Epoch):
-            workers.answer(running.trial.number, go_on=False)
+            workers.reply(running.trial.number, proceed=False)
     return not isinstance(message, Epoch)
 
 

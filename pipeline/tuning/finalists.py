@@ -1,4 +1,4 @@
-"""The best trials and the present parameters, trained again with other seeds, and which of them wins."""
+"""The best trials and the current values, trained again with other seeds, and which of them wins."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.errors import Fault
 from pipeline.model.training import Epoch
-from pipeline.tuning.storage import expected_warnings, one_machine_at_a_time, storage_faults
+from pipeline.tuning.storage import database_lock, expected_warnings, storage_faults
 from pipeline.tuning.study import HISTORY, Study, load_or_create
 
 Values = Mapping[str, object]
@@ -19,7 +19,7 @@ Values = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Finalist:
-    """A set of values for the tuned parameters. ``trial`` is None for the present ones."""
+    """A set of values for the tuned parameters. ``trial`` is None for the current ones."""
 
     trial: int | None
     values: Values
@@ -28,7 +28,7 @@ class Finalist:
     @property
     def name(self) -> str:
         """Its name in the table."""
-        return "present" if self.trial is None else f"trial {self.trial}"
+        return "current" if self.trial is None else f"trial {self.trial}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def choose(study: Study) -> list[Finalist]:
-    """The present values, and the best trials with other values."""
+    """The current values, and the best trials with other values."""
     parameters = study.params.by_path()
     present = {path: parameters[path] for path in study.space}
     best = study.best(study.params.tune.finalists + 1)
@@ -78,7 +78,7 @@ class FinalistStudy(Study):
         """Whether each pair is complete."""
         return not self._pairs_without(TrialState.COMPLETE)
 
-    def wants_another(self) -> bool:
+    def needs_another_trial(self) -> bool:
         """Whether there is a pair that is neither complete nor running."""
         return bool(self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING))
 
@@ -89,7 +89,7 @@ class FinalistStudy(Study):
 
     def next(self) -> Trial | None:
         """Start the next pair; None where another machine has just started it, or it is no longer wanted."""
-        with one_machine_at_a_time():
+        with database_lock():
             missing = self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING)
             if not missing:
                 return None
@@ -97,14 +97,14 @@ class FinalistStudy(Study):
                 self.optuna.enqueue_trial(missing[0])
             with expected_warnings():
                 trial = self.optuna.ask()
-            if self.values_of(trial) not in missing:  # it was requeued twice, or the finalists are others now
+            if self.values_of(trial) not in missing:  # it was requeued twice, or the finalists have changed
                 self.optuna.tell(trial.number, state=TrialState.FAIL)
                 return None
         self.asked.add(trial.number)
         return trial
 
     def values_of(self, trial: Trial | FrozenTrial) -> dict[str, object]:
-        """As they were given: those of the present parameters may lie outside the space."""
+        """As they were enqueued: the current values may lie outside the space."""
         return dict(self.trials()[trial.number].system_attrs["fixed_params"])
 
     def fail(self, trial: Trial, history: Sequence[Epoch], reason: str) -> None:
@@ -128,9 +128,9 @@ class FinalistStudy(Study):
 
 @storage_faults()
 def open_finalists(search: Study, finalists: Sequence[Finalist]) -> FinalistStudy:
-    """The study of the finalists, made if there is none."""
+    """The study of the finalists, created if it does not exist."""
     name, storage = f"{search.optuna.study_name} finalists", search.optuna._storage
-    with one_machine_at_a_time():
+    with database_lock():
         study = load_or_create(storage, name, search.params, {"finalists of": search.id}, NopPruner())
     opened = FinalistStudy(search, study, finalists)
     opened.requeue_unfinished()
@@ -150,7 +150,7 @@ def gain(best: Outcome, present: Outcome) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner and its gain over the present values: mean and standard error of the paired differences."""
+    """The winner and its gain over the current values: mean and standard error of the paired differences."""
 
     best: Outcome
     gain: float
@@ -163,13 +163,13 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.best.finalist.trial is None:
-            return "the present values are the best"
+            return "the current values are the best"
         meaning = "a real gain" if self.is_real else "within two standard errors: it may be chance"
-        return f"{self.best.finalist.name} against the present values: {self.gain:+.3%} +- {self.error:.3%}, {meaning}"
+        return f"{self.best.finalist.name} against the current values: {self.gain:+.3%} +- {self.error:.3%}, {meaning}"
 
 
 def judge(outcomes: Sequence[Outcome]) -> Verdict:
-    """Which of the finalists, the present values among them, is the best."""
+    """Which of the finalists, the current values among them, is the best."""
     best = winner(outcomes)
     (present,) = (outcome for outcome in outcomes if outcome.finalist.trial is None)
     return Verdict(best, *gain(best, present))

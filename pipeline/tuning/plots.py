@@ -20,7 +20,7 @@ DRAWINGS: dict[str, Callable[..., object]] = {
     "slice": drawings.plot_slice,
     "parallel_coordinates": drawings.plot_parallel_coordinate,
 }
-FEWEST_TRIALS = 2  # complete ones; a single trial does not show which parameter matters
+MIN_TRIALS = 2  # complete ones; a single trial does not show which parameter matters
 
 
 def write(study: Study, folder: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def write(study: Study, folder: Path) -> list[Path]:
     ended = study.ended()
     complete = [trial for trial in ended if trial.status == "complete"]
     pictures = {"history": as_png(_history(ended)), "accuracy_against_size": as_png(_front(complete))}
-    if len(complete) >= FEWEST_TRIALS:
+    if len(complete) >= MIN_TRIALS:
         pictures |= {name: _drawn(draw, study) for name, draw in DRAWINGS.items()}
     for name, picture in pictures.items():
         files.write(folder / f"{name}.png", picture)

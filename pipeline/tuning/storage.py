@@ -22,7 +22,7 @@ JOURNAL = FOLDER / "study.journal"
 STORAGE = "OPTUNA_STORAGE"
 HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a trial is requeued
 LOCK_TIMEOUT = 30  # seconds
-ADVISORY_LOCK = 0xC0117ACC  # any number that nothing else locks
+ADVISORY_LOCK = 0xC0117ACC  # an arbitrary number
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
 
@@ -30,7 +30,7 @@ class Journal(JournalFileBackend):
     """Optuna's journal. A killed process, or a full disk, can leave half a line, which would spoil the next one."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """As Optuna's, after what is left of an unfinished line is cut off. Raises Fault where it cannot be written."""
+        """As in Optuna, after removing an incomplete last line. Raises Fault if it cannot be written."""
         try:
             with Path(self._file_path).open("rb+") as file:
                 if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
@@ -70,8 +70,8 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def one_machine_at_a_time() -> Iterator[None]:
-    """A lock in PostgreSQL, where two machines might make the same tables and study, or start the same finalist."""
+def database_lock() -> Iterator[None]:
+    """A lock in PostgreSQL: two machines might create the same tables and study, or start the same finalist."""
     url = os.environ.get(STORAGE, "")
     if not url.startswith("postgresql"):
         yield
@@ -91,7 +91,7 @@ def open_storage() -> BaseStorage:
     if url is None:
         FOLDER.mkdir(exist_ok=True)
         # No other process writes here, so a lock was left by a process that was killed. Optuna would wait half a minute
-        # for it, and for ever where the journal's path is relative.
+        # for it, and forever if the journal's path is relative.
         JOURNAL.with_name(JOURNAL.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
         return JournalStorage(Journal(str(JOURNAL.resolve())))
     with storage_faults(), expected_warnings(), _driver_needed():
@@ -105,7 +105,7 @@ def open_storage() -> BaseStorage:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """By default PostgreSQL waits for ever for a table that another connection has locked."""
+    """By default PostgreSQL waits forever for a table that another connection has locked."""
     return {"connect_args": {"options": f"-c lock_timeout={LOCK_TIMEOUT}s"}} if url.startswith("postgresql") else {}
 
 

@@ -1,4 +1,4 @@
-"""The study: its search space, how its trials begin and end, which of them count, and which are tried again."""
+"""The study: its search space, how its trials start and end, which of them count, and which are retried."""
 
 import json
 import math
@@ -44,10 +44,10 @@ ENDED: dict[TrialState, Status] = {
 
 
 class Study:
-    """Optuna's study of ``tune.space``, to be run until ``total`` trials count.
+    """An Optuna study of ``tune.space``, run until ``total`` trials count.
 
-    A trial counts once it is complete, pruned, or failed for a reason of its own. One whose process was killed does
-    not: the same values are tried again.
+    A trial counts once it is complete, pruned, or failed by itself. One whose process was killed does not count: the
+    same values are tried again.
     """
 
     def __init__(self, study: optuna.Study, params: Params, dataset: Dataset, total: int) -> None:
@@ -73,8 +73,8 @@ class Study:
         """Whether it has all its trials."""
         return self.counted() >= self.total
 
-    def wants_another(self) -> bool:
-        """Whether the trials that count and those that are running, here or elsewhere, are too few."""
+    def needs_another_trial(self) -> bool:
+        """Whether more trials are needed than those that count and those that are running, here or elsewhere."""
         return self.counted() + len(self.trials(TrialState.RUNNING)) < self.total
 
     def running_elsewhere(self) -> int:
@@ -135,9 +135,9 @@ class Study:
     def next(self) -> Trial | None:
         """Start a trial: one that waits to be tried again, else what the sampler proposes.
 
-        None where these values have been tried before: the trial has ended with the same result.
+        None if these values have been tried before: the trial then ends with the same result.
         """
-        # A sampler that starts anew with each call of the command would repeat its first proposals.
+        # With a fixed seed, each run of the command would repeat the sampler's first proposals.
         seed = (self.params.seed + len(self.trials())) % 2**32
         self.optuna.sampler = TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
         with expected_warnings():
@@ -188,7 +188,7 @@ class Study:
     def requeue(self, trial: Trial | FrozenTrial, retries: int | None = None) -> None:
         """End a trial that was interrupted, and enqueue the same values again.
 
-        ``retries`` where these values may be why its worker died, so that they are not tried for ever.
+        ``retries``: how often a worker has died with these values, so that they are not tried forever.
         """
         stored = self.trials()[trial.number]
         if not stored.state.is_finished():  # another process may have requeued it
@@ -201,15 +201,15 @@ class Study:
     def requeue_all(self, trials: Iterable[Trial]) -> None:
         """Requeue these, and one that was interrupted while it was being started."""
         if self._in_journal:
-            # An interrupt can come between any two steps of Optuna: it may leave its lock, for which it would wait half
-            # a minute, and a half-read journal. So the storage is opened anew, as after a kill.
+            # An interrupt can come between any two steps of Optuna and leave its lock, for which it would wait half a
+            # minute, and a half-read journal. So the storage is opened again, as after a kill.
             self.optuna = optuna.load_study(study_name=self.optuna.study_name, storage=open_storage())
         for trial in trials:
             self.requeue(trial)
         self.requeue_unfinished()
 
     def heartbeat(self, trials: Iterable[Trial]) -> None:
-        """In a shared storage: record that these trials are alive, and requeue those without a heartbeat."""
+        """In a shared storage: send a heartbeat for these trials, and requeue those without one."""
         storage = self.optuna._storage
         if isinstance(storage, BaseHeartbeat) and time.monotonic() - self._last_heartbeat > HEARTBEAT:
             # Optuna never requeues a trial whose process died before its first heartbeat, so each gets one from here.
@@ -222,7 +222,7 @@ class Study:
             self._last_heartbeat = time.monotonic()
 
     def requeue_unfinished(self) -> None:
-        """Requeue what seems to be running in a journal, which no other process uses: it was killed.
+        """Requeue the trials that are marked as running in a journal: no other process uses it, so they were killed.
 
         In a database other machines may be running it; there a trial without a heartbeat is requeued.
         """
@@ -236,10 +236,10 @@ class Study:
 
 @storage_faults()
 def open_study(storage: BaseStorage, name: str, params: Params, dataset: Dataset, total: int) -> Study:
-    """The study of this name, made if there is none. Its first trial has the present values, if the space has them."""
+    """The study of this name, created if needed. Its first trial has the current values, if they are in the space."""
     pruner = NopPruner() if params.tune.second_objective else MedianPruner(n_startup_trials=STARTUP_TRIALS)
     study = Study(load_or_create(storage, name, params, _identity(params, dataset), pruner), params, dataset, total)
-    present = present_values(params)
+    present = current_values(params)
     if present is not None and not study.trials():
         study.optuna.enqueue_trial(present)
     study.requeue_unfinished()
@@ -249,7 +249,7 @@ def open_study(storage: BaseStorage, name: str, params: Params, dataset: Dataset
 def load_or_create(
     storage: BaseStorage, name: str, params: Params, made_for: Mapping[str, object], pruner: BasePruner
 ) -> optuna.Study:
-    """Optuna's study of this name, made if there is none. Raises UserError where it was made for something else."""
+    """Optuna's study of this name, created if needed. Raises UserError if it was created with other settings."""
     second = params.tune.second_objective
     study = optuna.create_study(
         storage=storage,
@@ -267,7 +267,7 @@ def load_or_create(
     elif found != made_for:
         key = next(key for key in made_for | found if found.get(key) != made_for.get(key))
         raise UserError(
-            f"the study {name} was made with {key} = {found.get(key, 'none')}, "
+            f"the study {name} was created with {key} = {found.get(key, 'none')}, "
             f"and now it is {made_for.get(key, 'none')}: change it back, or start another study with --study NAME"
         )
     return study
@@ -289,8 +289,8 @@ def _distribution(space: Range, present: object) -> BaseDistribution:
     return FloatDistribution(space.low, space.high, log=space.log, step=space.step)
 
 
-def present_values(params: Params) -> dict[str, object] | None:
-    """The tuned parameters as params.yaml has them; None where one of them lies outside its range."""
+def current_values(params: Params) -> dict[str, object] | None:
+    """The tuned parameters as params.yaml has them; None if one of them lies outside its range."""
     present, space = params.by_path(), space_of(params)
     values = {path: present[path] for path in space}
     return values if all(_contains(space[path], value) for path, value in values.items()) else None
@@ -309,7 +309,7 @@ def retries_of(trial: Trial | FrozenTrial) -> int:
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of those that were asked for."""
+    """Whether a trial counts towards the total."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
         trial.state == TrialState.FAIL and FAILURE in trial.user_attrs
     )

@@ -1,7 +1,7 @@
 """The study's worker processes, as the coordinator sees them, and the messages between the two.
 
 A worker sends None once it is ready. The coordinator sends it the parameters of a trial; the worker sends an Epoch
-after each pass, waits for True (go on) or False (stop), and ends the trial with Done or Failed.
+after each pass, waits for True (continue) or False (stop), and ends the trial with Done or Failed.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The training failed. ``retry`` where another try may succeed: the worker died or ran out of memory."""
+    """The training failed. ``retry``: another attempt may succeed, since the worker died or ran out of memory."""
 
     reason: str
     retry: bool = False
@@ -75,15 +75,15 @@ class Workers:
         """The trials that are being trained."""
         return {worker.trial for worker in self._workers if worker.trial is not None}
 
-    def give(self, trial: int, params: Params) -> None:
-        """Have an idle worker train the network of ``params``."""
+    def assign(self, trial: int, params: Params) -> None:
+        """Train a trial with ``params`` on an idle worker."""
         worker = next(worker for worker in self._workers if worker.is_idle)
         worker.trial = trial
         worker.send(params.changed({"train.threads": self._threads}))
 
-    def answer(self, trial: int, go_on: bool) -> None:
-        """Whether to go on with the trial after an epoch."""
-        next(worker for worker in self._workers if worker.trial == trial).send(go_on)
+    def reply(self, trial: int, proceed: bool) -> None:
+        """Whether to continue the trial after an epoch."""
+        next(worker for worker in self._workers if worker.trial == trial).send(proceed)
 
     def messages(self, seconds: float) -> list[tuple[int, Message]]:
         """What the workers send, with the number of the trial, waiting up to ``seconds`` for it.

@@ -23,7 +23,7 @@ def as_mnist(picture: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("digit", range(10))
-def test_a_drawn_digit_is_framed_as_mnist_frames_its_own(digit: int) -> None:
+def test_a_drawn_digit_is_centred_and_scaled_like_mnist(digit: int) -> None:
     image = as_mnist(drawn(digit, 20))
     rows, columns, _ = torch.nonzero(image, as_tuple=True)
     assert max(rows.max() - rows.min(), columns.max() - columns.min()) + 1 in (19, 20)
@@ -76,7 +76,7 @@ def test_a_picture_for_another_data_set_is_scaled_and_cropped() -> None:
     assert image_files.fitted(wide, (20, 24, 1)).shape == (20, 24, 1)
 
 
-def test_transparent_parts_are_white_and_a_picture_on_its_side_is_turned(tmp_path: Path) -> None:
+def test_transparent_parts_are_white_and_exif_rotation_is_applied(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
     clear.putpixel((5, 5), (0, 0, 0, 255))
     clear.save(tmp_path / "clear.png")

@@ -181,7 +181,7 @@ def test_without_a_mirror_one_line_names_each_and_nothing_is_left(
     assert raw(clone) == []
 
 
-def test_a_mirror_that_accepts_and_never_answers_does_not_hang_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_that_never_responds_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MIRROR_TIMEOUT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(sources.MIRROR_VARIABLE, f"http://127.0.0.1:{silent.getsockname()[1]}/")
@@ -191,9 +191,7 @@ def test_a_mirror_that_accepts_and_never_answers_does_not_hang_the_stage(monkeyp
 
 
 @pytest.mark.parametrize("nonsense", ["http://127.0.0.1:9/my files/", "nonsense://host/"])
-def test_a_mirror_with_an_impossible_address_counts_as_one_that_does_not_answer(
-    monkeypatch: pytest.MonkeyPatch, nonsense: str
-) -> None:
+def test_an_invalid_mirror_url_counts_as_unreachable(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
     monkeypatch.setenv(sources.MIRROR_VARIABLE, nonsense)
     with pytest.raises(sources.NoMirrorError, match=nonsense):
         sources.load("mnist")
@@ -205,7 +203,7 @@ def test_a_missing_mirror_folder_is_an_error_and_not_a_reason_to_fall_back(monke
         sources.load("mnist", "mnist-5k")
 
 
-def test_a_server_that_does_not_speak_http_counts_as_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_speak_http_counts_as_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -220,7 +218,7 @@ def test_a_server_that_does_not_speak_http_counts_as_one_that_does_not_answer(mo
             sources.load("mnist")
 
 
-def test_the_fallback_is_used_with_a_warning_that_nobody_can_miss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fallback_prints_a_loud_warning(capsys: pytest.CaptureFixture[str]) -> None:
     name, source = sources.load("mnist", "mnist-5k")
     assert name == "mnist-5k"
     assert len(source.train) == 5000
@@ -234,7 +232,7 @@ def test_the_fallback_is_used_with_a_warning_that_nobody_can_miss(capsys: pytest
 def test_digits_never_stand_in_for_other_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch, small_mnist(), name="fashion-mnist")
     with pytest.raises(
-        sources.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, which has other classes"
+        sources.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, which has different classes"
     ):
         sources.load("fashion-mnist", "mnist-5k")
 

@@ -24,7 +24,7 @@ def cut(
 
 
 def numbered(count: int) -> LabelledImages:
-    """Images whose first pixels tell their number."""
+    """Images whose first pixels encode their number."""
     images = torch.zeros(count, 2, 2, 1, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(count) % 256
     images[:, 0, 1, 0] = torch.arange(count) // 256
@@ -47,9 +47,9 @@ def test_validation_is_the_last_part_of_the_published_training_images() -> None:
 
 
 def test_a_fraction_that_leaves_no_image_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.validation_fraction is 0\.0001, less than one of 480 images"):
+    with pytest.raises(UserError, match=r"data\.validation_fraction is 0\.0001, less than one image of 480"):
         cut(numbered(600), validation_fraction=0.0001)
-    with pytest.raises(UserError, match=r"data\.test_fraction is 0\.0001, less than one of 600 images"):
+    with pytest.raises(UserError, match=r"data\.test_fraction is 0\.0001, less than one image of 600"):
         cut(numbered(600), test_fraction=0.0001)
 
 
@@ -92,7 +92,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         assert torch.equal(read.labels, expected[name].labels)
 
 
-def test_dataset_json_tells_what_was_used(tmp_path: Path) -> None:
+def test_dataset_json_records_what_was_used(tmp_path: Path) -> None:
     written = write(tmp_path)
     content = json.loads((tmp_path / "dataset.json").read_text())
     assert content["name"] == "numbers"

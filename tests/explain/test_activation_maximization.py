@@ -70,7 +70,7 @@ def test_total_variation_is_the_mean_square_of_the_differences() -> None:
     assert total_variation(images).item() == pytest.approx((0 + 0.25) / 2 + (1 + 0.25) / 2)
 
 
-def test_threads_change_no_bit(learned: CNN) -> None:
+def test_the_number_of_threads_does_not_change_the_result(learned: CNN) -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

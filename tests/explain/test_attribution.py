@@ -50,7 +50,7 @@ def test_feature_maps_are_what_the_layers_compute() -> None:
 
 
 @torch.no_grad()
-def test_the_use_of_a_filter_is_what_an_image_changes_in_its_pooled_maps() -> None:
+def test_filter_use_is_the_change_of_its_pooled_maps() -> None:
     cnn = network(SHAPES[0])
     first = cnn.block_list()[0]
     first.convolution.weight[3] = 0.0
@@ -114,7 +114,7 @@ def test_grad_cam_changes_when_the_weights_are_random(learned: CNN, digits: dict
 
 
 @every_shape
-def test_what_the_last_convolution_sees_is_what_changes_it(architecture: Architecture) -> None:
+def test_the_receptive_field_contains_the_pixels_that_change_the_output(architecture: Architecture) -> None:
     cnn = network(architecture)
     field = attribution.receptive_field(cnn)
     images = noise(architecture, 1).requires_grad_()
@@ -169,7 +169,7 @@ def test_features_are_what_the_dense_layer_sees(learned: CNN, digits: dict[str, 
     torch.testing.assert_close(features, learned.flatten(learned.blocks(as_input(images))).detach())
 
 
-def test_principal_components_are_those_of_the_whole_decomposition() -> None:
+def test_principal_components_match_the_full_svd() -> None:
     stretch = torch.tensor([9.0, 5.0, 1.0, 0.5, 0.1])
     turn, _ = torch.linalg.qr(torch.randn(40, 5, generator=seed(3)))
     features = (torch.randn(500, 5, generator=seed(4)) * stretch) @ turn.T + 7
@@ -206,7 +206,7 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert most_confident_mistakes(labels, labels, confidence, 10).tolist() == []
 
 
-def test_wrong_labels_are_the_ones_that_are_doubted(learned: CNN, digits: dict[str, LabelledImages]) -> None:
+def test_wrong_labels_are_flagged(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     test = digits["test"]
     probabilities = predict_logits(learned, test.images).softmax(dim=1)
     before = set(attribution.likely_label_errors(probabilities, test.labels).images.tolist())

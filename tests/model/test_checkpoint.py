@@ -1,4 +1,4 @@
-"""A fit that goes on from a checkpoint gives the bits of one that never stopped."""
+"""A fit that resumes from a checkpoint gives the same bits as an uninterrupted one."""
 
 import pickle
 from dataclasses import replace
@@ -51,7 +51,7 @@ def fit(digits: dict[str, LabelledImages], resumed: bytes | None, architecture: 
         (replace(ARCHITECTURE, filters=(8, 6, 5), kernel_size=2), {}),
     ],
 )
-def test_going_on_from_any_checkpoint_gives_the_same_bits(
+def test_resuming_from_any_checkpoint_gives_the_same_bits(
     digits: dict[str, LabelledImages], architecture: Architecture, changed: dict[str, Any]
 ) -> None:
     digits = {name: split[:1000] for name, split in digits.items()}
@@ -66,7 +66,7 @@ def test_going_on_from_any_checkpoint_gives_the_same_bits(
         ], at
 
 
-def test_a_checkpoint_may_be_gone_on_from_again_and_again(digits: dict[str, LabelledImages]) -> None:
+def test_a_checkpoint_can_be_resumed_more_than_once(digits: dict[str, LabelledImages]) -> None:
     digits = {name: split[:1000] for name, split in digits.items()}
     whole, _, kept = fit(digits, None, ARCHITECTURE)
     for _ in range(3):
@@ -76,7 +76,7 @@ def test_a_checkpoint_may_be_gone_on_from_again_and_again(digits: dict[str, Labe
         kept = after
 
 
-def test_a_checkpoint_of_a_pass_that_has_not_begun_is_small(digits: dict[str, LabelledImages]) -> None:
+def test_a_checkpoint_between_epochs_is_small(digits: dict[str, LabelledImages]) -> None:
     digits = {name: split[:1000] for name, split in digits.items()}
     _, _, kept = fit(digits, None, ARCHITECTURE, epochs=1)
     within, between = kept[0], kept[-1]
@@ -92,7 +92,7 @@ class Attack:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", ["nothing", "half", "a flipped bit", "code", "another file"])
-def test_fault_26_what_is_no_checkpoint_is_refused_and_never_run(
+def test_fault_26_an_invalid_checkpoint_is_refused_and_not_executed(
     digits: dict[str, LabelledImages], damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -134,7 +134,7 @@ def test_the_summary_table_is_that_of_the_published_network() -> None:
         Architecture((28, 28, 1), DIGITS, (4, 4), kernel_size=4, stride=2, pool="min", pool_size=2),
     ],
 )
-def test_the_layers_that_are_announced_are_those_that_are_built(architecture: Architecture) -> None:
+def test_the_summary_matches_the_network(architecture: Architecture) -> None:
     cnn = CNN(architecture, seeded())
     height, width, channels = architecture.image_shape
     assert sum(parameter.numel() for parameter in cnn.parameters()) == parameter_count(architecture)
@@ -159,7 +159,7 @@ def test_layers_that_do_not_fit_the_images_are_refused_by_name(architecture: Arc
         CNN(architecture, seeded())
 
 
-def test_filters_lie_in_memory_as_the_fast_convolutions_want_them() -> None:
+def test_weights_are_channels_last() -> None:
     for each in CNN(PUBLISHED, seeded()).block_list():
         assert each.convolution.weight.is_contiguous(memory_format=torch.channels_last)
 

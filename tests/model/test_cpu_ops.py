@@ -96,9 +96,7 @@ def errors(some: LabelledImages, plain: CNN, cnn: CNN, precision: Precision) -> 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_float32_gives_the_logits_and_gradients_of_the_plain_network(
-    architecture: Architecture, digits: dict[str, LabelledImages]
-) -> None:
+def test_float32_matches_the_plain_network(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     cnn = trained_a_little(architecture)
     found = errors(images_for(architecture, digits), cnn, cnn, "float32")
     assert max(found.values()) < 1e-5, found
@@ -106,7 +104,7 @@ def test_float32_gives_the_logits_and_gradients_of_the_plain_network(
 
 @needs_a_gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_a_gpu_gives_them_too(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
+def test_a_gpu_matches_the_plain_network(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     device = training.set_up("cuda", None, "float32")
     cnn = trained_a_little(replace(architecture, dropout=0.0)).to(device)  # it would draw other masks
     found = errors(images_for(architecture, digits).to(device), cnn, cnn, "float32")
@@ -141,7 +139,7 @@ def rounded(values: Tensor | None) -> Tensor:
 
 @needs_bfloat16
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_bfloat16_gives_them_within_its_digits(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
+def test_bfloat16_matches_the_plain_network(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     some, cnn = images_for(architecture, digits), trained_a_little(architecture)
     assert 1e-5 < errors(some, cnn, cnn, "bfloat16")["logits"] < 1e-2
     # Which value of a window is the largest can change when all are rounded, and the gradient goes another way; so the
@@ -229,7 +227,7 @@ def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("broken", ["blocks.0.convolution.weight", "blocks.1.convolution.bias", "dense.bias"])
-def test_a_weight_that_is_no_number_is_seen_in_the_logits(broken: str, digits: dict[str, LabelledImages]) -> None:
+def test_nan_and_infinite_weights_reach_the_logits(broken: str, digits: dict[str, LabelledImages]) -> None:
     cnn = trained_a_little(PUBLISHED).eval()
     with torch.no_grad():
         cnn.get_parameter(broken).view(-1)[0] = torch.nan
@@ -246,7 +244,7 @@ def test_a_weight_that_is_no_number_is_seen_in_the_logits(broken: str, digits: d
         (replace(PUBLISHED, image_shape=(31, 20, 1)), (30, 18), [(14, 8), (6, 3)]),
     ],
 )
-def test_what_reaches_no_logit_is_left_out_and_nothing_else(
+def test_only_pixels_that_cannot_reach_a_logit_are_skipped(
     architecture: Architecture, image: tuple[int, int], maps: list[tuple[int, int]]
 ) -> None:
     cnn = trained_a_little(architecture).double().eval()

@@ -51,7 +51,7 @@ def fit(
     return cnn, list(epochs)
 
 
-def test_it_learns_and_tells_of_every_epoch(digits: dict[str, LabelledImages]) -> None:
+def test_it_learns_and_reports_every_epoch(digits: dict[str, LabelledImages]) -> None:
     taken: list[training.Step] = []
     cnn, history = fit(digits, epochs=3, on_step=taken.append)
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(digits: dict
 
 
 @pytest.mark.parametrize("changed", [{}, {"padding": 1}, {"pool": "mean"}, {"filters": (5, 6, 7)}])
-def test_its_steps_are_those_of_the_textbook(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
+def test_its_steps_match_a_reference_implementation(digits: dict[str, LabelledImages], changed: dict[str, Any]) -> None:
     architecture = replace(ARCHITECTURE_WITHOUT_DROPOUT, **changed)
     some = {name: split[:400] for name, split in digits.items()}
     fast, _ = fit(some, architecture=architecture, epochs=1, batch_size=150)
@@ -142,9 +142,7 @@ def test_bfloat16_learns_as_well(digits: dict[str, LabelledImages], batch_norm: 
     assert history[-1].validation_accuracy > 0.9
 
 
-def test_nothing_that_is_drawn_is_drawn_twice(
-    digits: dict[str, LabelledImages], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_random_number_is_used_twice(digits: dict[str, LabelledImages], monkeypatch: pytest.MonkeyPatch) -> None:
     draws: list[bytes] = []
     steps: list[training.Step] = []
 
@@ -171,21 +169,19 @@ def test_the_training_loss_is_the_mean_over_images_not_over_batches(digits: dict
     assert history[0].train_loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_last_step_that_breaks_the_network_is_noticed(digits: dict[str, LabelledImages]) -> None:
+def test_a_divergence_in_the_last_step_is_noticed(digits: dict[str, LabelledImages]) -> None:
     with pytest.raises(training.DivergedError, match=r"the validation loss is nan in epoch 1"):
         fit(digits, batch_size=5000, learning_rate=1e30, epochs=1)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("learning_rate", [1e6, 1e30])
-def test_a_loss_beyond_recovery_ends_the_training(
-    digits: dict[str, LabelledImages], optimizer: str, learning_rate: float
-) -> None:
+def test_divergence_ends_the_training(digits: dict[str, LabelledImages], optimizer: str, learning_rate: float) -> None:
     with pytest.raises(training.DivergedError, match=r"the training loss is (nan|[\d.]+e\+\d+) in epoch 1"):
         fit(digits, optimizer=optimizer, learning_rate=learning_rate)
 
 
-def test_the_threads_asked_for_are_the_threads_used() -> None:
+def test_the_requested_number_of_threads_is_used() -> None:
     before = torch.get_num_threads()
     try:
         assert training.set_up("cpu", 1, "float32") == torch.device("cpu")
@@ -196,7 +192,7 @@ def test_the_threads_asked_for_are_the_threads_used() -> None:
 
 @needs_a_gpu
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_a_gpu_learns_and_is_never_waited_for_within_an_epoch(
+def test_a_gpu_learns_without_synchronisation_within_an_epoch(
     digits: dict[str, LabelledImages], batch_norm: bool
 ) -> None:
     device = training.set_up("cuda", None, "float32")

@@ -58,7 +58,7 @@ def _met(register: Callable[..., Any], meeting_point: Path, number: int, side: i
 
 
 def change_model(saved: model_file.TrainedModel, seed: int, noise: float = 0.5) -> None:
-    """Another model in the place of the trained one, with more errors the more noise there is on its biases."""
+    """Another model in place of the trained one, with more errors the more noise there is on its biases."""
     other = model_file.from_bytes(model_file.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)

@@ -48,7 +48,7 @@ def versions() -> dict[str, ModelVersion]:
     found = {str(each.version): each for each in MlflowClient().search_model_versions(f"name = '{NAME}'")}
     for each in found.values():
         assert set(each.tags) >= NEEDED
-        assert "## How good it is" in str(each.description)
+        assert "## Metrics on the " in str(each.description)
     return found
 
 

@@ -35,7 +35,7 @@ def test_the_same_model_twice_makes_no_second_version(finished_copy: Path) -> No
     assert len(MlflowClient().search_model_versions(f"name = '{NAME}'")) == 1
     assert aliases() == {"champion": "1"}
     assert version(1).tags == before
-    assert json.loads(files.PROMOTION.read_text())["reason"] == "it was the champion already"
+    assert json.loads(files.PROMOTION.read_text())["reason"] == "it was already the champion"
 
 
 def test_the_model_with_fewer_errors_on_the_same_images_is_champion(candidates: Candidates) -> None:
@@ -79,7 +79,7 @@ def test_a_champion_of_another_test_split_is_scored_on_the_present_one(candidate
     assert candidates.register("3", errors - 1, dataset).decision.alias == "champion"
 
 
-def test_predictions_that_were_changed_or_deleted_are_made_anew(candidates: Candidates) -> None:
+def test_changed_or_deleted_predictions_are_recomputed(candidates: Candidates) -> None:
     first = candidates.register("1", 0)
     errors = json.loads(files.METRICS.read_text())["test"]["error_count"]
     run = mlflow.get_run(str(version(first.version).run_id))
@@ -95,7 +95,7 @@ def test_a_champion_that_cannot_be_compared_stays(candidates: Candidates) -> Non
     others = replace(candidates.dataset, class_names=("a", "b"))
     others = replace(others, splits=others.splits | {TEST: replace(others.splits[TEST], sha256="b" * 64)})
     decision = candidates.register("2", 0, others).decision
-    assert (decision.alias, decision.reason) == ("challenger", "version 1, the champion, has other classes")
+    assert (decision.alias, decision.reason) == ("challenger", "version 1, the champion, has different classes")
     shutil.rmtree("mlruns")
     decision = candidates.register("3", 0).decision
     assert decision.alias == "challenger"
@@ -116,14 +116,14 @@ def test_a_model_of_the_stand_in_never_replaces_one_of_the_whole_data_set(candid
 
 def test_a_champion_that_was_rolled_back_does_not_come_back_by_itself(candidates: Candidates) -> None:
     candidates.register("1", 50)
-    with pytest.raises(UserError, match="has had no other champion to go back to"):
+    with pytest.raises(UserError, match="has no earlier champion to roll back to"):
         promotion.roll_back(None)
     candidates.register("2", 40)
     assert str(promotion.roll_back(None).version) == "1"
     assert candidates.register("2", 40).decision.reason.startswith("it was rolled back on 20")
     assert aliases() == {"champion": "1", "challenger": "2"}
     assert candidates.register("3", 45).decision.alias == "champion"
-    with pytest.raises(UserError, match=f"{NAME} version 3 is the champion already"):
+    with pytest.raises(UserError, match=f"{NAME} version 3 is already the champion"):
         promotion.roll_back("3")
     promotion.roll_back("2")  # it takes a person
     assert aliases() == {"champion": "2"}
@@ -147,7 +147,7 @@ def test_fault_23_a_damaged_champion_is_made_whole_by_the_next_evaluation(
     evaluate.main()
     assert aliases() == {"champion": "2"}
     assert registry.load(version(2)).class_names == tuple("0123456789")
-    assert version(2).tags["gate.reason"] == "it is the model of version 1, whose file is gone or damaged"
+    assert version(2).tags["gate.reason"] == "it is the model of version 1, whose file is missing or damaged"
     MlflowClient().set_registered_model_alias(NAME, "champion", "1")  # as where the evaluation was killed before it
     evaluate.main()
     assert aliases() == {"champion": "2"}
@@ -175,7 +175,7 @@ def test_without_a_champion_the_last_complete_one_is_the_fallback(candidates: Ca
 
 @pytest.mark.faults
 def test_fault_23_a_tracking_database_from_a_backup_is_completed(finished_copy: Path) -> None:
-    """The champion of after the backup is unknown to it: it is registered anew, with its alias and its history."""
+    """It does not know a champion newer than itself: that is registered again, with its alias and its history."""
     evaluate.main()
     better = files.MODEL.read_bytes()
     change_model(model_file.from_bytes(better), seed=3)
@@ -209,11 +209,11 @@ def test_two_rollbacks_go_back_two_champions(candidates: Candidates) -> None:
     for model, errors in (("1", 50), ("2", 40), ("3", 30)):
         candidates.register(model, errors)
     assert [str(promotion.roll_back(None).version) for _ in range(2)] == ["2", "1"]
-    with pytest.raises(UserError, match="has had no other champion to go back to"):
+    with pytest.raises(UserError, match="has no earlier champion to roll back to"):
         promotion.roll_back(None)
     MlflowClient().set_registered_model_alias(NAME, "champion", "3")
     MlflowClient().delete_model_version(NAME, "2")
-    with pytest.raises(UserError, match="has had no other champion to go back to"):  # 1 and 2 were gone back from
+    with pytest.raises(UserError, match="has no earlier champion to roll back to"):  # 1 and 2 were gone back from
         MlflowClient().set_model_version_tag(NAME, "1", "gate.rolled_back", "a while ago")
         promotion.roll_back(None)
 
@@ -233,7 +233,7 @@ def test_a_champion_that_another_machine_sets_in_the_meantime_is_the_one_to_comp
 
     def and_meanwhile_elsewhere(*arguments: Any) -> Decision:
         monkeypatch.setattr(gate, "decide", decide)
-        monkeypatch.setattr(store, "one_at_a_time", nullcontext)  # its lock is not known on another machine
+        monkeypatch.setattr(store, "exclusive_lock", nullcontext)  # its lock is not known on another machine
         candidates.register("2", 10)
         return decide(*arguments)
 

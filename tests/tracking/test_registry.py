@@ -21,7 +21,7 @@ from pipeline.errors import Fault, UserError
 from pipeline.model import model_file
 from pipeline.model.metrics import wilson_interval
 from pipeline.tracking import registry, serving
-from tests.conftest import run_command, say_of_the_data
+from tests.conftest import change_dataset_json, run_command
 from tests.tracking.registering import NAME, Candidates, artifacts, version
 
 
@@ -69,7 +69,7 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
     for split, facts in dataset.splits.items():
         assert f"| {split} | {facts.count:,} |" in card
         assert facts.sha256[:16] in card
-    assert "It knows nothing but these classes" in card
+    assert "It knows only these classes" in card
     commit = version(1).tags.get("git.commit")
     assert f"`git checkout {commit}`" in card if commit else "there was no git" in card
     assert Path("reports/model_card.md").read_text() == card
@@ -78,10 +78,10 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
 
 @pytest.mark.faults
 def test_fault_28_the_card_of_a_stand_in_says_so_and_names_are_shown_as_they_are(finished_copy: Path) -> None:
-    say_of_the_data(requested="mnist", source="<script>alert(1)</script> | *bold*")
+    change_dataset_json(requested="mnist", source="<script>alert(1)</script> | *bold*")
     evaluate.main()
     card = str(version(1).description)
-    assert "**mnist-5k stood in for mnist**, which could not be had." in card
+    assert "**mnist-5k stood in for mnist**, which was not available." in card
     assert "&lt;script&gt;alert\\(1\\)&lt;/script&gt; \\| \\*bold\\*" in card
 
 
@@ -175,7 +175,7 @@ def test_fault_26_a_model_file_that_is_not_the_registered_one_is_refused(finishe
     assert not list(finished_copy.rglob("PWNED"))
 
 
-def test_a_card_that_is_too_long_for_the_store_is_whole_among_theartifacts(
+def test_a_card_that_is_too_long_for_the_store_is_complete_among_the_artifacts(
     candidates: Candidates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert registry._description("short") == "short"

@@ -94,7 +94,7 @@ def test_the_curves_have_one_point_an_epoch_and_agree_with_the_history(finished:
             assert [point.value for point in points] == [float(row[name]) for row in history]
 
 
-def test_the_tags_tell_where_the_model_comes_from(finished: Path) -> None:
+def test_the_tags_record_the_lineage_of_the_model(finished: Path) -> None:
     tags = only_run().data.tags
     dataset = read_dataset()
     assert tags["model.sha256"] == files.sha256(files.MODEL.read_bytes())
@@ -252,7 +252,7 @@ def test_a_run_that_failed_is_never_written_into(workspace: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("answer", ["closed", pytest.param("silent", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("store", ["http://127.0.0.1:{port}", "postgresql+psycopg://mary:hush@127.0.0.1:{port}/runs"])
-def test_fault_12_a_server_that_does_not_answer_is_said_within_ten_seconds(
+def test_fault_12_an_unresponsive_server_is_reported_within_ten_seconds(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, answer: str, store: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -260,9 +260,9 @@ def test_fault_12_a_server_that_does_not_answer_is_said_within_ten_seconds(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(port=port))
         started = time.perf_counter()
         named = store.format(port=port).replace("mary:hush", "***")
-        with pytest.raises(Fault, match=re.escape(f"the tracking store {named} failed")) as told:
+        with pytest.raises(Fault, match=re.escape(f"the tracking store {named} failed")) as error:
             train.main()
-        assert "hush" not in str(told.value)
+        assert "hush" not in str(error.value)
         assert time.perf_counter() - started < 10
 
 
@@ -293,8 +293,8 @@ def test_fault_13_a_store_that_goes_away_in_mid_training_costs_a_warning_and_no_
     train.main()
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2
-    assert "database is locked): the training goes on without it" in warnings[0]
-    assert ": nothing is lost, what the run lacks is in " in warnings[1]
+    assert "database is locked): training continues without it" in warnings[0]
+    assert ": nothing is lost: the missing data is in " in warnings[1]
     assert files.MODEL.exists()
     assert len(files.read_table(files.HISTORY, made_by="train")) == 4
     assert "model.sha256" not in only_run().data.tags
@@ -311,7 +311,7 @@ def test_fault_13_a_store_that_goes_away_in_mid_training_costs_a_warning_and_no_
         (number, float(row["validation_loss"])) for number, row in enumerate(rows, 1)
     ]
     assert delivery.undelivered() == []
-    assert run.info.end_time < time.time() * 1000 - 100  # when the training ended, not when it was told
+    assert run.info.end_time < time.time() * 1000 - 100  # when the training ended, not when the update was sent
 
 
 @pytest.mark.usefixtures("either_store")
@@ -340,10 +340,10 @@ def test_a_damaged_file_of_updates_stops_nothing_and_stays(
     path = files.checkpoints_folder() / f"abc{delivery.SUFFIX}"
     files.write(path, content)
     runs.close_stale_runs()
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert told.startswith(f"warning: {path} is damaged (")
-    assert told.endswith("), so its run stays incomplete: delete the file\n")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith(f"warning: {path} is damaged (")
+    assert printed.endswith("), so its run stays incomplete: delete the file\n")
     assert path.read_bytes() == content
 
 
@@ -382,7 +382,7 @@ def test_what_is_of_another_store_stays(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'other.db'}")
     evaluate.main()
     assert path.exists()
-    assert f"{path} is of a run that this tracking store does not have" in capsys.readouterr().err
+    assert f"{path} belongs to a run that this tracking store does not have" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("either_store")

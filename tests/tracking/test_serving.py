@@ -34,7 +34,7 @@ def server(_all_stages: Path) -> Iterator[tuple[str, psutil.Process]]:
         stale.unlink()
     with subprocess.Popen(command, cwd=_all_stages, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().decode() == (f"mnist-5k-cnn version 1 answers at http://127.0.0.1:{port}\n")
+        assert process.stdout.readline().decode() == (f"mnist-5k-cnn version 1 is served at http://127.0.0.1:{port}\n")
         address = f"http://127.0.0.1:{port}"
         for _ in range(100):
             try:
@@ -72,13 +72,13 @@ def test_a_thousand_requests_of_mixed_sizes_get_the_labels_of_the_predictions(
 
 BLACK = np.zeros((2, 28, 28, 1), dtype=int)
 REFUSED: dict[str, tuple[int, str, Any]] = {
-    "a shape that is not the network's": (400, "images of the shape (2, 20, 28, 1)", BLACK[:, :20]),
-    "one image without a batch": (400, "images of the shape (28, 28, 1)", BLACK[0]),
-    "no images": (400, "images of the shape (0,)", []),
-    "a picture that is not even": (400, "images of the shape (2, 28)", [[[[0]] * 28] * 28, [[[0]] * 3] * 28]),
+    "a shape that is not the network's": (400, "images of shape (2, 20, 28, 1)", BLACK[:, :20]),
+    "one image without a batch": (400, "images of shape (28, 28, 1)", BLACK[0]),
+    "no images": (400, "images of shape (0,)", []),
+    "a picture that is not even": (400, "images of shape (2, 28)", [[[[0]] * 28] * 28, [[[0]] * 3] * 28]),
     "text": (400, "pixels are whole numbers", [[[["7"]] * 28] * 28]),
     "NaN": (400, "pixels are whole numbers", [[[[float("nan")]] * 28] * 28]),
-    "null": (400, "images of the shape ()", None),
+    "null": (400, "images of shape ()", None),
     "pixels in 0 ... 1": (400, "pixels are whole numbers", BLACK + 0.5),
     "above 255": (400, "pixels are whole numbers", BLACK + 256),
     "below 0": (400, "pixels are whole numbers", BLACK - 1),
@@ -91,9 +91,7 @@ REFUSED: dict[str, tuple[int, str, Any]] = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("what", REFUSED)
-def test_fault_24_images_that_are_none_are_refused_with_the_reason(
-    server: tuple[str, psutil.Process], what: str
-) -> None:
+def test_fault_24_invalid_images_are_refused_with_the_reason(server: tuple[str, psutil.Process], what: str) -> None:
     status, reason, images = REFUSED[what]
     answer = ask(server[0], images)
     assert answer.status_code == status
@@ -123,7 +121,7 @@ GOOD = json.dumps({"inputs": BLACK.tolist()}).encode()
         (TOO_MANY, JSON, 413, "at most 1,000 images at a time"),
     ],
 )
-def test_fault_24_bodies_that_are_none_are_refused_with_the_reason(
+def test_fault_24_invalid_bodies_are_refused_with_the_reason(
     server: tuple[str, psutil.Process], body: bytes, headers: dict[str, str], status: int, reason: str
 ) -> None:
     answer = requests.post(f"{server[0]}/invocations", body, headers=headers, timeout=60)
@@ -170,7 +168,7 @@ def test_fault_24_a_hundred_thousand_rows_and_endless_words_take_no_memory(serve
         assert process.memory_info().rss - before < 100_000_000
 
 
-def test_a_page_from_elsewhere_cannot_ask_under_a_name_of_its_own(server: tuple[str, psutil.Process]) -> None:
+def test_requests_with_another_host_name_are_refused(server: tuple[str, psutil.Process]) -> None:
     for path in ("/invocations", "/health", "/version"):
         for host, status in (("evil.example", 400), ("127.0.0.1.evil.example", 400), ("localhost", 200)):
             headers = JSON | {"Host": host}
@@ -179,7 +177,7 @@ def test_a_page_from_elsewhere_cannot_ask_under_a_name_of_its_own(server: tuple[
             assert answer.status_code == status, (path, host)
 
 
-def test_a_request_that_never_comes_to_its_end_holds_nobody_up(server: tuple[str, psutil.Process]) -> None:
+def test_an_incomplete_request_does_not_block_others(server: tuple[str, psutil.Process]) -> None:
     port = int(server[0].rpartition(":")[2])
     fields = ("POST /invocations HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99")
     head = "\r\n".join([*fields, "", "{"]).encode()
@@ -193,7 +191,7 @@ def test_a_request_that_never_comes_to_its_end_holds_nobody_up(server: tuple[str
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
-def test_what_is_no_port_is_said(workspace: Path, port: str) -> None:
+def test_an_invalid_port_is_reported(workspace: Path, port: str) -> None:
     done = run_command("serve", "--port", port, folder=workspace)
     assert done.returncode == 2
     assert f"{port} is not a port; allowed: 1 to 65535" in done.stderr.decode()

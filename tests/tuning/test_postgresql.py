@@ -35,7 +35,7 @@ def programs() -> Path | None:
 
 
 PROGRAMS = programs()
-# A database server is no Python package, so `make setup` cannot bring it, and the study's default storage, a file,
+# A database server is not a Python package, so `make setup` cannot install it, and the study's default storage, a file,
 # needs none: a clone without it must be able to run the other tests. CI is not let through without it (.ci/run).
 pytestmark = [
     pytest.mark.slow,
@@ -156,7 +156,7 @@ def test_fault_18_four_machines_make_one_study_of_an_empty_database(machines: li
     found = trials(database)
     assert [trial.number for trial in found] == list(range(6))
     assert all(map(counts, found))
-    # The present values are tried once, whoever comes first.
+    # The current values are tried once, by whichever machine is first.
     assert [trial.number for trial in found if trial.params == PRESENT][:1] == [0]
     for machine, lines in zip(machines, printed, strict=True):
         assert "6/6 trials" in lines
@@ -164,7 +164,7 @@ def test_fault_18_four_machines_make_one_study_of_an_empty_database(machines: li
         assert PASSWORD not in lines
 
 
-def test_a_machine_that_dies_is_made_up_for(machines: list[Path], database: str) -> None:
+def test_the_trials_of_a_dead_machine_are_run_again(machines: list[Path], database: str) -> None:
     with start(machines[0], database) as dies:
         lost = wait_until_running(database)
         workers = psutil.Process(dies.pid).children()
@@ -204,7 +204,7 @@ def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice
     assert found[given_up.number].state == TrialState.FAIL
     assert [trial for trial in found if counts(trial)] == before
     assert len(before) == 4
-    # Both tell of the trial that was given up, too, and nothing twice.
+    # Both also report the abandoned trial, and nothing is reported twice.
     everything = sorted([given_up.number, *(trial.number for trial in before)])
     assert children(machines[0]) == children(machines[1]) == everything
 
@@ -229,7 +229,7 @@ def test_a_trial_that_others_have_given_up_is_left_to_them(machines: list[Path],
     assert sum(map(counts, found)) == 6
 
 
-def test_a_table_that_stays_locked_is_said_in_one_line(machines: list[Path], database: str) -> None:
+def test_a_locked_table_is_reported_in_one_line(machines: list[Path], database: str) -> None:
     with start(machines[0], database) as first:
         ended(first)
     write_params(machines[0], SMALL | {"tune.trials": 7})
@@ -248,7 +248,7 @@ def test_a_table_that_stays_locked_is_said_in_one_line(machines: list[Path], dat
 
 
 @pytest.mark.faults
-def test_fault_30_a_wrong_password_is_said_in_one_line_without_it(machines: list[Path], database: str) -> None:
+def test_fault_30_a_wrong_password_is_reported_without_printing_it(machines: list[Path], database: str) -> None:
     process = start(machines[0], database.replace("convtrack:", "convtrack:wrong%20"))
     _, complaint = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""The study's storage, and what is said when it fails."""
+"""The study's storage, and the message when it fails."""
 
 import pytest
 from optuna.exceptions import StorageInternalError
@@ -8,7 +8,7 @@ from pipeline.errors import Fault
 from pipeline.tuning.storage import storage_faults
 
 
-def test_what_failed_first_is_what_is_said() -> None:
+def test_the_first_error_is_reported() -> None:
     with pytest.raises(Fault, match=r"^the study's storage failed: the table is locked$"), storage_faults():
         locked = ValueError("the table is locked")
         try:
@@ -17,7 +17,7 @@ def test_what_failed_first_is_what_is_said() -> None:
             raise StorageInternalError("an error of the storage") from error
 
 
-def test_what_was_being_handled_is_not_why_it_failed() -> None:
+def test_an_unrelated_handled_exception_is_not_reported() -> None:
     def ask_the_storage() -> None:
         raise StorageInternalError("it is gone")
 

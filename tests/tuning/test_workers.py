@@ -45,14 +45,14 @@ def wait_until_idle(workers: Workers, count: int = 1) -> None:
     raise AssertionError("a worker is not ready")
 
 
-def until_ended(workers: Workers, go_on: bool = True) -> list[tuple[int, Message]]:
+def until_ended(workers: Workers, proceed: bool = True) -> list[tuple[int, Message]]:
     """All messages until each trial has ended."""
     received = []
     while workers.trials:
         for trial, message in workers.messages(1):
             received.append((trial, message))
             if isinstance(message, Epoch):
-                workers.answer(trial, go_on)
+                workers.reply(trial, proceed)
     return received
 
 
@@ -63,12 +63,12 @@ def accuracies(received: list[tuple[int, Message]], trial: int) -> list[float]:
 def test_two_workers_train_and_send_each_epoch(workspace: Path) -> None:
     params = read_params()
     with closing(started(2)) as workers:
-        workers.give(1, params)
-        workers.give(2, params.changed({"seed": 1}))
+        workers.assign(1, params)
+        workers.assign(2, params.changed({"seed": 1}))
         assert not workers.has_idle
         both = until_ended(workers)
         assert workers.has_idle
-        workers.give(3, params)
+        workers.assign(3, params)
         again = until_ended(workers)
     assert sorted(trial for trial, message in both if isinstance(message, Epoch)) == [1, 1, 2, 2]
     assert [both.count((trial, Done())) for trial in (1, 2)] == [1, 1]
@@ -76,12 +76,12 @@ def test_two_workers_train_and_send_each_epoch(workspace: Path) -> None:
 
 
 def test_a_trial_that_is_stopped_trains_no_further(one: Workers) -> None:
-    one.give(1, read_params())
-    assert [type(message).__name__ for _, message in until_ended(one, go_on=False)] == ["Epoch", "Done"]
+    one.assign(1, read_params())
+    assert [type(message).__name__ for _, message in until_ended(one, proceed=False)] == ["Epoch", "Done"]
 
 
 def test_a_network_that_does_not_fit_is_not_tried_again(one: Workers) -> None:
-    one.give(1, read_params().changed({"model.kernel_size": 15}))
+    one.assign(1, read_params().changed({"model.kernel_size": 15}))
     ((trial, message),) = until_ended(one)
     assert trial == 1
     assert isinstance(message, Failed)
@@ -90,14 +90,14 @@ def test_a_network_that_does_not_fit_is_not_tried_again(one: Workers) -> None:
 
 
 def test_a_worker_that_is_killed_in_a_trial_is_reported_and_replaced(one: Workers) -> None:
-    one.give(1, read_params().changed({"train.epochs": 1000}))
+    one.assign(1, read_params().changed({"train.epochs": 1000}))
     one.messages(60)
     (killed,) = workers_of(os.getpid())
     os.kill(killed, signal.SIGKILL)
     *_, last = until_ended(one)
     assert last == (1, Failed("its worker was killed by signal 9", retry=True))
     wait_until_idle(one)
-    one.give(2, read_params())
+    one.assign(2, read_params())
     assert until_ended(one)[-1] == (2, Done())
     one.close()
     assert workers_of(os.getpid()) == []
@@ -109,7 +109,7 @@ def test_a_worker_that_is_killed_between_two_trials_is_replaced(one: Workers) ->
     assert one.messages(60) == []
     wait_until_idle(one)
     assert workers_of(os.getpid()) != [killed]
-    one.give(1, read_params())
+    one.assign(1, read_params())
     assert until_ended(one)[-1] == (1, Done())
 
 
@@ -138,7 +138,7 @@ def test_workers_end_when_the_coordinator_is_killed(workspace: Path) -> None:
         "from pipeline.tuning.workers import Workers; from pipeline.params import read_params\n"
         "workers = Workers(1, 1)\n"
         "while not workers.has_idle: workers.messages(1)\n"
-        "workers.give(1, read_params().changed({'train.epochs': 1000})); workers.messages(60)\n"
+        "workers.assign(1, read_params().changed({'train.epochs': 1000})); workers.messages(60)\n"
         "print('ready', flush=True); input()"
     )
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The rules of the architecture: who may import what, what happens at import, and what dvc.yaml says of it."""
+"""The rules of the architecture: which module may import which, import side effects, and the deps in dvc.yaml."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ PIPELINE = REPOSITORY / "pipeline"
 MODULES = sorted(PIPELINE.rglob("*.py"))
 DVC = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")
 STAGES = ("prepare", "train", "evaluate", "visualize")
-MOST_FLOORS = 6
+MAX_IMPORT_DEPTH = 6
 
 
 def name_of(module: Path) -> str:
@@ -47,20 +47,20 @@ def imports() -> dict[str, set[str]]:
     return {name: imported(SOURCES[name]) & known - {name} for name in known}
 
 
-def room(name: str) -> str:
-    """The part of the house that a module is in: a package, or a module at the top of pipeline/."""
+def package_of(name: str) -> str:
+    """The package of a module; a module at the top of pipeline/ counts as its own package."""
     return "bench" if name.startswith("bench") else ".".join(name.split(".")[:2])
 
 
-def rooms() -> dict[str, set[str]]:
-    """Which rooms each room imports."""
+def package_imports() -> dict[str, set[str]]:
+    """Which packages each package imports."""
     found: dict[str, set[str]] = {}
     for name, others in imports().items():
-        found.setdefault(room(name), set()).update({room(other) for other in others} - {room(name)})
+        found.setdefault(package_of(name), set()).update({package_of(other) for other in others} - {package_of(name)})
     return found
 
 
-def floors(graph: Mapping[str, set[str]]) -> dict[str, list[str]]:
+def import_chains(graph: Mapping[str, set[str]]) -> dict[str, list[str]]:
     """For each node the longest chain of imports below it, itself at the end. Raises CycleError."""
     chains: dict[str, list[str]] = {}
     for node in TopologicalSorter(graph).static_order():
@@ -69,10 +69,10 @@ def floors(graph: Mapping[str, set[str]]) -> dict[str, list[str]]:
     return chains
 
 
-def test_no_two_modules_import_each_other_and_there_are_six_floors_at_most() -> None:
-    floors(imports())
-    highest = max(floors(rooms()).values(), key=len)
-    assert len(highest) <= MOST_FLOORS, " < ".join(highest)
+def test_there_are_no_import_cycles_and_the_import_depth_is_at_most_six() -> None:
+    import_chains(imports())
+    highest = max(import_chains(package_imports()).values(), key=len)
+    assert len(highest) <= MAX_IMPORT_DEPTH, " < ".join(highest)
 
 
 def importers(package: str) -> set[str]:
@@ -104,8 +104,8 @@ def test_each_large_library_is_imported_in_one_place(library: str, allowed: tupl
 
 
 def test_the_model_imports_nothing_of_this_project_but_errors() -> None:
-    others = {other for name, found in imports().items() if room(name) == "pipeline.model" for other in found}
-    assert {room(other) for other in others} <= {"pipeline.model", "pipeline.errors"}
+    others = {other for name, found in imports().items() if package_of(name) == "pipeline.model" for other in found}
+    assert {package_of(other) for other in others} <= {"pipeline.model", "pipeline.errors"}
 
 
 def test_libraries_and_measurements_never_import_a_command() -> None:
@@ -117,17 +117,17 @@ def test_libraries_and_measurements_never_import_a_command() -> None:
 
 
 def closure(stage: str, left_out: tuple[str, ...]) -> set[str]:
-    """The files that a stage's command imports, directly or not, except through the rooms that are left out."""
+    """The files that a stage's command imports, directly or not, except through the packages in ``left_out``."""
     graph, found, waiting = imports(), set[str](), [f"pipeline.{stage}"]
     while waiting:
         name = waiting.pop()
-        if name not in found and room(name) not in left_out:
+        if name not in found and package_of(name) not in left_out:
             found.add(name)
             waiting += graph[name]
     return {SOURCES[name].relative_to(REPOSITORY).as_posix() for name in found}
 
 
-# What is only shown, or logged to MLflow, changes no output, so it must not make DVC train again.
+# Code that only draws or logs changes no output, so it must not make DVC train again.
 LEFT_OUT = {"train": ("pipeline.tracking", "pipeline.explain", "pipeline.figures")}
 
 
