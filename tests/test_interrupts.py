@@ -32,11 +32,14 @@ run_command({command}.main)
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
-    ("command", "file"), [*((name, file) for name in (*STAGES, *OTHERS) for file in (1, 12)), *((n, 1) for n in BRIEF)]
+    ("command", "file", "sent"),
+    [
+        *((name, 1, sent) for name in (*STAGES, *OTHERS, *BRIEF) for sent in ("SIGINT", "SIGTERM")),
+        *((name, 12, "SIGINT") for name in (*STAGES, *OTHERS)),
+    ],
 )
-def test_fault_2_every_command_ends_alike(finished_copy: Path, command: str, sent: str, file: int) -> None:
+def test_fault_2_every_command_ends_alike(finished_copy: Path, command: str, file: int, sent: str) -> None:
     name, *arguments = command.split()
     there = {path: path.stat().st_mtime_ns for path in finished_copy.rglob("*") if path.is_file()}
     process = subprocess.Popen(
@@ -59,8 +62,13 @@ def test_fault_2_every_command_ends_alike(finished_copy: Path, command: str, sen
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_cpu", "_pydantic_core"])
-@pytest.mark.parametrize("command", ["train", "models"])
+@pytest.mark.parametrize(
+    ("command", "library"),
+    [
+        *(("train", name) for name in ("_multiarray_umath", "libtorch_cpu", "_pydantic_core")),
+        ("models", "libtorch_cpu"),
+    ],
+)
 def test_fault_2_ctrl_c_while_the_libraries_are_loaded_is_one_line(
     finished_copy: Path, command: str, library: str
 ) -> None:

@@ -10,6 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +238,14 @@ def test_trials_that_fall_behind_are_pruned(study_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_seed_and_one_worker_give_the_same_trials_also_in_two_goes(study_folder: Path) -> None:
-    for name, goes in {"once": ["14"], "again": ["14"], "in two goes": ["6", "14"]}.items():
+    for name, goes in {"once": ["14"], "in two goes": ["6", "14"]}.items():
         for total in goes:  # more than the sampler draws without looking at what came of the others
             run("--study", name, "--workers", "1", "--trials", total)
-    once, again, in_two = (
+    once, in_two = (
         [(trial.params, trial.value, trial.intermediate_values, trial.state) for trial in trials(name)]
-        for name in ("once", "again", "in two goes")
+        for name in ("once", "in two goes")
     )
-    assert once == again == in_two
+    assert once == in_two
     assert len({json.dumps(params) for params, *_ in once}) > 10
     write_params(study_folder, SMALL | {"seed": 1})
     run("--study", "other seed", "--workers", "1", "--trials", "5")
@@ -435,7 +437,7 @@ def test_two_studies_at_once_in_one_folder_are_refused(study_folder: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_study_is_resumed(study_folder: Path, sent: signal.Signals) -> None:
-    write_params(study_folder, SMALL | {"tune.epochs": 40})
+    write_params(study_folder, SMALL | {"tune.epochs": 12})
     with start() as interrupted:
         wait_for_trials(3)
         interrupted.send_signal(sent)
@@ -451,8 +453,10 @@ def test_an_interrupted_study_is_resumed(study_folder: Path, sent: signal.Signal
 
 @pytest.mark.faults
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [1, 2, 4, 7, 11, 16, 21, 26, 31, 36])
-@pytest.mark.parametrize("killed", ["study", "worker"])
+@pytest.mark.parametrize(
+    ("killed", "lines"),  # of the journal when it is killed: 4 are written before the first trial, 36 or so in all
+    [*(("study", lines) for lines in (1, 4, 11, 21, 31)), *(("worker", lines) for lines in (2, 7, 16, 26, 36))],
+)
 def test_fault_14_what_is_killed_loses_no_trial(study_folder: Path, killed: str, lines: int) -> None:
     with start() as study:
         wait_for_lines(lines)
@@ -473,7 +477,7 @@ def test_fault_14_what_is_killed_loses_no_trial(study_folder: Path, killed: str,
 @pytest.mark.faults
 @pytest.mark.slow
 def test_fault_14_a_worker_that_is_killed_at_a_trial_has_it_tried_again(study_folder: Path) -> None:
-    write_params(study_folder, SMALL | {"tune.epochs": 10})
+    write_params(study_folder, SMALL | {"tune.epochs": 6})
     with start() as study:
         wait_for_epochs(3)
         for worker in psutil.Process(study.pid).children():
@@ -605,35 +609,30 @@ def start(stderr: int | None = None) -> "subprocess.Popen[bytes]":
 
 def wait_for_lines(count: int) -> None:
     """Until the journal has ``count`` lines."""
-    for _ in range(6000):
-        if JOURNAL.exists() and JOURNAL.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError("nothing was written")
+    wait_until(lambda: JOURNAL.read_bytes().count(b"\n") >= count)
 
 
 def wait_for_epochs(count: int) -> None:
-    """Until the trials have come so far."""
-    for _ in range(600):
-        if JOURNAL.exists() and sum(len(trial.intermediate_values) for trial in trials()) >= count:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no epoch was trained")
+    """Until the trials have been trained for ``count`` epochs in all."""
+    wait_until(lambda: sum(len(trial.intermediate_values) for trial in trials()) >= count)
 
 
 def wait_for_finalists(count: int) -> None:
     """Until ``count`` trainings of finalists have been started."""
-    for _ in range(1200):
-        if JOURNAL.exists() and "convtrack finalists" in JOURNAL.read_text() and len(finalist_trials()) >= count:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no finalist was trained")
+    wait_until(lambda: len(finalist_trials()) >= count)
 
 
 def wait_for_trials(count: int) -> None:
     """Until ``count`` trials have been started."""
-    for _ in range(600):
-        if JOURNAL.exists() and JOURNAL.read_text().count('"op_code":4') >= count + 1:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no trial was begun")
+    wait_until(lambda: JOURNAL.read_text().count('"op_code":4') >= count + 1)
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Fails after five minutes; a busy machine takes one to start a study and its workers."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError, KeyError):  # no journal yet, no such study in it yet
+            if reached():
+                return
+        time.sleep(0.01)
+    raise AssertionError("the study has not come so far")
