@@ -94,7 +94,10 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
             "tune: {space: {a: {low: 8, high: 100, step: 8}}}",
             r"tune.space.a is {.*}: high \(100\) is not low \(8\) plus a multiple of step \(8\)",
         ),
-        ("tune: {space: {a: {low: 0, high: 1.0e+300, step: 7.0e-300}}}", "tune.space.a is {.*}: steps of 7e-300 .*"),
+        (
+            "tune: {space: {a: {low: 0, high: 1.0e+300, step: 7.0e-300}}}",
+            r"tune.space.a is {.*}: high .* a multiple of step \(7e-300\)",
+        ),
     ],
 )
 def test_fault_22_the_line_names_the_key_what_was_given_and_what_is_allowed(
