@@ -71,8 +71,8 @@ def apply(name: str, folder: Path) -> None:
         ["git", "apply", "-"], cwd=folder, input=diff_of(name), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, (
-        f"docs/make-it-yours.md, {EXAMPLES[name].title}: its diff does not fit the code. Correct the page, or delete it "
-        f"with this file if your project has grown away from it.\n{done.stderr}"
+        f"docs/make-it-yours.md, {EXAMPLES[name].title}: its diff does not fit the code. Correct the page, or delete "
+        f"it with this file if your project has grown away from it.\n{done.stderr}"
     )
 
 
@@ -100,6 +100,13 @@ def test_it_touches_only_the_files_that_the_page_names(name: str) -> None:
     changed = [file for file in changed_by(diff_of(name)) if not file.startswith(("tests/", "docs/"))]
     assert set(changed) <= set(EXAMPLES[name].allowed)
     assert set(changed) != set()
+
+
+def test_the_lines_that_the_readme_adds_are_those_of_the_page() -> None:
+    diffs = re.findall(r"^```diff\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    added = [line for diff in diffs for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) >= len(EXAMPLES)
+    assert [line for line in added if line not in PAGE.splitlines()] == []
 
 
 def test_all_apply_one_after_the_other(tmp_path: Path) -> None:
