@@ -162,7 +162,7 @@ It is the best of {len(chosen["screened"])} candidates by validation accuracy, {
 The test images had no part in the choice. `python -m bench.choose` repeats it in half an hour;
 `bench/candidates.json` has all scores. Label smoothing lowers the confidence of the predictions: the test
 loss of the short recipe is {studies["short"]["test_loss"]["mean"]:.3f}, that of the default recipe {default:.3f}.
-Undo a recipe with `git restore . && dvc checkout --force`.
+Undo a recipe with `git restore . && dvc checkout -f`.
 """
 
 

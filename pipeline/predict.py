@@ -65,7 +65,7 @@ def _paths(given: Iterable[str]) -> Iterator[str]:
     """The files that are given, and the pictures in the folders that are given."""
     for name in given:
         if _is_folder(name):
-            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in image_files.SUFFIXES)
+            found = image_files.pictures(Path(name))
             yield from map(str, found) if found else [name]
         else:
             yield name

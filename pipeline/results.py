@@ -16,9 +16,10 @@ def main() -> None:
         "test loss": f"{test['loss']:.4f}",
         "parameters": f"{metrics['parameters']:,}",
         "figures": f"{files.FIGURES}/",
-        "MLflow": "source .venv/bin/activate && mlflow ui     then open http://127.0.0.1:5000",
+        "MLflow": "make ui     then open http://127.0.0.1:5000",
     }
-    print("\n".join(f"{name:<15}{fact}" for name, fact in facts.items()))
+    width = max(map(len, facts)) + 2
+    print("\n".join(f"{name:<{width}}{fact}" for name, fact in facts.items()))
 
 
 if __name__ == "__main__":

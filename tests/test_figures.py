@@ -166,7 +166,7 @@ def test_the_curves_are_those_of_the_history() -> None:
     loss, accuracy = figure_of("curves").axes
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in loss.lines}
     assert list(drawn.values()) == [HISTORY["train_loss"], HISTORY["validation_loss"]]
-    assert (loss.get_xlabel(), loss.get_ylabel()) == ("epoch", "cross-entropy (nats)")
+    assert (loss.get_xlabel(), loss.get_ylabel()) == ("epoch", "loss (nats)")
     assert (accuracy.get_xlabel(), accuracy.get_title()) == ("epoch", "Accuracy")
 
 

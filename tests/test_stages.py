@@ -94,7 +94,7 @@ def test_results_show_the_data_set_and_the_metrics(finished: Path, capsys: pytes
     accuracy = json.loads(files.METRICS.read_text())["test"]["accuracy"]
     assert "mnist-5k (3,600 training images)" in printed
     assert f"{accuracy:.2%}" in printed
-    assert "mlflow ui" in printed
+    assert "make ui" in printed
 
 
 def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(

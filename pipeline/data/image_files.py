@@ -24,6 +24,11 @@ BOX = 20 / 28  # the part of the image's side that a digit of MNIST fills
 INK = 0.3  # of the darkest stroke; anything fainter counts as paper
 
 
+def pictures(folder: Path) -> list[Path]:
+    """The picture files in a folder and in the folders inside it, by their suffixes, in alphabetical order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
 def read(file: Path | IO[bytes], name: str) -> Image.Image:
     """A picture, turned upright, in grey or colour. Transparent parts are white, as a browser shows them.
 

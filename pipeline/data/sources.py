@@ -33,7 +33,10 @@ MIRROR_TIMEOUT_SECONDS = 30  # for a connection or a read; a silent mirror must 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as published, and in ``origin`` by whom. ``test`` is None if there is no published test split."""
+    """A data set as published, and in ``origin`` by whom. ``test`` is None if there is no published test split.
+
+    Images are (N, H, W, C) uint8, labels (N,) int64: indices of ``class_names``.
+    """
 
     origin: str
     class_names: tuple[str, ...]
@@ -42,7 +45,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class DataSet:
+class DataSource:
     """How a data set is loaded, and how other pictures are preprocessed for its models.
 
     ``centred_strokes``: its images are light strokes on black, and pictures are converted with
@@ -265,9 +268,9 @@ def _warn_loudly(name: str, error: NoMirrorError) -> None:
 
 
 DATASETS = {
-    "mnist": DataSet(functools.partial(_from_torchvision, "mnist"), centred_strokes=True),
-    "fashion-mnist": DataSet(functools.partial(_from_torchvision, "fashion-mnist")),
-    "kmnist": DataSet(functools.partial(_from_torchvision, "kmnist")),
-    "cifar10": DataSet(functools.partial(_from_torchvision, "cifar10")),
-    FALLBACK: DataSet(_mnist_5k, centred_strokes=True),
+    "mnist": DataSource(functools.partial(_from_torchvision, "mnist"), centred_strokes=True),
+    "fashion-mnist": DataSource(functools.partial(_from_torchvision, "fashion-mnist")),
+    "kmnist": DataSource(functools.partial(_from_torchvision, "kmnist")),
+    "cifar10": DataSource(functools.partial(_from_torchvision, "cifar10")),
+    FALLBACK: DataSource(_mnist_5k, centred_strokes=True),
 }

@@ -3,7 +3,9 @@
 Images are (N, H, W, C) uint8 where they come from a split, (N, C, H, W) float in [0, 1] where they are differentiated.
 """
 
+import itertools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.explain.corruptions import moved
-from pipeline.model.cnn import CNN, Architecture, as_input, layer_names, layers
+from pipeline.model.cnn import CNN, Architecture, Block, as_input, layer_names, layers
 from pipeline.model.layers import Pooling
 
 CHUNK = 250  # images at a time
@@ -43,14 +45,20 @@ def use_of_first_filters(cnn: CNN, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_maps(cnn: CNN, images: Tensor) -> list[FeatureMaps]:
-    """The maps of images (N, H, W, C) after each convolution with its ReLU and after each pooling."""
+    """The maps of images (N, H, W, C) before each pooling, under the name of the layer before it, and after it."""
     found, maps, names = [], as_input(images), layer_names(cnn)
     for block in cnn.eval().block_list():
         maps = block.before("pooling", maps)
-        found.append(FeatureMaps(names[block.convolution], maps))
+        found.append(FeatureMaps(_last_before_pooling(block, names), maps))
         maps = block.pooling(maps)
         found.append(FeatureMaps(names[block.pooling], maps))
     return found
+
+
+def _last_before_pooling(block: Block, names: Mapping[nn.Module, str]) -> str:
+    """The last layer of ``block`` before its pooling that has a name: the convolution, or one added after it."""
+    before = itertools.takewhile(lambda layer: layer is not block.pooling, block.modules())
+    return [names[layer] for layer in before if layer in names][-1]
 
 
 class ReceptiveField(NamedTuple):

@@ -30,7 +30,7 @@ def learning_curves(history: Mapping[str, Sequence[float]], dropout: bool) -> Fi
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    left.set(ylabel="cross-entropy (nats)", ylim=(0, None))
+    left.set(ylabel="loss (nats)", ylim=(0, None))
     right.set(ylabel="images classified correctly")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     return figure

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Of images (N, H, W, C) uint8, a strength and a generator; returns images of the same shape and type.
 Augmentation = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
-def shift(images: Tensor, limit: float, generator: torch.Generator) -> Tensor:
-    """Each image (N, H, W, C) shifted by up to ``limit`` pixels in both directions; new pixels are 0."""
-    limit = int(limit)
+def shift(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Each image (N, H, W, C) shifted by up to ``strength`` pixels in both directions; new pixels are 0."""
+    limit = int(strength)
     count, height, width, _ = images.shape
     wide = F.pad(images, (0, 0, limit, limit, limit, limit))
     down, right = torch.randint(2 * limit + 1, (2, count, 1), generator=generator, device=images.device)
@@ -20,7 +21,7 @@ def shift(images: Tensor, limit: float, generator: torch.Generator) -> Tensor:
     return wide[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-# By the parameter of `train` that says how strong each is; 0 switches one off. They are applied in this order.
+# By the parameter of `train` that is its strength; 0 switches it off. They are applied in this order.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "max_shift": shift,
 }

@@ -39,6 +39,10 @@ class Block(nn.Sequential):
 
     A CPU operation may compute several of these layers at once (see cpu_ops.run). It is used only where the layers are
     exactly the ones that it computes, so a layer that is added or replaced here takes effect everywhere.
+
+    The explanations find three layers by name, which every block must have: ``convolution``, whose filters they draw
+    and whose responses they take as they reach ``activation``, and ``pooling``, before which the feature maps are
+    taken.
     """
 
     convolution: nn.Conv2d
@@ -92,7 +96,8 @@ class CNN(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(layer.weight, generator=generator)
-                nn.init.zeros_(layer.get_parameter("bias"))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)
 
     def block_list(self) -> list[Block]:

@@ -32,9 +32,9 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
         cnn.train(was_training)
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """The share of images whose highest score (N, classes) is that of their label (N,)."""
-    return (scores.argmax(dim=1) == labels).double().mean().item()
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of images whose highest logit (N, classes) is that of their label (N,)."""
+    return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:

@@ -50,11 +50,8 @@ def from_bytes(content: bytes, name: str = "the model file") -> TrainedModel:
         weights = safetensors.torch.load(content)
         if facts.pop(DIGEST) != _digest(facts, weights):
             raise ValueError("its SHA-256 does not match")
-        layers = facts["architecture"]
-        cnn = CNN(
-            Architecture(**layers | {key: tuple(layers[key]) for key in ("image_shape", "class_names", "filters")}),
-            torch.Generator(),
-        )
+        layers: dict[str, Any] = {key: _as_tuples(value) for key, value in facts["architecture"].items()}
+        cnn = CNN(Architecture(**layers), torch.Generator())
         cnn.load_state_dict(weights)
         return TrainedModel(cnn.eval(), dict(facts["data"]), dict(facts["recipe"]))
     except (
@@ -68,6 +65,11 @@ def from_bytes(content: bytes, name: str = "the model file") -> TrainedModel:
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Fault(f"{name} is damaged ({reason}): run `dvc repro -f train`, then `dvc repro`") from error
+
+
+def _as_tuples(value: object) -> object:
+    """JSON has only lists, and an Architecture only tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _digest(facts: Mapping[str, object], weights: Mapping[str, Tensor]) -> str:

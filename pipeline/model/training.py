@@ -119,8 +119,8 @@ class Settings:
     checkpoint_seconds: float | None = None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """-log p(label); label smoothing spreads a share of the target evenly over all classes."""
+def summed_cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
+    """-log p(label), summed over the images; label smoothing spreads a share of the target evenly over all classes."""
     return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="sum")
 
 
@@ -128,9 +128,10 @@ def _one_cycle(optimizer: Optimizer, highest: float, steps: int) -> LRScheduler:
     return OneCycleLR(optimizer, highest, total_steps=steps + 1, pct_start=0.3, cycle_momentum=False)
 
 
-# The sum over the images of logits (N, classes) and labels (N,).
+# From logits (N, classes) and labels (N,): the sum over the images, not the mean. Chunks of a batch are summed and then
+# divided by the size of the batch.
 LOSSES: dict[str, Callable[[Tensor, Tensor, Settings], Tensor]] = {
-    "cross-entropy": cross_entropy,
+    "cross-entropy": summed_cross_entropy,
 }
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": partial(torch.optim.Adam, eps=1e-7, fused=True),  # eps as in Keras

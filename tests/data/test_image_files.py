@@ -22,6 +22,14 @@ def as_mnist(picture: Image.Image) -> torch.Tensor:
     return image_files.centred_strokes(picture, DIGIT, "it")
 
 
+def test_pictures_of_a_folder_are_found_by_their_suffixes_in_any_depth(tmp_path: Path) -> None:
+    for name in ("b.png", "a/c.JPEG", "a/deeper/d.webp", "notes.txt", "a/without"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in image_files.pictures(tmp_path)]
+    assert found == ["a/c.JPEG", "a/deeper/d.webp", "b.png"]
+
+
 @pytest.mark.parametrize("digit", range(10))
 def test_a_drawn_digit_is_centred_and_scaled_like_mnist(digit: int) -> None:
     image = as_mnist(drawn(digit, 20))

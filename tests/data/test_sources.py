@@ -267,7 +267,7 @@ def test_the_other_data_sets_of_the_format_come_with_their_class_names(
 
 def test_a_new_data_set_is_a_function_and_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     images = LabelledImages(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
-    toys = sources.DataSet(lambda: sources.Source("a shelf", ("car", "doll"), images))
+    toys = sources.DataSource(lambda: sources.Source("a shelf", ("car", "doll"), images))
     monkeypatch.setitem(sources.DATASETS, "toys", toys)
     assert sources.load("toys") == ("toys", toys.load())
     with pytest.raises(UserError, match="mnist-5k, toys"):

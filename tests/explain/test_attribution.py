@@ -49,6 +49,12 @@ def test_feature_maps_are_what_the_layers_compute() -> None:
     assert torch.equal(first_filters(cnn), cnn.block_list()[0].convolution.weight)
 
 
+def test_feature_maps_are_named_after_the_last_layer_before_the_pooling() -> None:
+    cnn = network(SHAPES[2])
+    images = torch.randint(256, (3, 28, 28, 1), dtype=torch.uint8, generator=seed(1))
+    assert [layer for layer, _ in feature_maps(cnn, images)] == ["batch_norm", "min_pooling2d"]
+
+
 @torch.no_grad()
 def test_filter_use_is_the_change_of_its_pooled_maps() -> None:
     cnn = network(SHAPES[0])

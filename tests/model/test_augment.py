@@ -1,8 +1,10 @@
 """Augmentations against images worked out by hand."""
 
+import pytest
 import torch
 
 from pipeline.model.augment import AUGMENTATIONS, augment, shift
+from pipeline.params import Train
 
 
 def test_shifted_images_are_moved_and_what_comes_into_view_is_black() -> None:
@@ -25,11 +27,19 @@ def test_a_strength_of_zero_leaves_the_images_and_the_generator_alone() -> None:
     assert torch.equal(generator.get_state(), before)
 
 
-def test_the_same_generator_gives_the_same_images() -> None:
-    images = torch.randint(256, (4, 6, 5, 3), dtype=torch.uint8)
-    for name in AUGMENTATIONS:
-        first, again, other = (augment(images, {name: 2}, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-        assert first.shape == images.shape
-        assert first.dtype == torch.uint8
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
+def some_strength(name: str) -> float:
+    """A value that params.yaml may give the augmentation: half the largest, which for a probability is neither end."""
+    parameter = Train.model_fields[name]
+    bounds = [getattr(each, end) for each in parameter.metadata for end in ("le", "lt") if hasattr(each, end)]
+    half = min(bounds, default=2) / 2
+    return max(1, int(half)) if parameter.annotation is int else half
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_the_same_generator_gives_the_same_images_and_another_others(name: str) -> None:
+    images = torch.randint(256, (100, 20, 18, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    strengths = {name: some_strength(name)}
+    first, again, other = (augment(images, strengths, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert (first.shape, first.dtype) == (images.shape, torch.uint8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

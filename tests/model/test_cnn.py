@@ -5,9 +5,10 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.model import cnn as cnn_module
 from pipeline.model.cnn import (
     CNN,
     Architecture,
@@ -45,6 +46,26 @@ def block(image_channels: int, kernel: Tensor, *, bias: float = 0.0, stride: int
     made = Block(image_channels, 1, architecture)
     made.load_state_dict({"convolution.weight": kernel[None], "convolution.bias": torch.tensor([bias])})
     return made
+
+
+class WithoutBias(Block):
+    """A block as somebody may write it before batch normalisation, which has a bias of its own."""
+
+    def __init__(self, channels: int, filters: int, architecture: Architecture) -> None:
+        super().__init__(channels, filters, architecture)
+        self.convolution = nn.Conv2d(channels, filters, architecture.kernel_size, bias=False)
+
+
+def test_a_convolution_may_have_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cnn_module, "Block", WithoutBias)
+    cnn = CNN(replace(PUBLISHED, filters=(3, 5)), seeded()).eval()
+    weights = cnn.state_dict()
+    maps = torch.rand(2, 1, 28, 28, generator=seeded())
+    logits = cnn(maps)
+    for number in (0, 1):
+        maps = F.max_pool2d(F.conv2d(maps, weights[f"blocks.{number}.convolution.weight"]).relu(), 2)
+    features = maps.permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(logits, F.linear(features, weights["dense.weight"]))
 
 
 @pytest.mark.parametrize(

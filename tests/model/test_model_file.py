@@ -1,5 +1,7 @@
 """The model file rebuilds its own network."""
 
+from dataclasses import asdict, dataclass
+
 import pytest
 import torch
 
@@ -24,6 +26,17 @@ def test_the_file_holds_all_that_the_network_is() -> None:
     assert (saved.data, saved.recipe) == ({"data.name": "pets"}, {"model.filters": [4, 6]})
     images = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(read(images), cnn.eval()(images), rtol=0, atol=0)
+
+
+def test_a_new_field_of_the_architecture_may_be_a_tuple(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Wider(Architecture):
+        strides: tuple[tuple[int, int], ...] = ()
+
+    monkeypatch.setattr(model_file, "Architecture", Wider)
+    architecture = Wider(**asdict(ARCHITECTURE) | {"strides": ((1, 2), (2, 2))})
+    content = model_file.to_bytes(CNN(architecture, torch.Generator().manual_seed(0)))
+    assert model_file.from_bytes(content).cnn.architecture == architecture
 
 
 def test_the_same_weights_give_the_same_bytes() -> None:

@@ -51,6 +51,15 @@ def fit(
     return cnn, list(epochs)
 
 
+@pytest.mark.parametrize("name", training.LOSSES)
+def test_a_loss_is_the_sum_over_the_images(name: str) -> None:
+    logits, labels = torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([1])
+    of_one = training.LOSSES[name](logits, labels, SETTINGS)
+    of_two = training.LOSSES[name](logits.expand(2, 3), labels.expand(2), SETTINGS)
+    assert of_one > 0
+    torch.testing.assert_close(of_two, 2 * of_one)
+
+
 def test_it_learns_and_reports_every_epoch(digits: dict[str, LabelledImages]) -> None:
     taken: list[training.Step] = []
     cnn, history = fit(digits, epochs=3, on_step=taken.append)
