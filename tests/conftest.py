@@ -29,7 +29,12 @@ from pipeline.tracking import store
 from tests import forked
 
 REPOSITORY = Path(__file__).parents[1]
-QUICK = {"data.dataset": "mnist-5k", "train.epochs": 2, "visualize.maximisation.steps": 10}
+QUICK = {
+    "data.dataset": "mnist-5k",
+    "train.epochs": 2,
+    "visualize.maximisation.steps": 3,
+    "visualize.occlusion_side": 24,
+}
 needs_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="runs the network on a CUDA GPU: its results, its bytes and its waiting; PyTorch finds none on this machine",

@@ -348,4 +348,4 @@ def test_an_interrupted_training_is_reported(
         train.main()
     code, lines = diagnosis(capsys)
     assert code == 0
-    assert lines[7].endswith("1 interrupted, the last 0 days ago: `dvc repro` with its parameters continues it")
+    assert lines[7].endswith("1 interrupted, the last 0 days ago: `dvc repro` with the same parameters continues it")

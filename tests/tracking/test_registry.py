@@ -71,7 +71,7 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
         assert facts.sha256[:16] in card
     assert "It knows only these classes" in card
     commit = version(1).tags.get("git.commit")
-    assert f"`git checkout {commit}`" in card if commit else "there was no git" in card
+    assert f"`git checkout {commit}`" in card if commit else "git was not available" in card
     assert Path("reports/model_card.md").read_text() == card
     assert len(card) < 5000  # what the databases of MLflow take
 
