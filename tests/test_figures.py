@@ -134,12 +134,16 @@ def figure_of(name: str) -> Figure:
     return drawings()[name]()
 
 
-LARGE = {"maps of three blocks", "maps of four blocks", "maps of seven blocks", "confusion of many"}  # two seconds each
-
-
-@pytest.mark.parametrize(
+LARGE = {  # two seconds each
+    *("maps of one block", "maps of three blocks", "maps of four blocks", "maps of seven blocks"),
+    *("filters", "colour filters", "confusion of many", "explanations of long names"),
+}
+each_drawing = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in drawings()]
 )
+
+
+@each_drawing
 def test_a_picture_is_as_wide_as_the_readme_and_always_the_same_bytes(name: str) -> None:
     content = canvas.as_png(figure_of(name))
     with Image.open(io.BytesIO(content)) as picture:
@@ -148,7 +152,7 @@ def test_a_picture_is_as_wide_as_the_readme_and_always_the_same_bytes(name: str)
     assert content == canvas.as_png(figure_of(name))
 
 
-@pytest.mark.parametrize("name", list(drawings()))
+@each_drawing
 def test_no_text_is_cut_off_or_overlaps_and_no_panel_is_empty(name: str) -> None:
     assert_readable(figure_of(name))
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 # Runs beside a copy of pipeline/ whose blocks have another activation; the arguments are the prepared splits, a model
@@ -61,6 +63,7 @@ def test_an_activation_that_is_replaced_in_one_place_changes_training_scores_map
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_predictions_of_a_registered_model_change_with_it(good: Path, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "tests.drawn", str(tmp_path / "drawn")], cwd=REPOSITORY, check=True)

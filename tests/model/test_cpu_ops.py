@@ -39,6 +39,12 @@ ARCHITECTURES = [
     replace(PUBLISHED, filters=(33, 37)),
     replace(PUBLISHED, filters=(16, 8), image_shape=(20, 31, 3), padding=1, pool="min"),
 ]
+# Numba compiles the loops of each in five seconds.
+each_architecture = pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=[pytest.mark.slow] if number % 3 else []) for number, each in enumerate(ARCHITECTURES)],
+    ids=str,
+)
 
 
 def trained_a_little(architecture: Architecture) -> CNN:
@@ -95,7 +101,7 @@ def errors(some: LabelledImages, plain: CNN, cnn: CNN, precision: Precision) -> 
     return {name: relative_error(pairs[0][name], pairs[1][name]) for name in pairs[1]}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@each_architecture
 def test_float32_matches_the_plain_network(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     cnn = trained_a_little(architecture)
     found = errors(images_for(architecture, digits), cnn, cnn, "float32")
@@ -103,7 +109,7 @@ def test_float32_matches_the_plain_network(architecture: Architecture, digits: d
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@each_architecture
 def test_a_gpu_matches_the_plain_network(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     device = training.set_up("cuda", None, "float32")
     cnn = trained_a_little(replace(architecture, dropout=0.0)).to(device)  # it would draw other masks
@@ -138,7 +144,7 @@ def rounded(values: Tensor | None) -> Tensor:
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@each_architecture
 def test_bfloat16_matches_the_plain_network(architecture: Architecture, digits: dict[str, LabelledImages]) -> None:
     some, cnn = images_for(architecture, digits), trained_a_little(architecture)
     assert 1e-5 < errors(some, cnn, cnn, "bfloat16")["logits"] < 1e-2
