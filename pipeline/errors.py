@@ -1,6 +1,7 @@
 """How every command ends: an exit code and, after an error, one line that says what is wrong and what to do."""
 
 import gc
+import os
 import re
 import signal
 import sys
@@ -25,6 +26,8 @@ class Fault(Exception):
 def run_command(command: Callable[[], None]) -> NoReturn:
     """Run ``command`` and exit: 0, 2 after a UserError, 1 after a fault, 130 / 143 when interrupted.
 
+    141 without a word if nobody reads its output any more, as after `| head`.
+
     Any other exception is a bug of this project and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _exit_143)
@@ -32,6 +35,10 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python exits
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _stop(2, f"error: {without_password(str(error))}")
     except (Fault, OSError) as fault:

@@ -3,23 +3,21 @@
 python -m pipeline.export --format onnx|pt2 [--model MODEL] [--out FILE]
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import files
+from pipeline import command_line, files
 from pipeline.errors import UserError, run_command
 from pipeline.model import formats
 from pipeline.model.cnn import CNN
 from pipeline.tracking import registry, store
-from pipeline.tracking.gate import CHAMPION
 
 WRITERS: dict[str, Callable[[CNN], bytes]] = {"onnx": formats.as_onnx, "pt2": formats.as_pt2}
 
 
 def main() -> None:
     """Read the model from the registry, and write it in the other format."""
-    arguments = _arguments()
+    arguments = command_line.parse("export")
     store.connect()
     version = registry.find(arguments.model)
     loaded = registry.load(version)
@@ -34,18 +32,6 @@ def main() -> None:
         ) from error
     files.write(path, content)
     print(f"{version.name} version {version.version} -> {path}, {len(content):,} bytes")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export", description="Write a registered model to a file that works without MLflow."
-    )
-    parser.add_argument("--format", required=True, choices=WRITERS, help="ONNX, or pt2 for torch.export.load")
-    parser.add_argument(
-        "--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version (default: champion)"
-    )
-    parser.add_argument("--out", type=Path, help="the file to write (default: NAME-VERSION.FORMAT)")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

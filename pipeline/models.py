@@ -7,11 +7,10 @@
 MODEL is an alias or a version, with or without its name: champion (the default), challenger, 3, NAME@champion, NAME/3.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 
-from pipeline import files, machine, recipe
+from pipeline import command_line, files, machine, recipe
 from pipeline.data.splits import read_dataset
 from pipeline.errors import run_command
 from pipeline.params import read_params
@@ -31,7 +30,7 @@ NEEDED = (
 
 def main() -> None:
     """Look the model up in the registry, and print what is asked for, or set the alias."""
-    arguments = _arguments()
+    arguments = command_line.parse("models")
     store.connect()
     if arguments.rollback:
         version = promotion.roll_back(arguments.model)
@@ -47,18 +46,6 @@ def main() -> None:
         print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags).items()))
         print()
         print("\n".join(_verdict(version.tags)))
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.models",
-        description="Show where a registered model comes from, list the champions, or roll back to an earlier one.",
-    )
-    parser.add_argument("model", nargs="?", help="an alias, a version, NAME@alias or NAME/version (default: champion)")
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--history", action="store_true", help="list the champions, with dates (UTC) and reasons")
-    action.add_argument("--rollback", action="store_true", help="make MODEL the champion (default: the previous one)")
-    return parser.parse_args()
 
 
 def _facts(tags: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ Prints a line for each picture: the file, its label, the probability, and the se
 picture from standard input. A picture that cannot be read gives a line on standard error and does not stop the others.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -17,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import command_line
 from pipeline.data import image_files, sources
 from pipeline.errors import UserError, printable, run_command
 from pipeline.tracking import registry, store
-from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import Loaded
 
 STDIN = "-"
@@ -30,7 +29,7 @@ BATCH_SIZE = 250  # pictures
 
 def main() -> None:
     """Load the model, then read, classify and print, some pictures at a time."""
-    arguments = _arguments()
+    arguments = command_line.parse("predict")
     store.connect()
     loaded = registry.load(registry.find(arguments.model))
     line = _as_json if arguments.json else _as_line
@@ -45,20 +44,6 @@ def main() -> None:
                 print(line(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
     if unread:
         raise UserError(f"{unread} of {count} pictures could not be read")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.predict", description="Classify pictures with a registered model."
-    )
-    parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
-    parser.add_argument(
-        "--model", default=CHAMPION, help="an alias, a version, NAME@alias or NAME/version (default: champion)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON object for each picture, with all probabilities"
-    )
-    return parser.parse_args()
 
 
 def _paths(given: Iterable[str]) -> Iterator[str]:

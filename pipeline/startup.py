@@ -6,6 +6,8 @@ import signal
 import sys
 from types import FrameType
 
+from pipeline import command_line
+
 
 def start_command() -> None:
     """Called when `pipeline` is imported. Does nothing except under `python -m pipeline.<command>`.
@@ -14,6 +16,9 @@ def start_command() -> None:
     """
     if sys.argv[:1] != ["-m"]:  # what Python puts there until it has found the module to run
         return
+    command = sys.orig_argv[-len(sys.argv)].rpartition("pipeline.")[2]
+    if command in command_line.DESCRIPTIONS:
+        command_line.parse(command, sys.argv[1:])  # answers --help and refuses wrong arguments now
     # By default Python collects after every 700 new objects. Importing the libraries makes half a million that all
     # stay: collecting took a third of the time that a stage needs to start.
     gc.set_threshold(100_000, 50, 100)

@@ -6,7 +6,6 @@ Not a stage of `dvc repro`: a stage that changes its own parameters would never 
 validation images are read.
 """
 
-import argparse
 import difflib
 import fcntl
 import time
@@ -15,7 +14,7 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from pipeline import files, recipe
+from pipeline import command_line, files, recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.params import PARAMS, Params, read_params, with_values
@@ -29,13 +28,12 @@ from pipeline.tuning.workers import Workers
 
 SUMMARY = FOLDER / "summary.json"
 FIGURES = FOLDER / "figures"
-MAX_NAME = 100  # characters
 WAIT_FOR_OTHERS = 5  # seconds; another machine may still be writing its trial into a shared store
 
 
 def main() -> None:
     """Run the study to its number of trials, train the finalists, print the best, and apply it with --apply."""
-    arguments = _arguments()
+    arguments = command_line.parse("tune")
     params, dataset = read_params(), read_dataset()
     params.check_space()
     count, threads = _workers_and_threads(arguments.workers, params)
@@ -57,33 +55,6 @@ def main() -> None:
                 verdict = _conclude(study, outcomes, run)
                 if arguments.apply:
                     _apply(study, verdict, run, arguments.force)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.tune", description="Search the parameters in tune.space for the best values."
-    )
-    parser.add_argument("--trials", type=_natural, help="total number of trials in the study (default: tune.trials)")
-    parser.add_argument("--workers", type=_natural, help="number of trials in parallel (default: one per core)")
-    parser.add_argument("--study", type=_name, default="convtrack", help="name of the study (default: %(default)s)")
-    parser.add_argument("--apply", action="store_true", help="write the best values into params.yaml")
-    parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be due to chance")
-    arguments = parser.parse_args()
-    if arguments.force and not arguments.apply:
-        parser.error("--force needs --apply")
-    return arguments
-
-
-def _natural(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
-def _name(text: str) -> str:
-    if not text.isprintable() or not 1 <= len(text) <= MAX_NAME:
-        raise argparse.ArgumentTypeError(f"a study's name has 1 to {MAX_NAME} characters, all on one line")
-    return text
 
 
 def _workers_and_threads(workers: int | None, params: Params) -> tuple[int, int]:

@@ -1,0 +1,106 @@
+"""The arguments of each command. It imports nothing large, so that --help and a wrong argument are answered at once."""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+FORMATS = ("onnx", "pt2")
+MAX_STUDY_NAME = 100  # characters
+MODEL = "an alias, a version, NAME@alias or NAME/version (default: champion)"
+
+DESCRIPTIONS = {
+    "prepare": "Download and verify the images, split them, and write the splits to data/prepared.",
+    "train": "Train the CNN of params.yaml; write models/model.safetensors and reports/history.csv.",
+    "evaluate": "Score the model on the test images, write reports/metrics.json, and register the model.",
+    "visualize": "Draw what the model learned and where it fails; write reports/figures and reports/plots.",
+    "results": "Print the results of the last `dvc repro`.",
+    "doctor": "Check this repository for problems, and say how to fix them. Exits 1 if something is wrong.",
+    "verify": "Run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock.",
+    "tune": "Search the parameters in tune.space for the best values.",
+    "predict": "Classify pictures with a registered model.",
+    "serve": "Serve a registered model over HTTP.",
+    "export": "Write a registered model to a file that works without MLflow.",
+    "models": "Show where a registered model comes from, list the champions, or roll back to an earlier one.",
+}
+WITHOUT_ARGUMENTS = "It takes no arguments: all values are in params.yaml."
+
+
+def parse(command: str, arguments: Sequence[str] | None = None) -> Namespace:
+    """The arguments of `python -m pipeline.<command>`, by default those of this process.
+
+    Exits 0 after --help, and 2 with one line for arguments that the command does not take.
+    """
+    add_arguments = ARGUMENTS.get(command)
+    parser = ArgumentParser(
+        prog=f"python -m pipeline.{command}",
+        description=DESCRIPTIONS[command],
+        epilog=None if add_arguments else WITHOUT_ARGUMENTS,
+    )
+    if add_arguments:
+        add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    if command == "tune" and parsed.force and not parsed.apply:
+        parser.error("--force needs --apply")
+    return parsed
+
+
+def _tune(parser: ArgumentParser) -> None:
+    parser.add_argument("--trials", type=_natural, help="total number of trials in the study (default: tune.trials)")
+    parser.add_argument("--workers", type=_natural, help="number of trials in parallel (default: one per core)")
+    parser.add_argument("--study", type=_name, default="convtrack", help="name of the study (default: %(default)s)")
+    parser.add_argument("--apply", action="store_true", help="write the best values into params.yaml")
+    parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be due to chance")
+
+
+def _predict(parser: ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
+    parser.add_argument("--model", default="champion", help=MODEL)
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object for each picture, with all probabilities"
+    )
+
+
+def _serve(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", default="champion", help=MODEL)
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=5002, help="the port to listen at (default: %(default)s)")
+
+
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument("--format", required=True, choices=FORMATS, help="ONNX, or pt2 for torch.export.load")
+    parser.add_argument("--model", default="champion", help=MODEL)
+    parser.add_argument("--out", type=Path, help="the file to write (default: NAME-VERSION.FORMAT)")
+
+
+def _models(parser: ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help=MODEL)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--history", action="store_true", help="list the champions, with dates (UTC) and reasons")
+    action.add_argument("--rollback", action="store_true", help="make MODEL the champion (default: the previous one)")
+
+
+ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
+    "tune": _tune,
+    "predict": _predict,
+    "serve": _serve,
+    "export": _export,
+    "models": _models,
+}
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not text.isprintable() or not 1 <= len(text) <= MAX_STUDY_NAME:
+        raise ArgumentTypeError(f"a study's name has 1 to {MAX_STUDY_NAME} characters, all on one line")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise ArgumentTypeError(f"{text} is not a port; allowed: 1 to 65535")
+    return int(text)

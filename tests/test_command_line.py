@@ -1,0 +1,73 @@
+"""--help, wrong arguments and a closed pipe, at every command, as a person types it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import command_line, export
+from tests.conftest import REPOSITORY
+
+each_command = pytest.mark.parametrize("command", command_line.DESCRIPTIONS)
+
+
+def start(command: str, *arguments: str, folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", f"pipeline.{command}", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_every_command_has_its_arguments_here() -> None:
+    files = (REPOSITORY / "pipeline").glob("*.py")
+    assert {file.stem for file in files if "__main__" in file.read_text()} == set(command_line.DESCRIPTIONS)
+
+
+def test_the_formats_are_those_that_can_be_written() -> None:
+    assert tuple(export.WRITERS) == command_line.FORMATS
+
+
+@pytest.mark.faults
+@each_command
+def test_fault_39_help_is_shown_before_anything_is_loaded_or_written(command: str, tmp_path: Path) -> None:
+    before = os.times().children_user
+    process = start(command, "--help", folder=tmp_path)
+    printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert printed.startswith(f"usage: python -m pipeline.{command} ")
+    assert command_line.DESCRIPTIONS[command] in " ".join(printed.split())
+    assert os.times().children_user - before < 1  # importing torch alone takes two seconds of this
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+@each_command
+def test_fault_39_an_argument_that_a_command_does_not_take_is_refused(command: str, tmp_path: Path) -> None:
+    process = start(command, "--wrong", folder=tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith(f"python -m pipeline.{command}: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+def test_fault_39_a_picture_is_no_argument_of_visualize(tmp_path: Path) -> None:
+    process = start("visualize", "my.png", folder=tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.endswith("error: unrecognized arguments: my.png\n")
+
+
+@pytest.mark.faults
+def test_fault_39_a_reader_that_goes_away_is_not_an_error(finished: Path) -> None:
+    process = start("models", folder=finished)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # before it has printed anything
+    assert (process.stderr.read(), process.wait()) == ("", 141)
