@@ -13,6 +13,15 @@ NO_MEMORY = re.compile(
     r"(can't|cannot|could not) allocate|out of memory|not enough memory|bad_alloc|could not create a", re.I
 )
 MAX_NAME_LENGTH = 300  # characters of a name
+# In a URL all before the last @ of its host, also if somebody has not escaped an @ or a slash in the password. What
+# follows the first colon of a host without them is its port.
+USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*|[^\s/?#]*)(?=@)")
+# In the query of a URL, and as PostgreSQL's library writes them.
+SECRET_VALUE = re.compile(
+    r"""([\w-]*(?:password|passwd|pwd|secret|token|credential|access_?key|api_?key)[\w-]*=)
+    (?:'[^']*'|"[^"]*"|[^\s&;'"]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 class UserError(Exception):
@@ -60,8 +69,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def without_password(text: str) -> str:
-    """``text`` with the user and password of each URL hidden."""
-    return re.sub(r"(?<=://)[^@/\s]+(?=@)", "***", text)
+    """``text`` without the user and password of URLs, and without the values of keys such as ``password=``."""
+    return SECRET_VALUE.sub(r"\1***", USER_AND_PASSWORD.sub("***", text))
 
 
 def printable(text: str) -> str:
