@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline import checkpoints, dvc_files, files, machine
 from pipeline.data import sources, splits
-from pipeline.errors import Fault, UserError, run_command
+from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, model_file
 from pipeline.params import read_params
 from pipeline.tracking import delivery, promotion, registry, runs, store
@@ -49,7 +49,7 @@ def main() -> None:
         problems = [line for line in lines if isinstance(line, Problem)]
         found += len(problems)
         shown = [f"WRONG  {name:<15}{problem}" for problem in problems] or [f"ok     {name:<15}{lines[-1]}"]
-        print("\n".join(shown), flush=True)
+        print(without_password("\n".join(shown)), flush=True)
     if found:
         sys.exit(1)
 

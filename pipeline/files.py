@@ -30,8 +30,16 @@ UNFINISHED = ".tmp"
 
 
 def root() -> Path:
-    """The repository's root. DVC sets it as ``DVC_ROOT``, also where it runs a stage in a temporary copy."""
-    return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[1]).resolve()
+    """The repository's root. DVC sets it as ``DVC_ROOT``, also where it runs a stage in a temporary copy.
+
+    Raises UserError if this code is not in a repository but was installed by pip, whose folder must not be filled.
+    """
+    if given := os.environ.get("DVC_ROOT"):
+        return Path(given).resolve()
+    repository = Path(__file__).resolve().parents[1]
+    if not (repository / "dvc.yaml").exists():
+        raise UserError(f"{repository} is not a repository of this project: run the command in a clone of it")
+    return repository
 
 
 def raw_folder() -> Path:

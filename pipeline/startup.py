@@ -19,11 +19,23 @@ def start_command() -> None:
     command = sys.orig_argv[-len(sys.argv)].rpartition("pipeline.")[2]
     if command in command_line.DESCRIPTIONS:
         command_line.parse(command, sys.argv[1:])  # answers --help and refuses wrong arguments now
+    if problem := _unsupported():
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     # By default Python collects after every 700 new objects. Importing the libraries makes half a million that all
     # stay: collecting took a third of the time that a stage needs to start.
     gc.set_threshold(100_000, 50, 100)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else `nohup` or a shell's `&` has it ignored
         signal.signal(signal.SIGINT, _exit_at_once)  # until errors.run_command takes over
+
+
+def _unsupported() -> str | None:
+    """What no command can run with. Libraries would end in a traceback, or train for hours."""
+    if sys.platform == "win32":
+        return "this project needs Linux or another Unix; on Windows, run it in WSL"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        return "NUMBA_DISABLE_JIT is set, and the loops of this project need Numba to compile them: unset it"
+    return None
 
 
 def _exit_at_once(signal_number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """--help, wrong arguments and a closed pipe, at every command, as a person types it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,43 @@ def test_fault_39_a_reader_that_goes_away_is_not_an_error(finished: Path) -> Non
     assert process.stderr is not None
     process.stdout.close()  # before it has printed anything
     assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("before", "line"),
+    [
+        ("sys.platform = 'win32'", "error: this project needs Linux or another Unix; on Windows, run it in WSL\n"),
+        (
+            "os.environ['NUMBA_DISABLE_JIT'] = '1'",
+            "error: NUMBA_DISABLE_JIT is set, and the loops of this project need",
+        ),
+    ],
+)
+def test_what_no_command_can_run_with_is_said_before_anything_is_loaded(before: str, line: str, tmp_path: Path) -> None:
+    code = f"import os, sys; {before}; sys.argv = ['-m']; import pipeline"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.faults
+def test_code_that_pip_has_installed_writes_nothing_beside_itself(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "pipeline", tmp_path / "site-packages/pipeline")
+    environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.models"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(tmp_path / "site-packages")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    installed = tmp_path / "site-packages"
+    assert done.stderr == f"error: {installed} is not a repository of this project: run the command in a clone of it\n"
+    assert done.returncode == 2
+    assert [path.name for path in installed.iterdir()] == ["pipeline"]

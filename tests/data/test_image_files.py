@@ -1,6 +1,7 @@
 """Picture files become images like those that the network was trained on."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def test_a_file_that_is_not_a_picture_is_an_error_of_one_line(content: bytes, li
         image_files.read(io.BytesIO(content), "it")
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.faults
+def test_fault_28_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "b.png"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"b\.png is not a regular file"):
+        image_files.read(pipe, "b.png")
 
 
 def test_depth_and_palette_do_not_matter(tmp_path: Path) -> None:
