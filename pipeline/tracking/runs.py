@@ -71,7 +71,9 @@ def _process() -> str:
 def _is_alive(process: str) -> bool:
     number, _, since = process.partition(" since ")
     try:
-        return bool(abs(psutil.Process(int(number)).create_time() - int(since)) <= 1)
+        found = psutil.Process(int(number))
+        # A killed process stays a zombie until its parent asks for it, in a container without an init for ever.
+        return bool(abs(found.create_time() - int(since)) <= 1 and found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

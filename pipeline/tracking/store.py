@@ -5,10 +5,14 @@ import fcntl
 import logging
 import os
 import sqlite3
+import stat
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from typing import TextIO
 
 import mlflow
 import sqlalchemy
@@ -23,6 +27,7 @@ EXPERIMENT = "convtrack"
 # OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 CONNECT_TIMEOUT = 8  # seconds, for a database on a server
+LOCK_NOTICE, LOCK_TIMEOUT = 2, 600  # seconds; scoring a champion on many test images takes minutes
 NEW_DATABASE_BYTES = 8 << 20  # an empty database, a copy of it and SQLite's own files beside it
 
 
@@ -128,19 +133,51 @@ def _create_experiment(artifact_location: str | None) -> None:
 
 @contextmanager
 def exclusive_lock(what: str) -> Iterator[None]:
-    """A lock named ``what``, for the processes on this machine that use the same store."""
-    with _lock_file(what).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
+    """A lock named ``what``, for the processes on this machine that use the same store.
+
+    Names the process that holds it after LOCK_NOTICE seconds of waiting. Raises Fault after LOCK_TIMEOUT.
+    """
+    path = _lock_file(what)
+    # Nobody else may write into the folder; a link that was there before would be followed to another file.
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+") as lock:
+        _take(lock, path)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
+
+
+def _take(lock: TextIO, path: Path) -> None:
+    started, is_announced = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however this process ends
+        except BlockingIOError:
+            waited = time.monotonic() - started
+            lock.seek(0)
+            holder = f"process {lock.read() or 'unknown'} holds {path}"
+            if waited > LOCK_TIMEOUT:
+                raise Fault(f"{holder} for {waited:.0f} seconds: end that process, then run again") from None
+            if waited > LOCK_NOTICE and not is_announced:
+                print(f"waiting: {holder}", file=sys.stderr, flush=True)
+                is_announced = True
+            time.sleep(0.05)
+        else:
+            lock.seek(0)
+            return
 
 
 def _lock_file(what: str) -> Path:
     """The same file for all who use the same store: in this repository for its own, else named after the address."""
     uri = mlflow.get_tracking_uri()
     if uri == own_store():
-        path = files.root() / "mlruns" / f".{what}.lock"
-    else:
-        folder = Path(gettempdir()) / f"convtrack-{os.getuid()}"
-        path = folder / f"{files.sha256(uri.encode())[:16]}.{what}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+        folder = files.root() / "mlruns"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f".{what}.lock"
+    folder = Path(gettempdir()) / f"convtrack-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        raise Fault(f"{folder} belongs to another user, or is a link: remove it, or set TMPDIR to a folder of your own")
+    folder.chmod(0o700)
+    return folder / f"{files.sha256(uri.encode())[:16]}.{what}.lock"

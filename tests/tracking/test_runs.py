@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -225,6 +226,17 @@ def test_a_model_from_the_cache_gets_a_run_that_says_so(finished_copy: Path) -> 
     ]
     assert "test_accuracy" in run.data.metrics
     assert len(MlflowClient().list_artifacts(run.info.run_id, "figures")) == 18
+
+
+@pytest.mark.faults
+def test_a_killed_process_that_nobody_reaps_is_dead() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        since = psutil.Process(process.pid).create_time()
+        assert runs._is_alive(f"{process.pid} since {since:.0f}")
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert not runs._is_alive(f"{process.pid} since {since:.0f}")
 
 
 def test_the_newest_run_of_a_model_is_the_one_that_is_written_into(workspace: Path) -> None:
