@@ -23,14 +23,14 @@ from pipeline.model import checkpoint, model_file
 from pipeline.params import read_params
 from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
+from pipeline.tracking.registry import REGISTER
 
 NEEDED = ("torch", "torchvision", "mlflow", "dvc", "optuna", "numba", "safetensors", "pydantic")
 CACHE = Path(".dvc/cache/files/md5")
 RWLOCK = Path(".dvc/tmp/rwlock")
 DAY = 24 * 3600
 INSTALL = "`rm .venv/.installed`, then `make setup`"
-EVALUATE = "`dvc repro -f -s evaluate`"
-WRITE = f"`dvc repro`, or {EVALUATE} if that has nothing to do"  # commands that write into the store
+WRITE = f"`dvc repro`, or {REGISTER} if that has nothing to do"  # commands that write into the store
 
 
 class Problem(str):
@@ -212,9 +212,9 @@ def _registry() -> Lines:
 def _champion_remedy(tags: Mapping[str, str]) -> str:
     """A command that restores a complete champion: register the same model again if it is here, else roll back."""
     if files.MODEL.exists() and files.sha256(files.MODEL.read_bytes()) == tags.get(runs.MODEL_SHA256):
-        return EVALUATE
+        return REGISTER
     version = promotion.fallback()
-    return f"`python -m pipeline.models {version.version} --rollback`" if version else EVALUATE
+    return f"`python -m pipeline.models {version.version} --rollback`" if version else REGISTER
 
 
 CHECKS: dict[str, Callable[[], Lines]] = {

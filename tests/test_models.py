@@ -1,6 +1,9 @@
 """`python -m pipeline.models`: where a model comes from, and rollback."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -104,3 +107,35 @@ def test_where_nothing_is_registered_it_says_what_to_do(workspace: Path, argumen
     done = run_command("models", *arguments, folder=workspace)
     assert done.returncode == 2
     assert done.stderr.decode() == "error: no model mnist-5k-cnn is registered here; run `dvc repro` first\n"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("deleted", ["the version", "the model"])
+def test_after_dvc_pull_it_says_what_registers_the_model(finished_copy: Path, deleted: str) -> None:
+    """The outputs are here, and the store has no version: `dvc repro` has nothing to do."""
+    evaluate.main()
+    client = mlflow.MlflowClient()
+    client.delete_model_version("mnist-5k-cnn", "1")
+    if deleted == "the model":
+        client.delete_registered_model("mnist-5k-cnn")
+    line = run_command("models", folder=finished_copy).stderr.decode()
+    missing = {
+        "the version": "mnist-5k-cnn has no version champion; it has none",
+        "the model": "no model mnist-5k-cnn is registered here",
+    }[deleted]
+    assert line == f"error: {missing}; `dvc repro -f -s evaluate` registers models/model.safetensors\n"
+    evaluate.main()
+    assert "version 1" in output(finished_copy) or "version 2" in output(finished_copy)
+
+
+@pytest.mark.faults
+def test_a_deleted_experiment_is_restored_by_the_command_that_the_line_names(workspace: Path) -> None:
+    store.connect()
+    mlflow.MlflowClient().delete_experiment(store.experiment_id())
+    line = run_command("models", folder=workspace).stderr.decode()
+    command = re.fullmatch(
+        r"error: the experiment convtrack was deleted in sqlite:\S+: `(mlflow .*)`, then run again\n", line
+    )
+    assert command
+    subprocess.run([sys.executable, "-m", *command[1].split()], cwd=workspace, check=True, capture_output=True)
+    assert "run `dvc repro` first" in run_command("models", folder=workspace).stderr.decode()

@@ -1,7 +1,7 @@
 """The model registry: register a model once with its tags and card, find a version, load it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +25,7 @@ from pipeline.tracking.store import store_faults
 
 TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
+REGISTER = "`dvc repro -f -s evaluate`"  # the command that registers the model that is here
 MAX_DESCRIPTION_LENGTH = 5000  # characters, in the databases of MLflow
 
 
@@ -172,15 +173,20 @@ def find(reference: str) -> ModelVersion:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        registered = ", ".join(names())
-        remedy = f"registered: {registered}" if registered else "run `dvc repro` first"
-        raise UserError(f"no model {printable(name)} is registered here; {remedy}") from error
+        raise UserError(f"no model {printable(name)} is registered here; {_remedy(names())}") from error
     by_number = {str(version.version): version for version in versions(name)}
     number = known.get(rest, rest)
     if number not in by_number:
-        there = ", ".join([*by_number, *sorted(known)])
-        raise UserError(f"{name} has no version {printable(rest)}; it has: {there}")
+        there = f"it has: {', '.join([*by_number, *sorted(known)])}" if by_number else f"it has none; {_remedy([])}"
+        raise UserError(f"{name} has no version {printable(rest)}; {there}")
     return MlflowClient().get_model_version(name, number)
+
+
+def _remedy(registered: Sequence[str]) -> str:
+    """What to do where a model is not registered. `dvc repro` has nothing to do after `dvc pull`."""
+    if registered:
+        return f"registered: {', '.join(registered)}"
+    return f"{REGISTER} registers {files.MODEL}" if files.MODEL.exists() else "run `dvc repro` first"
 
 
 @store_faults()

@@ -17,6 +17,7 @@ from typing import TextIO
 import mlflow
 import sqlalchemy
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -73,8 +74,12 @@ def connect() -> None:
     with exclusive_lock("connect"), short_timeouts():
         _check_database_server(given or own_store())
         _create_database(given or own_store())
-        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+        experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())
+        elif experiment.lifecycle_stage == LifecycleStage.DELETED:
+            command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+            raise Fault(f"the experiment {EXPERIMENT} was deleted in {address()}: `{command}`, then run again")
         mlflow.set_experiment(EXPERIMENT)
 
 
