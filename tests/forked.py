@@ -9,7 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import chdir
 from multiprocessing import forkserver
 from pathlib import Path
@@ -42,6 +42,28 @@ def run(
             raise TimeoutError(f"{name} is still at work after {seconds:.0f} s")
         written = [stream.read_bytes() for stream in streams[1:]]
     return subprocess.CompletedProcess([name, *arguments], process.exitcode, *written)
+
+
+def call(function: Callable[..., None], *arguments: object, folder: Path, seconds: float) -> int:
+    """``function`` in ``folder``, as a process of its own: its exit code, minus the number of a signal that ends it."""
+    with chdir(Path(__file__).parents[1]):
+        forkserver.ensure_running()
+    process = _FORKS.Process(target=_call, args=(function, arguments, folder, dict(os.environ)))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{function.__name__} is still at work after {seconds:.0f} s")
+    return process.exitcode
+
+
+def _call(
+    function: Callable[..., None], arguments: tuple[object, ...], folder: Path, environment: dict[str, str]
+) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def _become(

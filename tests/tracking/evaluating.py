@@ -1,9 +1,6 @@
 """`evaluate` in processes that race each other or kill themselves; what tests/tracking/test_evaluating.py starts.
 
-python -m tests.tracking.evaluating race FOLDER SIDE ROUNDS    a new model a round, at the same time as the other side
-python -m tests.tracking.evaluating kill WHAT STEP WHEN        evaluate, or go back to the champion before; SIGKILL
-                                                               before or after the registry is written to for the
-                                                               STEPth time
+python -m tests.tracking.evaluating FOLDER SIDE ROUNDS    a new model a round, at the same time as the other side
 """
 
 import os
@@ -66,11 +63,11 @@ def change_model(saved: model_file.TrainedModel, seed: int, noise: float = 0.5) 
     files.write(files.MODEL, model_file.to_bytes(other, saved.data, saved.recipe))
 
 
-def kill(what: str, step: int, when: str) -> None:
-    """Evaluate or go back, up to there."""
+def kill(what: str, step: int) -> None:
+    """Evaluate, or roll back; SIGKILL once the registry has been written to for the ``step``th time."""
     steps = iter(range(1, 1000))
     for name in STEPS:
-        setattr(MlflowClient, name, _deadly(getattr(MlflowClient, name), steps, step, when))
+        setattr(MlflowClient, name, _deadly(getattr(MlflowClient, name), steps, step))
     if what == "evaluate":
         evaluate.main()
     else:
@@ -78,11 +75,9 @@ def kill(what: str, step: int, when: str) -> None:
         promotion.roll_back(None)
 
 
-def _deadly(method: Callable[..., Any], steps: Any, step: int, when: str) -> Callable[..., Any]:
+def _deadly(method: Callable[..., Any], steps: Any, step: int) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         last = next(steps) == step
-        if last and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
         try:
             return method(*arguments, **named)
         finally:
@@ -93,8 +88,4 @@ def _deadly(method: Callable[..., Any], steps: Any, step: int, when: str) -> Cal
 
 
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:]
-    if what == "race":
-        race(Path(rest[0]), int(rest[1]), int(rest[2]))
-    else:
-        kill(rest[0], int(rest[1]), rest[2])
+    race(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

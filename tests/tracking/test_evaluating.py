@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline import evaluate, files
 from pipeline.model import model_file
 from pipeline.tracking import promotion, registry, store
+from tests import forked
 from tests.conftest import QUICK, REPOSITORY, write_params
-from tests.tracking.evaluating import change_model
+from tests.tracking.evaluating import change_model, kill
 
 NAME = "mnist-5k-cnn"
 NEEDED = {
@@ -29,7 +31,7 @@ NEEDED = {
     "gate.decision",
     "recipe",
 }
-ROUNDS = 50
+ROUNDS = 20
 
 
 def start(*arguments: str, folder: Path, root: Path) -> subprocess.Popen[bytes]:
@@ -72,7 +74,7 @@ def test_fault_23_two_that_evaluate_at_once_leave_one_champion_and_lose_none(
     sides = []
     for side in range(2):
         shutil.copytree(finished_copy, tmp_path / str(side))
-        arguments = ("race", str(meeting_point), str(side), str(ROUNDS))
+        arguments = (str(meeting_point), str(side), str(ROUNDS))
         sides.append(start(*arguments, folder=tmp_path / str(side), root=finished_copy))
     for process in sides:
         _, errors = process.communicate(timeout=1200)
@@ -83,7 +85,7 @@ def test_fault_23_two_that_evaluate_at_once_leave_one_champion_and_lose_none(
     assert errors_of[champion()] == min(errors_of.values())
     records = [record.version for record in promotion.history(NAME)]
     assert records[-1] == champion()
-    assert len(records) > 5  # the models get better, from round to round
+    assert len(records) > 3  # the models get better, from round to round
     for before, after in itertools.pairwise(records):  # each took over from the one before, and nobody else
         assert found[after].tags["gate.against"] == f"version {before}"
         assert errors_of[after] < errors_of[before]
@@ -122,6 +124,18 @@ def _a_way_back(better: bytes, worse: bytes) -> None:
     evaluate.main()
 
 
+def _log_without_the_gate() -> None:
+    """Log the model that is here to its run, which each step would otherwise do once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(promotion, "register", _end)
+        with suppress(KeyboardInterrupt):
+            evaluate.main()
+
+
+def _end(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 SITUATIONS: dict[
     Callable[[bytes, bytes], None], tuple[dict[str, str], dict[str, str], list[str]]
 ] = {  # how it comes to it; who has the alias before and after; the history after
@@ -135,13 +149,11 @@ SITUATIONS: dict[
 
 @pytest.mark.faults
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
     finished_copy: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    when: str,
     situation: Callable[[bytes, bytes], None],
 ) -> None:
     better = files.MODEL.read_bytes()
@@ -149,6 +161,7 @@ def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
     situation(better, files.MODEL.read_bytes())
     before, after, records = SITUATIONS[situation]
     what = "back" if situation is _a_way_back else "evaluate"
+    _log_without_the_gate()
     step = 0
     while True:
         step += 1
@@ -157,12 +170,11 @@ def test_fault_23_a_gate_that_is_killed_at_any_step_is_completed_by_the_next(
         monkeypatch.setenv("DVC_ROOT", str(folder))
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # mlflow left that of the step before
         monkeypatch.chdir(folder)
-        with start("kill", what, str(step), when, folder=folder, root=folder) as process:
-            process.communicate(timeout=300)
+        code = forked.call(kill, what, step, folder=folder, seconds=300)
         found = versions()  # with all their tags
-        if process.returncode == 0:
+        if code == 0:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         held = aliases()
         assert held.get("champion") in (before.get("champion"), after["champion"])
         if held:
