@@ -185,7 +185,7 @@ def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice
     machines: list[Path], database: str
 ) -> None:
     for machine in machines:
-        write_params(machine, SMALL | {"tune.trials": 4, "tune.epochs": 20})
+        write_params(machine, SMALL | {"tune.trials": 3, "tune.epochs": 6})
     with start(machines[0], database) as stands_still:
         given_up = wait_until_running(database)
         coordinator = psutil.Process(stands_still.pid)
@@ -203,7 +203,7 @@ def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice
     found = trials(database)
     assert found[given_up.number].state == TrialState.FAIL
     assert [trial for trial in found if counts(trial)] == before
-    assert len(before) == 4
+    assert len(before) == 3
     # Both also report the abandoned trial, and nothing is reported twice.
     everything = sorted([given_up.number, *(trial.number for trial in before)])
     assert children(machines[0]) == children(machines[1]) == everything
@@ -230,9 +230,10 @@ def test_a_trial_that_others_have_given_up_is_left_to_them(machines: list[Path],
 
 
 def test_a_locked_table_is_reported_in_one_line(machines: list[Path], database: str) -> None:
+    write_params(machines[0], SMALL | {"tune.trials": 2})
     with start(machines[0], database) as first:
         ended(first)
-    write_params(machines[0], SMALL | {"tune.trials": 7})
+    write_params(machines[0], SMALL | {"tune.trials": 3})
     with connection(database) as other, other.transaction():
         other.execute("LOCK TABLE trials IN ACCESS EXCLUSIVE MODE")
         process = start(machines[0], database)
@@ -244,7 +245,7 @@ def test_a_locked_table_is_reported_in_one_line(machines: list[Path], database: 
     assert PASSWORD not in line
     with start(machines[0], database) as again:
         ended(again)
-    assert sum(map(counts, trials(database))) == 7
+    assert sum(map(counts, trials(database))) == 3
 
 
 @pytest.mark.faults
