@@ -34,9 +34,9 @@ def read(file: Path | IO[bytes], name: str) -> Image.Image:
 
     Raises UserError with ``name`` where it cannot be read.
     """
-    if isinstance(file, Path) and file.exists() and not (file.is_file() or file.is_dir()):
-        raise UserError(f"{name} is not a regular file")  # a named pipe, for instance, would be waited for
     try:
+        if isinstance(file, Path) and file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{name} is not a regular file")  # a named pipe, for instance, would be waited for
         with Image.open(file, formats=list(FORMATS)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UserError(f"{name} has {picture.width} x {picture.height} pixels; allowed: {MAX_PIXELS:,}")

@@ -28,7 +28,7 @@ EXPERIMENT = "convtrack"
 # OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 CONNECT_TIMEOUT = 8  # seconds, for a database on a server
-LOCK_NOTICE, LOCK_TIMEOUT = 2, 600  # seconds; scoring a champion on many test images takes minutes
+LOCK_NOTICE, LOCK_TIMEOUT = 5, 600  # seconds; scoring a champion on many test images takes minutes
 NEW_DATABASE_BYTES = 8 << 20  # an empty database, a copy of it and SQLite's own files beside it
 
 

@@ -64,6 +64,7 @@ def test_whoever_waits_is_told_for_which_process_and_gives_up_in_the_end(
 ) -> None:
     store.connect()
     capsys.readouterr()
+    monkeypatch.setattr(store, "LOCK_NOTICE", 1)
     monkeypatch.setattr(store, "LOCK_TIMEOUT", 3)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": store.own_store()}
     with subprocess.Popen(
