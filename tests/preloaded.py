@@ -11,13 +11,13 @@ import opentelemetry.sdk.trace
 import torch._dynamo
 import torch._functorch.partitioners
 import torch.export._trace
-from mlflow.utils import requirements_utils
+from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
 from numba.core.registry import cpu_target
 
 from pipeline.model import cpu_kernels
 
 cpu_kernels._allow_512_bit_vectors()  # Numba reads this setting once, when its target is made
 cpu_target.target_context.refresh()
-requirements_utils._init_packages_to_modules_map()  # type: ignore[no-untyped-call]  # reads the files of every installed package
+warn_dependency_requirement_mismatches(["mlflow"])  # reads the files of every installed package, once
 
 __all__ = ["git", "mlflow", "mlxtend", "opentelemetry", "torch"]
