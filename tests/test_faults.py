@@ -349,10 +349,10 @@ def test_fault_9_and_10_eight_processes_begin_at_once_in_an_empty_store_and_the_
 
 @pytest.mark.slow
 def test_fault_10_a_store_is_made_whole_or_not_at_all(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed at five moments of its making, in which mlflow itself leaves tables that it cannot continue with."""
+    """Killed at ten moments of its making, in which mlflow itself leaves tables that it cannot continue with."""
     program = "from pipeline.tracking import store; print('begins', flush=True); store.connect()"
     left = set[bool]()
-    for moment in range(5):
+    for moment in range(10):
         # Each has a folder of its own: this process keeps a store open under its name, also one that is gone.
         folder = workspace / f"moment {moment}"
         folder.mkdir()
@@ -365,7 +365,7 @@ def test_fault_10_a_store_is_made_whole_or_not_at_all(workspace: Path, monkeypat
         ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"begins\n"
-            time.sleep(0.15 + moment * 0.5)
+            time.sleep(0.15 + moment * 0.25)
             process.kill()
         left.add((folder / "mlflow.db").exists())
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of the moment before

@@ -63,11 +63,11 @@ def change_model(saved: model_file.TrainedModel, seed: int, noise: float = 0.5) 
     files.write(files.MODEL, model_file.to_bytes(other, saved.data, saved.recipe))
 
 
-def kill(what: str, step: int) -> None:
-    """Evaluate, or roll back; SIGKILL once the registry has been written to for the ``step``th time."""
+def kill(what: str, step: int, when: str) -> None:
+    """Evaluate, or roll back; SIGKILL ``when`` ("before" or "after") the registry is written to the ``step``th time."""
     steps = iter(range(1, 1000))
     for name in STEPS:
-        setattr(MlflowClient, name, _deadly(getattr(MlflowClient, name), steps, step))
+        setattr(MlflowClient, name, _deadly(getattr(MlflowClient, name), steps, step, when))
     if what == "evaluate":
         evaluate.main()
     else:
@@ -75,9 +75,11 @@ def kill(what: str, step: int) -> None:
         promotion.roll_back(None)
 
 
-def _deadly(method: Callable[..., Any], steps: Any, step: int) -> Callable[..., Any]:
+def _deadly(method: Callable[..., Any], steps: Any, step: int, when: str) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         last = next(steps) == step
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
         try:
             return method(*arguments, **named)
         finally:

@@ -185,7 +185,7 @@ def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice
     machines: list[Path], database: str
 ) -> None:
     for machine in machines:
-        write_params(machine, SMALL | {"tune.trials": 3, "tune.epochs": 6})
+        write_params(machine, SMALL | {"tune.trials": 4, "tune.epochs": 6})
     with start(machines[0], database) as stands_still:
         given_up = wait_until_running(database)
         coordinator = psutil.Process(stands_still.pid)
@@ -203,7 +203,7 @@ def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice
     found = trials(database)
     assert found[given_up.number].state == TrialState.FAIL
     assert [trial for trial in found if counts(trial)] == before
-    assert len(before) == 3
+    assert len(before) == 4
     # Both also report the abandoned trial, and nothing is reported twice.
     everything = sorted([given_up.number, *(trial.number for trial in before)])
     assert children(machines[0]) == children(machines[1]) == everything
