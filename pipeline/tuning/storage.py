@@ -12,7 +12,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import LOCK_FILE_SUFFIX
+from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import Fault, UserError, without_password
@@ -24,6 +24,20 @@ HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a
 LOCK_TIMEOUT = 30  # seconds
 ADVISORY_LOCK = 0xC0117ACC  # an arbitrary number
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
+
+
+class NoLock(BaseJournalFileLock):
+    """For the journal, which a lock of this project keeps other processes away from.
+
+    One of Optuna's would outlive a killed process, and turns an interrupt while it is released into an OSError.
+    """
+
+    def acquire(self) -> bool:
+        """Nothing is locked."""
+        return True
+
+    def release(self) -> None:
+        """Nothing was locked."""
 
 
 class Journal(JournalFileBackend):
@@ -90,10 +104,7 @@ def open_storage() -> BaseStorage:
     url = os.environ.get(STORAGE)
     if url is None:
         FOLDER.mkdir(exist_ok=True)
-        # No other process writes here, so a lock was left by a process that was killed. Optuna would wait half a minute
-        # for it, and forever if the journal's path is relative.
-        JOURNAL.with_name(JOURNAL.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
-        return JournalStorage(Journal(str(JOURNAL.resolve())))
+        return JournalStorage(Journal(str(JOURNAL), NoLock()))
     with storage_faults(), expected_warnings(), _driver_needed():
         return RDBStorage(
             url,

@@ -201,8 +201,8 @@ class Study:
     def requeue_all(self, trials: Iterable[Trial]) -> None:
         """Requeue these, and one that was interrupted while it was being started."""
         if self._in_journal:
-            # An interrupt can come between any two steps of Optuna and leave its lock, for which it would wait half a
-            # minute, and a half-read journal. So the storage is opened again, as after a kill.
+            # An interrupt can come between any two steps of Optuna and leave a half-read journal, or one of its locks
+            # between threads. So the storage is opened again, as after a kill.
             self.optuna = optuna.load_study(study_name=self.optuna.study_name, storage=open_storage())
         for trial in trials:
             self.requeue(trial)
