@@ -22,7 +22,7 @@ DESCRIPTIONS = {
     "export": "Write a registered model to a file that works without MLflow.",
     "models": "Show where a registered model comes from, list the champions, or roll back to an earlier one.",
 }
-WITHOUT_ARGUMENTS = "It takes no arguments: all values are in params.yaml."
+WITHOUT_ARGUMENTS = "It takes no arguments. The values that it uses are in params.yaml."
 
 
 def parse(command: str, arguments: Sequence[str] | None = None) -> Namespace:
@@ -52,23 +52,27 @@ def _tune(parser: ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be due to chance")
 
 
+def _add_model(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", default="champion", help=MODEL)
+
+
 def _predict(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
-    parser.add_argument("--model", default="champion", help=MODEL)
+    _add_model(parser)
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object for each picture, with all probabilities"
     )
 
 
 def _serve(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", default="champion", help=MODEL)
+    _add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=5002, help="the port to listen at (default: %(default)s)")
 
 
 def _export(parser: ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="ONNX, or pt2 for torch.export.load")
-    parser.add_argument("--model", default="champion", help=MODEL)
+    _add_model(parser)
     parser.add_argument("--out", type=Path, help="the file to write (default: NAME-VERSION.FORMAT)")
 
 

@@ -13,7 +13,6 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 
 from pipeline import checkpoints, dvc_files, files, machine
@@ -180,16 +179,14 @@ def _connect() -> bool:
 
 def _has_runs() -> bool:
     address = os.environ.get("MLFLOW_TRACKING_URI") or store.own_store()
-    path = Path(address.removeprefix("sqlite:///").partition("?")[0])
-    if not address.startswith("sqlite:///"):
+    path = store.sqlite_path(address)
+    if path is None:
         return True
     if not path.exists():
         return False
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'")
-            ours = "SELECT 1 FROM experiments WHERE name = ?"
-            return bool(tables.fetchone() and database.execute(ours, [store.EXPERIMENT]).fetchone())
+        ours = "SELECT 1 FROM experiments WHERE name = ?"
+        return store.finds_row(path, store.TABLES) and store.finds_row(path, ours, store.EXPERIMENT)
     except sqlite3.Error:
         return True  # store.connect then says what is wrong with it
 

@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 LIBRARIES = [
     *("pipeline.explain.report", "pipeline.data.sources", "pipeline.recipe", "pipeline.tuning.plots"),
     *("pipeline.tracking.registry", "pipeline.tracking.serving", "mlflow.store.tracking.sqlalchemy_store"),
-    "tests.preloaded",
+    *("git", "mlflow.pyfunc.model", "mlflow.pytorch", "mlxtend.data", "opentelemetry.sdk.trace"),
+    *("torch._dynamo", "torch._functorch.partitioners", "torch.export._trace", "tests.preloaded"),
 ]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__, *LIBRARIES])

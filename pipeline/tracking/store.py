@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TextIO
@@ -25,10 +25,11 @@ from pipeline import files
 from pipeline.errors import Fault, without_password
 
 EXPERIMENT = "convtrack"
+TABLES = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"  # finds a row in an SQLite file with mlflow's tables
 # OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 CONNECT_TIMEOUT = 8  # seconds, for a database on a server
-LOCK_NOTICE, LOCK_TIMEOUT = 5, 600  # seconds; scoring a champion on many test images takes minutes
+LOCK_NOTICE, LOCK_TIMEOUT = 2, 600  # seconds; scoring a champion on many test images takes minutes
 NEW_DATABASE_BYTES = 8 << 20  # an empty database, a copy of it and SQLite's own files beside it
 
 
@@ -66,14 +67,15 @@ def connect() -> None:
     `mlflow ui` looks in the same two places when it is started there without a flag. Raises Fault.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(given or own_store())
+    uri = given or own_store()
+    mlflow.set_tracking_uri(uri)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of a few kilobytes
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database logs each of its migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
     # mlflow lets several processes create the tables of an empty database at once, and then all but one fail.
-    with exclusive_lock("connect"), short_timeouts():
-        _check_database_server(given or own_store())
-        _create_database(given or own_store())
+    with short_timeouts(), exclusive_lock("connect") if _may_lack_tables(uri) else nullcontext():
+        _check_database_server(uri)
+        _create_database(uri)
         experiment = mlflow.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             _create_experiment(None if given else (files.root() / "mlruns").as_uri())
@@ -111,13 +113,37 @@ def _check_database_server(uri: str) -> None:
         engine.dispose()
 
 
+def _may_lack_tables(uri: str) -> bool:
+    """Whether mlflow may still have to create its tables; not on a server, nor in an SQLite file that has them."""
+    if uri.startswith("http"):
+        return False
+    path = sqlite_path(uri)
+    if path is None or not path.exists():
+        return True
+    try:
+        return not finds_row(path, TABLES)
+    except sqlite3.Error:
+        return False  # mlflow then reports what is wrong with it
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite store; None for the address of a server."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def finds_row(path: Path, query: str, *values: str) -> bool:
+    """Whether a query of an SQLite file, which is only read, has a result. Raises sqlite3.Error."""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        return database.execute(query, values).fetchone() is not None
+
+
 def _create_database(uri: str) -> None:
     """Create an SQLite file atomically if it does not exist.
 
     mlflow creates the tables one after the other, and cannot continue if it is killed in between.
     """
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
+    path = sqlite_path(uri)
+    if path is None or path.exists() or not path.parent.is_dir():
         return
     files.check_room(Path(gettempdir()), NEW_DATABASE_BYTES)
     with TemporaryDirectory(prefix="convtrack-") as folder:

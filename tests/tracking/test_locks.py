@@ -64,7 +64,6 @@ def test_whoever_waits_is_told_for_which_process_and_gives_up_in_the_end(
 ) -> None:
     store.connect()
     capsys.readouterr()
-    monkeypatch.setattr(store, "LOCK_NOTICE", 1)
     monkeypatch.setattr(store, "LOCK_TIMEOUT", 3)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": store.own_store()}
     with subprocess.Popen(
@@ -81,3 +80,16 @@ def test_whoever_waits_is_told_for_which_process_and_gives_up_in_the_end(
         holder.kill()
     with store.exclusive_lock("gate"):  # the kernel has released it
         assert path.read_text() == str(os.getpid())
+
+
+def test_a_store_with_its_tables_is_connected_to_without_a_lock(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the making of tables needs one: commands that start at the same time do not wait for each other."""
+    store.connect()
+    monkeypatch.setattr(store, "LOCK_TIMEOUT", 0)
+    with store.exclusive_lock("connect"):
+        store.connect()
+        (workspace / "mlflow.db").unlink()
+        with pytest.raises(Fault, match=f"process {os.getpid()} holds"):
+            store.connect()
