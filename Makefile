@@ -25,9 +25,9 @@ repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visual
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
-# Two processes, each running whole test files, so that the fixtures of a file are created once. Each computes on one
-# thread: more would wait for each other on the same cores.
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+# Two processes, each running whole test files, so that the fixtures of a file are created once. Their threads share the
+# cores: one that waits must not spin.
+PYTEST := OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile
 
 test: $(INSTALLED)  ## run the test suite without the slow tests: real DVC, MLflow and digits, no network
 	$(ACTIVATE) && $(PYTEST) -m 'not slow and not page' $(ARGS)
