@@ -63,9 +63,8 @@ def _matching(layers: list[nn.Module], maps: Tensor) -> FusedLayers | None:
 
 def _is_computed_here(maps: Tensor) -> bool:
     """Whether the loops can read these numbers: not on a GPU, and not the fake tensors of an export."""
-    readable = maps.device.type == "cpu" and maps.dtype in (torch.uint8, torch.float32, torch.bfloat16)
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return readable and type(maps) is Tensor and not traced
+    readable = type(maps) is Tensor and maps.is_cpu and maps.dtype in (torch.uint8, torch.float32, torch.bfloat16)
+    return readable and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -99,9 +98,10 @@ Gradients = tuple[Tensor | None, ...]
 
 def _can_read_bytes(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
     """Whether ``_bytes_block`` computes these layers, and is faster."""
-    multiply_adds = convolution.weight[0].numel() * pooling.size**2
-    is_fast = multiply_adds <= MAX_UNROLLED and convolution.out_channels >= MIN_FILTERS
-    return maps.dtype == torch.uint8 and is_fast and _is_unpadded(convolution, pooling)
+    if maps.dtype != torch.uint8 or not _is_unpadded(convolution, pooling):
+        return False
+    filters = convolution.out_channels
+    return filters >= MIN_FILTERS and convolution.weight.numel() // filters * pooling.size**2 <= MAX_UNROLLED
 
 
 def _bytes_block(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, pixels: Tensor) -> Tensor:
@@ -263,12 +263,12 @@ def computes_dropout_dense(dropout: nn.Module, dense: nn.Module, features: Tenso
 
 def dropout_dense(dropout: Dropout, dense: nn.Linear, features: Tensor, generator: torch.Generator | None) -> Tensor:
     """Logits (N, classes) float32 of features (N, features): in float32 under autocast too."""
-    with torch.autocast("cpu", enabled=False):
-        logits: Tensor
-        if dropout.training and dropout.dropped:
-            drawn = dropout.draw(features, generator)
-            logits = _DropoutDense.apply(features.float(), dense.weight, dense.bias, dropout, drawn)
-        else:
+    logits: Tensor
+    if dropout.training and dropout.dropped:
+        drawn = dropout.draw(features, generator)
+        logits = _DropoutDense.apply(features.float(), dense.weight, dense.bias, dropout, drawn)
+    else:
+        with torch.autocast("cpu", enabled=False):
             logits = dense(features.float())
     return logits
 

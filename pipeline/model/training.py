@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -177,13 +178,15 @@ def fit(
     )
     schedule = SCHEDULES[settings.schedule](optimizer, settings.learning_rate, settings.epochs * steps)
 
+    in_bfloat16 = settings.precision == "bfloat16"
+
     def forward_backward(
         rows: Tensor, targets: Tensor, batch: int, seed: int
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """For a chunk of a batch: the sum of its losses, its logits, and its share of the batch's gradients."""
         draws = torch.Generator(images.device).manual_seed(seed)
         chunk = augment(images.index_select(0, rows), settings.augmentations, draws)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with torch.autocast(images.device.type, torch.bfloat16) if in_bfloat16 else nullcontext():
             scores = cnn(chunk, draws).float()
         loss = LOSSES[settings.loss](scores, targets, settings)
         return loss.detach(), scores.detach(), torch.autograd.grad(loss / batch, parameters)
