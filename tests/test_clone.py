@@ -95,7 +95,7 @@ def test_dvc_shows_the_metrics_the_plots_and_the_figures(clone: Path) -> None:
     for part in (
         "train_loss",
         "validation_accuracy",
-        "Confusion matrix",
+        "Mistakes",
         "Accuracy when rotated",
         "learning_curves.png",
     ):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from dvc_render import ImageRenderer, VegaRenderer
+from dvc_render.html import render_html
 from mlflow.entities import Run
 from playwright.sync_api import Page, sync_playwright
 
 from pipeline import files
-from tests.conftest import make_ui
+from tests.conftest import REPOSITORY, make_ui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -126,3 +128,22 @@ def test_the_registered_model_has_its_alias_and_its_card(page: Page, address: st
     page.goto(f"{address}/models/mnist-5k-cnn/versions/1")
     title = (finished / files.CARD).read_text().splitlines()[0].lstrip("# ")
     shows(page, "champion", title)
+
+
+def test_the_page_of_dvc_plots_shows_pictures_beside_each_other_and_says_why_it_has_no_charts(
+    page: Page, tmp_path: Path, finished: Path
+) -> None:
+    picture = str((finished / files.FIGURES / "class_images.png").resolve())
+    pictures = ImageRenderer([{"rev": rev, "src": picture} for rev in ("workspace", "HEAD")], name="class_images.png")
+    chart = VegaRenderer([{"x": 1, "y": 2, "rev": "HEAD"}], name="loss", x="x", y="y", anchors_y_definitions=[])
+    render_html([chart, pictures], tmp_path / "index.html", REPOSITORY / ".dvc/plots.html")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.context.set_offline(True)
+    page.goto((tmp_path / "index.html").as_uri())
+    shows(page, "The charts are missing")
+    left, right = (image.bounding_box() for image in page.locator("img").all())
+    assert left is not None
+    assert right is not None
+    assert left["width"] > 500
+    assert left["x"] + left["width"] < right["x"]
+    assert right["x"] + right["width"] <= 1280
