@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from pipeline import files
 from pipeline.explain import report
 from tests.conftest import REPOSITORY, make_ui, write_params
+from tests.test_readme import commands
 
 ONE_EPOCH = {
     "data.dataset": "mnist-5k",
@@ -246,6 +247,10 @@ def test_experiments_in_copies_of_their_own_log_into_the_same_store(clone: Path,
         time.sleep(1)
     new = {each.info.run_name: each for each in runs_of(clone) if each.info.run_id not in before}
     assert set(new) == {"bold", "waiting"}
+    (shown,) = (words for words in commands(REPOSITORY / "README.md") if "--drop" in words)
+    table = succeed(*shown, folder=clone).splitlines()
+    assert any("model.filters" in line for line in table)
+    assert max(len(line.rstrip()) for line in table) <= 150
     for name, filters in (("bold", "[6, 8]"), ("waiting", "[4, 8]")):
         assert new[name].data.tags["dvc.exp"] == name
         assert new[name].data.params["model.filters"] == filters
