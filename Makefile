@@ -21,7 +21,14 @@ $(INSTALLED): requirements.lock
 
 setup: $(INSTALLED)  ## create .venv and install the packages in requirements.lock
 
-repro: $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visualize
+# DVC needs a Git repository, which a downloaded source archive is not. Said before gigabytes are installed.
+.PHONY: repository
+repository:
+	@git rev-parse --git-dir >/dev/null 2>&1 || grep -qs 'no_scm = true' .dvc/config.local || { \
+		printf '%s\n' "error: this folder is not a Git repository, which DVC needs: git init && git add -A && git commit -m Start" \
+			"       or, without Git: make setup && .venv/bin/dvc config --local core.no_scm true" >&2; exit 2; }
+
+repro: repository $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visualize
 	$(ACTIVATE) && dvc repro
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
@@ -44,7 +51,7 @@ browser: $(INSTALLED)  ## run the tests that open MLflow's pages in Chromium, wh
 kill-test: $(INSTALLED)  ## kill `dvc repro` at 40 random moments, half an hour; writes docs/reliability.md
 	$(ACTIVATE) && python -m bench.kill_test $(ARGS)
 
-verify: $(INSTALLED)  ## run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock
+verify: repository $(INSTALLED)  ## run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock
 	$(ACTIVATE) && exec python -m pipeline.verify
 
 doctor: $(INSTALLED)  ## check this repository, and say how to fix what is wrong
@@ -60,7 +67,7 @@ ui: $(INSTALLED)  ## show MLflow at http://127.0.0.1:5000, for this machine only
 	$(ACTIVATE) && MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
 
-tune: $(INSTALLED)  ## run the Optuna study of params.yaml; ARGS=--apply writes the winner into the file
+tune: repository $(INSTALLED)  ## run the Optuna study of params.yaml; ARGS=--apply writes the winner into the file
 	$(ACTIVATE) && dvc repro --quiet prepare && python -m pipeline.tune $(ARGS)
 
 serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this machine only

@@ -112,3 +112,15 @@ def test_code_that_pip_has_installed_writes_nothing_beside_itself(tmp_path: Path
     assert done.stderr == f"error: {installed} is not a repository of this project: run the command in a clone of it\n"
     assert done.returncode == 2
     assert [path.name for path in installed.iterdir()] == ["pipeline"]
+
+
+def test_make_says_that_a_source_archive_is_no_repository_before_it_installs_anything(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    done = subprocess.run(["make", "repro"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not a Git repository" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    assert subprocess.run(["make", "repository"], cwd=tmp_path, check=False).returncode == 0
