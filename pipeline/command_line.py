@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 FORMATS = ("onnx", "pt2")
+STUDY = "convtrack"
 MAX_STUDY_NAME = 100  # characters
 MODEL = "an alias, a version, NAME@alias or NAME/version (default: champion)"
 
@@ -47,7 +48,7 @@ def parse(command: str, arguments: Sequence[str] | None = None) -> Namespace:
 def _tune(parser: ArgumentParser) -> None:
     parser.add_argument("--trials", type=_natural, help="total number of trials in the study (default: tune.trials)")
     parser.add_argument("--workers", type=_natural, help="number of trials in parallel (default: one per core)")
-    parser.add_argument("--study", type=_name, default="convtrack", help="name of the study (default: %(default)s)")
+    parser.add_argument("--study", type=_name, default=STUDY, help="name of the study (default: %(default)s)")
     parser.add_argument("--apply", action="store_true", help="write the best values into params.yaml")
     parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be due to chance")
 

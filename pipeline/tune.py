@@ -8,9 +8,12 @@ validation images are read.
 
 import difflib
 import fcntl
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
@@ -26,8 +29,7 @@ from pipeline.tuning.storage import FOLDER, database_lock, open_storage, storage
 from pipeline.tuning.study import Study, current_values, open_study
 from pipeline.tuning.workers import Workers
 
-SUMMARY = FOLDER / "summary.json"
-FIGURES = FOLDER / "figures"
+MAX_FILE_NAME = 200  # characters
 WAIT_FOR_OTHERS = 5  # seconds; another machine may still be writing its trial into a shared store
 
 
@@ -113,26 +115,63 @@ def _train_finalists(study: Study, workers: Workers) -> list[Outcome]:
     seeds = study.params.tune.seeds
     print(f"training the {len(chosen) - 1} best and the current values, each with {seeds} other seeds:", flush=True)
     finalist_study = finalists.open_finalists(study, chosen)
-    coordinator.run_trials(finalist_study, workers)
+    progress = Progress(finalist_study, "trainings")
+    progress.show()
+    try:
+        coordinator.run_trials(finalist_study, workers, progress.show)
+    finally:
+        progress.end()
     return finalist_study.outcomes()
 
 
 def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) -> Verdict:
-    """Print the table; write and log the summary and the figures."""
-    verdict = finalists.judge(outcomes)
+    """Print the tables; write and log the summary and the figures."""
+    verdict, name = finalists.judge(outcomes), study.optuna.study_name
     print(finalists.table(outcomes), verdict, sep="\n")
+    second, front = study.params.tune.second_objective, study.front()
+    if second:
+        print(_front_table(front, second))
+    folder = _folder(name)
+    summary, figures = folder / "summary.json", folder / "figures"
     facts = {
-        "study": study.optuna.study_name,
+        "study": name,
         "data": {"name": study.dataset.name, "sha256": study.dataset.sha256},
         "trials": study.counted(),
     }
-    files.write_json(SUMMARY, facts | finalists.summary(outcomes, verdict))
-    run.log_files([SUMMARY], "study")
-    run.log_files(plots.write(study, FIGURES), "figures")
+    if second:
+        facts["front"] = [
+            {
+                "trial": each.number,
+                "values": each.values,
+                "validation_accuracy": each.validation_accuracy,
+                second: each.sizes[second],
+            }
+            for each in front
+        ]
+    files.write_json(summary, facts | finalists.summary(outcomes, verdict))
+    run.log_files([summary], "study")
+    run.log_files(plots.write(study, figures), "figures")
     best = verdict.best
     run.log_best(study.counted(), best.finalist.values, {"best_validation_accuracy": best.mean})
-    print(f"{SUMMARY}, {FIGURES}/, and the MLflow run {run.run_id}")
+    print(f"{summary}, {figures}/, and the MLflow run {run.run_id}")
     return verdict
+
+
+def _front_table(front: Sequence[studies.TrialRecord], size: str) -> str:
+    """One row for each trial of which no other is smaller and as accurate."""
+    rows = [f"{'the front':<12}{'validation accuracy':<24}{size.replace('_', '-'):>15}  values"]
+    for each in front:
+        number, accuracy = f"trial {each.number}", f"{each.validation_accuracy:.3%}"
+        rows.append(f"{number:<12}{accuracy:<24}{each.sizes[size]:>15,}  {finalists.in_words(each.values)}")
+    return "\n".join(rows)
+
+
+def _folder(study: str) -> Path:
+    """Where the results of a study are written. Its name may have any characters."""
+    if study == command_line.STUDY:
+        return FOLDER
+    name = quote(study, safe=" ").replace(".", "%2E")
+    return FOLDER / "studies" / (name if len(name) <= MAX_FILE_NAME else hashlib.sha256(study.encode()).hexdigest())
 
 
 def _apply(study: Study, verdict: Verdict, run: studies.StudyRun, force: bool) -> None:

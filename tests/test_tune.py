@@ -135,6 +135,11 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
     assert pictures == {"history", "importances", "slice", "parallel_coordinates", "accuracy_against_size"}
 
     assert parent().info.status == "FINISHED"
+    points = MlflowClient().get_metric_history(parent().info.run_id, "best_trial_validation_accuracy")
+    assert [point.step for point in points] == [1, 2, 3, 4]
+    so_far = [point.value for point in points]
+    assert so_far == sorted(so_far)
+    assert so_far[-1] == pytest.approx(1 - min(trial.value for trial in found if trial.value is not None))
     best = max(summary["finalists"], key=lambda each: float(each["validation_accuracy"]["mean"]))
     kept = {f"best_of_4/{path}": str(value) for path, value in best["values"].items()}
     assert kept.items() <= parent().data.params.items()
@@ -160,6 +165,8 @@ def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None
     assert [state for state, _ in trained] == ["COMPLETE"] * 4  # two finalists, each with two seeds
     seeds = [read_params().seed + 1, read_params().seed + 2]
     assert sorted(json.loads(values)["seed"] for _, values in trained) == sorted(2 * seeds)
+    assert "0/4 trainings" in lines
+    assert "4/4 trainings" in lines
     assert len(set(trained)) == 4
 
     # Going on adds to the same study and the same parent, and trains no finalist twice with the same seed.
@@ -394,11 +401,22 @@ def test_fault_17_when_every_trial_fails_nothing_is_applied(
 )
 def test_a_front_of_accuracy_and_size_is_not_pruned(study_folder: Path, objective: str, of_present: int) -> None:
     write_params(study_folder, SMALL | {"tune.second_objective": objective})
-    run()
+    printed = run()
     assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 4
     assert trials()[0].values[1] == of_present
-    sizes = {child.data.tags["trial.number"]: child.data.metrics[objective] for child in children()}
+    sizes = {child.data.tags["trial.number"]: int(child.data.params[objective]) for child in children()}
     assert sizes == {str(trial.number): trial.values[1] for trial in trials()}
+    found = {trial.number: trial.values for trial in trials()}
+
+    def is_beaten(number: int) -> bool:
+        error, size = found[number]
+        return any(e <= error and s <= size and (e, s) != (error, size) for e, s in found.values())
+
+    front = json.loads((study_folder / "tuning/summary.json").read_text())["front"]
+    assert {each["trial"] for each in front} == {number for number in found if not is_beaten(number)}
+    for each in front:
+        assert [1 - each["validation_accuracy"], each[objective]] == pytest.approx(found[each["trial"]])
+        assert re.search(rf"^trial {each['trial']} +\d\d\.\d+% +{each[objective]:,} ", printed, flags=re.MULTILINE)
 
 
 @pytest.mark.faults
@@ -407,6 +425,9 @@ def test_fault_28_a_study_may_have_any_name(study_folder: Path) -> None:
     name = """../../'"$(touch PWNED)<script>alert(1)</script>"""
     there = {path.name for path in (*study_folder.iterdir(), *study_folder.parent.iterdir())}
     run("--study", name)
+    (results,) = (study_folder / "tuning/studies").iterdir()
+    assert {path.name for path in results.iterdir()} == {"summary.json", "figures"}
+    assert not (study_folder / "tuning/summary.json").exists()
     assert len(trials(name)) == 4
     assert parent().info.run_name == f"tuning {name}"
     assert parent().info.status == "FINISHED"

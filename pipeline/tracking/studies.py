@@ -4,6 +4,7 @@ So no child run is left open after a kill: missing ones are written when the stu
 """
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from pipeline.tracking import lineage, runs, store
 from pipeline.tracking.store import store_faults
 
 STUDY, TRIAL = "study.id", "trial.number"
+ERROR = "validation_error"
 MAX_METRICS = 1000  # that MLflow takes at a time
 Status = Literal["complete", "pruned", "failed"]
 STATUS: dict[Status, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
@@ -32,21 +34,27 @@ STATUS: dict[Status, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed
 class TrialRecord:
     """A trial that has ended.
 
-    ``values`` are those of the tuned parameters by their dotted paths, ``scores`` what the study compares by name,
-    empty unless it is complete; ``history`` has a row for each epoch with its number under "epoch"; ``failure`` says
-    why it failed. ``parameters`` is None for one that failed, whose layers may not even fit.
-    Times are milliseconds since 1970.
+    ``values`` are those of the tuned parameters by their dotted paths; ``validation_error`` is None unless it is
+    complete; ``sizes`` has the network's parameters and multiply-adds, and is empty for one that failed, whose layers
+    may not even fit; ``history`` has a row for each epoch with its number under "epoch"; ``failure`` says why it
+    failed. Times are milliseconds since 1970.
     """
 
     number: int
     status: Status
     failure: str
     values: Mapping[str, object]
-    parameters: int | None
-    scores: Mapping[str, float]
+    sizes: Mapping[str, int]
+    validation_error: float | None
     history: Sequence[Mapping[str, float]]
     started: int
     ended: int
+
+    @property
+    def validation_accuracy(self) -> float:
+        """Of one that is complete."""
+        assert self.validation_error is not None
+        return 1 - self.validation_error
 
 
 class StudyRun:
@@ -56,6 +64,7 @@ class StudyRun:
         self.run_id, self._experiment_id, self.written = run_id, experiment_id, set[int]()
         self._params, self._tags = params, tags  # the tags of every trial
         self._unfinished: dict[int, str] = {}  # child runs by the number of their trial
+        self._lowest_error = math.inf  # of the trials that are written
 
     @store_faults()
     def log_missing(self, trials: Iterable[TrialRecord]) -> None:
@@ -78,13 +87,23 @@ class StudyRun:
             for row in trial.history
             for key, value in row.items()
             if key != "epoch"
-        ] + [Metric(key, value, trial.ended, 0) for key, value in trial.scores.items()]
+        ]
+        if trial.validation_error is not None:
+            metrics.append(Metric(ERROR, trial.validation_error, trial.ended, 0))
         for start in range(0, len(metrics), MAX_METRICS):
             client.log_batch(child, metrics[start : start + MAX_METRICS])
-        facts = {**trial.values, **({"parameters": trial.parameters} if trial.parameters else {})}
+        facts = {**trial.values, **trial.sizes}
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
-        self.written.add(trial.number)
+        self._add_written(trial.number, trial.validation_error)
+        if self._lowest_error < math.inf:
+            best = Metric("best_trial_validation_accuracy", 1 - self._lowest_error, trial.ended, len(self.written))
+            client.log_batch(self.run_id, metrics=[best])
+
+    def _add_written(self, number: int, validation_error: float | None) -> None:
+        self.written.add(number)
+        if validation_error is not None:
+            self._lowest_error = min(self._lowest_error, validation_error)
 
     def _start(self, trial: TrialRecord) -> str:
         parameters = {**trial.values, "train.epochs": self._params.tune.epochs}
@@ -110,7 +129,7 @@ class StudyRun:
                 if child.info.status == "RUNNING":
                     self._unfinished[number] = child.info.run_id
                 else:
-                    self.written.add(number)
+                    self._add_written(number, child.data.metrics.get(ERROR))
             token = page.token or ""
 
     @store_faults()

@@ -56,7 +56,7 @@ def choose(study: Study) -> list[Finalist]:
     best = study.best(study.params.tune.finalists + 1)
     chosen = [(None, present), *((trial.number, trial.values) for trial in best if trial.values != present)]
     return [
-        Finalist(number, values, study.parameters(values))
+        Finalist(number, values, study.sizes(values)["parameters"])
         for number, values in chosen[: study.params.tune.finalists + 1]
     ]
 
@@ -74,9 +74,13 @@ class FinalistStudy(Study):
         self._pairs = [{**each.values, "seed": seed} for seed in self.seeds for each in finalists]
         super().__init__(study, params, search.dataset, len(self._pairs))
 
-    def is_done(self) -> bool:
-        """Whether each pair is complete."""
-        return not self._pairs_without(TrialState.COMPLETE)
+    def counted(self) -> int:
+        """How many pairs are complete."""
+        return self.total - len(self._pairs_without(TrialState.COMPLETE))
+
+    def remarks(self) -> list[str]:
+        """None: which of the finalists is the best is known once all are trained."""
+        return []
 
     def needs_another_trial(self) -> bool:
         """Whether there is a pair that is neither complete nor running."""
@@ -196,11 +200,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """One row for each finalist, the best first."""
     rows = [f"{'':<12}{'validation accuracy':<24}{'n':>3}{'parameters':>12}  values"]
     for outcome in sorted(outcomes, key=lambda outcome: -outcome.mean):
-        values = "  ".join(f"{path}={_short(value)}" for path, value in outcome.finalist.values.items())
-        accuracy = f"{outcome.mean:.3%} +- {outcome.deviation:.3%}"
+        values, accuracy = in_words(outcome.finalist.values), f"{outcome.mean:.3%} +- {outcome.deviation:.3%}"
         count = len(outcome.accuracies)
         rows.append(f"{outcome.finalist.name:<12}{accuracy:<24}{count:>3}{outcome.finalist.parameters:>12,}  {values}")
     return "\n".join(rows)
+
+
+def in_words(values: Values) -> str:
+    """As in ``model.dropout=0.5  model.filters.0=32``."""
+    return "  ".join(f"{path}={_short(value)}" for path, value in values.items())
 
 
 def _short(value: object) -> str:

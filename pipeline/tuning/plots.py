@@ -12,8 +12,8 @@ from optuna.visualization import matplotlib as drawings
 from pipeline import files
 from pipeline.figures import curves
 from pipeline.figures.canvas import as_png
-from pipeline.tracking.studies import TrialRecord
-from pipeline.tuning.study import ERROR, Study
+from pipeline.tracking.studies import ERROR, TrialRecord
+from pipeline.tuning.study import Study
 
 DRAWINGS: dict[str, Callable[..., object]] = {
     "importances": drawings.plot_param_importances,
@@ -46,7 +46,7 @@ def _history(ended: list[TrialRecord]) -> Figure:
 
 def _front(complete: list[TrialRecord]) -> Figure:
     return curves.accuracy_against_size(
-        [trial.parameters or 0 for trial in complete], [1 - trial.scores[ERROR] for trial in complete]
+        [trial.sizes["parameters"] for trial in complete], [trial.validation_accuracy for trial in complete]
     )
 
 

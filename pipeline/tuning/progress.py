@@ -3,14 +3,14 @@
 import sys
 import time
 
-from pipeline.tuning.study import ERROR, Study
+from pipeline.tuning.study import Study
 
 
 class Progress:
     """One line, computed from the storage: rewritten on a terminal, else a new one whenever it has changed."""
 
-    def __init__(self, study: Study) -> None:
-        self._study, self._started, self._before = study, time.monotonic(), study.counted()
+    def __init__(self, study: Study, unit: str = "trials") -> None:
+        self._study, self._unit, self._started, self._before = study, unit, time.monotonic(), study.counted()
         self._shown, self._rewrites = "", sys.stdout.isatty()
 
     def show(self) -> None:
@@ -21,14 +21,12 @@ class Progress:
             print(*(("\r", line, "\033[K") if self._rewrites else (line, "\n")), sep="", end="", flush=True)
 
     def _line(self) -> str:
-        counts = self._study.count_by_status()
-        best, elsewhere = self._study.best(1), self._study.running_elsewhere()
+        done, elsewhere = self._study.counted(), self._study.running_elsewhere()
         parts = [
-            f"{counts.total()}/{self._study.total} trials",
-            *(f"{counts[name]} {name}" for name in ("pruned", "failed") if counts[name]),
+            f"{done}/{self._study.total} {self._unit}",
+            *self._study.remarks(),
             *([f"{elsewhere} running elsewhere"] if elsewhere else []),
-            *(f"best validation accuracy {1 - each.scores[ERROR]:.2%} (trial {each.number})" for each in best),
-            *self._time_left(counts.total()),
+            *self._time_left(done),
         ]
         return ", ".join(parts)
 

@@ -23,7 +23,7 @@ from pipeline.model.cnn import multiply_adds, parameter_count
 from pipeline.model.training import Epoch
 from pipeline.params import MACHINE_PARAMETERS, Params, Range
 from pipeline.recipe import architecture
-from pipeline.tracking.studies import Status, TrialRecord
+from pipeline.tracking.studies import ERROR, Status, TrialRecord
 from pipeline.tuning.storage import HEARTBEAT, expected_warnings, open_storage, storage_faults
 
 Space = dict[str, BaseDistribution]
@@ -34,7 +34,6 @@ SAME_AS = "same_as"  # the number of the earlier trial with the same values, who
 RETRIES = "retries"  # how often a worker has died with these values
 MAX_RETRIES = 2
 STARTUP_TRIALS = 10
-ERROR = "validation_error"
 INTERRUPTED = "its process was killed or interrupted"
 ENDED: dict[TrialState, Status] = {
     TrialState.COMPLETE: "complete",
@@ -93,6 +92,14 @@ class Study:
         """How many of the trials that count are complete, pruned and failed."""
         return Counter(ENDED[trial.state] for trial in self.trials() if counts(trial))
 
+    def remarks(self) -> list[str]:
+        """What there is to say of the trials so far, for the line that shows the progress."""
+        counts, best = self.count_by_status(), self.best(1)
+        return [
+            *(f"{counts[name]} {name}" for name in ("pruned", "failed") if counts[name]),
+            *(f"best validation accuracy {each.validation_accuracy:.2%} (trial {each.number})" for each in best),
+        ]
+
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         assert trial.datetime_start is not None or trial.datetime_complete is not None
         ended = trial.datetime_complete or datetime.now()
@@ -102,25 +109,32 @@ class Study:
             status=ENDED[trial.state],
             failure=failure,
             values=self.values_of(trial),
-            parameters=None if trial.state == TrialState.FAIL else self.parameters(self.values_of(trial)),
-            scores=dict(zip(self.optuna.metric_names or (), trial.values or (), strict=False)),
+            sizes={} if trial.state == TrialState.FAIL else self.sizes(self.values_of(trial)),
+            validation_error=trial.values[0] if trial.state == TrialState.COMPLETE else None,
             history=trial.user_attrs.get(HISTORY, ()),
             started=round((trial.datetime_start or ended).timestamp() * 1000),
             ended=round(ended.timestamp() * 1000),
         )
 
-    def parameters(self, values: Mapping[str, object]) -> int:
-        """The number of parameters of the network with these values."""
-        return parameter_count(architecture(self.params.changed(values), self.dataset))
+    def sizes(self, values: Mapping[str, object]) -> dict[str, int]:
+        """The sizes of the network with these values, by the names that ``tune.second_objective`` may have."""
+        layers = architecture(self.params.changed(values), self.dataset)
+        return {"parameters": parameter_count(layers), "multiply_adds": multiply_adds(layers)}
 
     def best(self, count: int) -> list[TrialRecord]:
         """The complete trials with the lowest validation errors, each set of values once."""
-        found: dict[str, TrialRecord] = {}
-        for trial in sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (trial.values[0], trial.number)):
-            name = json.dumps(trial.params, sort_keys=True)
-            if name not in found and len(found) < count:
-                found[name] = self._record(trial)
-        return list(found.values())
+        return self._without_repetitions(self.trials(TrialState.COMPLETE))[:count]
+
+    def front(self) -> list[TrialRecord]:
+        """With a second objective: the trials of which no other is smaller and as accurate, the most accurate first."""
+        return self._without_repetitions(self.optuna.best_trials) if self.params.tune.second_objective else []
+
+    def _without_repetitions(self, trials: Iterable[FrozenTrial]) -> list[TrialRecord]:
+        """Those with the lowest validation errors first, each set of values once."""
+        found: dict[str, FrozenTrial] = {}
+        for trial in sorted(trials, key=lambda trial: (trial.values[0], trial.number)):
+            found.setdefault(json.dumps(trial.params, sort_keys=True), trial)
+        return [self._record(trial) for trial in found.values()]
 
     def values_of(self, trial: Trial | FrozenTrial) -> dict[str, object]:
         """The values that it is trained with: 0.15 where the steps of a range add up to 0.15000000000000002."""
@@ -171,13 +185,9 @@ class Study:
         if pruned:
             self.optuna.tell(trial, state=TrialState.PRUNED)
             return
-        layers, scores = architecture(self.params_of(trial), self.dataset), [1 - history[-1].validation_accuracy]
-        match self.params.tune.second_objective:
-            case "parameters":
-                scores.append(parameter_count(layers))
-            case "multiply_adds":
-                scores.append(multiply_adds(layers))
-        self.optuna.tell(trial, scores)
+        second = self.params.tune.second_objective
+        sizes = [self.sizes(self.values_of(trial))[second]] if second else []
+        self.optuna.tell(trial, [1 - history[-1].validation_accuracy, *sizes])
 
     def fail(self, trial: Trial, history: Sequence[Epoch], reason: str) -> None:
         """End a trial that would fail again."""
