@@ -18,7 +18,7 @@ from pipeline.errors import run_command
 from pipeline.model import model_file
 from pipeline.model.training import Epoch
 from pipeline.tracking import delivery, runs, store
-from tests.conftest import REPOSITORY, change_dataset_json
+from tests.conftest import REPOSITORY, change_dataset_json, change_training_images
 from tests.test_clone import succeed
 from tests.tracking.evaluating import change_model
 
@@ -128,6 +128,18 @@ def _model(folder: Path) -> None:
 
 def _lock(folder: Path) -> None:
     (folder / "dvc.lock").write_text("stages: {train: [")
+
+
+def _other_params_noted(folder: Path) -> None:
+    with (folder / "dvc.lock").open("a") as lock:
+        lock.write("    params: {params.yaml: {model: {dropout: 0.1, pool: max}, seed: 0}}\n")
+
+
+def _other_data_noted(folder: Path) -> None:
+    change_training_images()
+    md5 = hashlib.md5((files.PREPARED / "dataset.json").read_bytes()).hexdigest()
+    with (folder / "dvc.lock").open("a") as lock:
+        lock.write(f"    deps: [{{path: data/prepared/dataset.json, md5: {md5}}}]\n")
 
 
 def _rwlock(folder: Path) -> None:
@@ -247,6 +259,8 @@ def _flip(path: Path) -> None:
         (_stand_in, "images", "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR or fix the connection"),
         (_model, "model", "run `dvc repro -f train`"),
         (_lock, "dvc.lock", "`git checkout dvc.lock`, then `dvc repro`"),
+        (_other_params_noted, "dvc.lock", "than that file (model.dropout was 0.5, here it is 0.1): `dvc repro -f"),
+        (_other_data_noted, "dvc.lock", "than that file (data/prepared has changed): `dvc repro -f train`, then"),
         (_rwlock, "dvc.lock", ".dvc/tmp/rwlock is damaged: delete it"),
         (_cache, "DVC's cache", "is damaged: `rm -rf .dvc/cache/files/md5/"),
         (
