@@ -12,6 +12,7 @@ from pipeline.params import differences, flat, parse_yaml, read_params
 LOCK, PIPELINE = Path("dvc.lock"), Path("dvc.yaml")
 ROOT = Path(__file__).parents[1]  # of this code; in a temporary copy of the repository that of the copy
 CODE = "pipeline/"
+KEPT_LOCK = Path(".dvc/tmp/dvc.lock")
 
 
 class StageInputs:
@@ -22,6 +23,8 @@ class StageInputs:
     """
 
     def __init__(self, stage: str) -> None:
+        if files.runs_in_dvc():
+            keep_lock()
         self._stage, self._definition = stage, _definition(stage)
         self._params = self._params_now()
         self._stats, self._digests = _stats(self._files_now()), _digests(self._files_now())
@@ -50,6 +53,21 @@ class StageInputs:
         """The files of code and data that the stage depends on and that exist, by their names in messages."""
         data = {dep: Path(dep) for dep in self._definition["deps"] if not dep.startswith(CODE)}
         return {name: path for name, path in (_code_files(self._definition) | data).items() if path.is_file()}
+
+
+def keep_lock() -> None:
+    """Copy dvc.lock, which DVC empties before it writes it again: pipeline.recover needs a whole one after a kill."""
+    if LOCK.is_file() and is_whole(content := LOCK.read_bytes()):
+        files.write(KEPT_LOCK, content)
+
+
+def is_whole(lock: bytes) -> bool:
+    """Whether this is the content of a dvc.lock that was not cut off."""
+    try:
+        _outputs(lock)
+    except _DAMAGED:
+        return False
+    return True
 
 
 def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
@@ -96,7 +114,7 @@ def outputs(folder: Path = Path(), content: str | None = None) -> dict[str, str]
         raise UserError(f"{LOCK} does not exist: run `dvc repro`") from None
     except _DAMAGED as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{LOCK} is damaged ({reason}): `git checkout {LOCK}`, then `dvc repro`") from error
+        raise UserError(f"{LOCK} is damaged ({reason}): `python -m pipeline.recover`, then `dvc repro`") from error
 
 
 def _outputs(lock: bytes) -> dict[str, str]:
@@ -126,6 +144,13 @@ def has_noted(path: Path, content: bytes) -> bool:
         return outputs().get(path.as_posix()) == md5(content)
     except UserError:
         return False
+
+
+def evaluated_model() -> str | None:
+    """The SHA-256 of the model here, where dvc.lock has it and its evaluation: DVC then does not evaluate it again."""
+    if not all(path.is_file() and has_noted(path, path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)):
+        return None
+    return files.sha256(files.MODEL.read_bytes())
 
 
 def md5(content: bytes) -> str:
