@@ -208,7 +208,10 @@ def _has_runs() -> bool:
 
 
 def _registry() -> Lines:
-    if not _connect() or not registry.names():
+    is_there, model = _connect(), dvc_files.evaluated_model()
+    if model and (lacking := registry.lacking(model) if is_there else registry.NO_VERSION):
+        yield Problem(lacking)
+    if not is_there or not registry.names():
         yield f"nothing registered yet: {WRITE}"
         return
     tags: Mapping[str, str] = {}

@@ -41,6 +41,9 @@ DEAD = {"process.host": os.uname().nodename, "process": "999999999 since 1"}  # 
 def repository(finished_copy: Path) -> Path:
     """As after `dvc repro`, with a cache and a lock of DVC's."""
     evaluate.main()
+    run_id = runs.run_of_model(files.sha256(files.MODEL.read_bytes()))
+    assert run_id is not None
+    runs.log_files(run_id, sorted(files.FIGURES.iterdir()), "figures")
     shutil.copy(REPOSITORY / "requirements.lock", finished_copy)
     md5s = {str(path): _cache_copy(path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)}
     figures = [
@@ -107,9 +110,10 @@ def test_a_database_is_neither_made_nor_filled(
         shutil.copy(migrated_database, database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     code, lines = diagnosis(capsys)
-    assert code == 0, lines
+    assert code == 1, lines
     assert "none yet: `dvc repro`, or `dvc repro -f -s evaluate` if that has nothing to do" in lines[8]
-    assert "nothing registered yet: `dvc repro`, or `dvc repro -f -s evaluate`" in lines[9]
+    line = "the store lacks any version of models/model.safetensors, which DVC finds up to date: `dvc repro -f -s"
+    assert line in lines[9]
     assert list(database.parent.iterdir()) == [database] * is_there
     assert not is_there or database.read_bytes() == migrated_database.read_bytes()
 
@@ -224,6 +228,16 @@ def _changed_champion(folder: Path) -> None:
     _flip(kept)
 
 
+def _no_version(folder: Path) -> None:
+    """As in a new store, where `dvc repro -f` was killed before it had registered the model."""
+    MlflowClient().delete_registered_model("mnist-5k-cnn")
+
+
+def _some_figures(folder: Path) -> None:
+    for path in sorted((folder / "mlruns").rglob("figures/*.png"))[3:]:
+        path.unlink()
+
+
 def _no_champion(folder: Path) -> None:
     MlflowClient().delete_registered_model_alias("mnist-5k-cnn", "champion")
 
@@ -258,7 +272,7 @@ def _flip(path: Path) -> None:
         (_split, "images", "data/prepared/train.safetensors is damaged"),
         (_stand_in, "images", "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR or fix the connection"),
         (_model, "model", "run `dvc repro -f train`"),
-        (_lock, "dvc.lock", "`git checkout dvc.lock`, then `dvc repro`"),
+        (_lock, "dvc.lock", "`python -m pipeline.recover`, then `dvc repro`"),
         (_other_params_noted, "dvc.lock", "than that file (model.dropout was 0.5, here it is 0.1): `dvc repro -f"),
         (_other_data_noted, "dvc.lock", "than that file (data/prepared has changed): `dvc repro -f train`, then"),
         (_rwlock, "dvc.lock", ".dvc/tmp/rwlock is damaged: delete it"),
@@ -285,6 +299,12 @@ def _flip(path: Path) -> None:
         (_champion, "registry", "cannot be read"),
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
         (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),
+        (
+            _no_version,
+            "registry",
+            "the store lacks any version of models/model.safetensors, which DVC finds up to date",
+        ),
+        (_some_figures, "registry", "the store lacks 15 of 18 figures of models/model.safetensors, which DVC finds up"),
         (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.models 1 --rollback`"),
         (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): check the file"),
         (_no_split_but_a_folder, "images", "data/prepared/train.safetensors cannot be read (Is a directory)"),
@@ -332,6 +352,7 @@ def under_dvc(repository: Path) -> Path:
         (_changed_champion, "registry"),
         (_another_model_here, "registry"),
         (_no_champion, "registry"),
+        (_no_version, "registry"),
     ],
 )
 def test_the_suggested_commands_fix_the_problem(

@@ -108,6 +108,21 @@ def test_results_show_the_data_set_and_the_metrics(finished: Path, capsys: pytes
     assert "make ui" in printed
 
 
+@pytest.mark.faults
+def test_fault_47_results_name_the_command_where_the_store_lacks_what_dvc_has_noted(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `dvc repro -f` in a new store was killed, `dvc repro` has nothing to do."""
+    md5s = {path: dvc_files.md5(path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)}
+    outs = [f"{{path: {path}, md5: {md5}}}" for path, md5 in md5s.items()]
+    Path("dvc.lock").write_text(f"schema: '2.0'\nstages: {{train: {{outs: [{', '.join(outs)}]}}}}\n")
+    results.main()
+    line = (
+        "the store lacks any version of models/model.safetensors, which DVC finds up to date: `dvc repro -f -s evaluate"
+    )
+    assert f"warning: {line} visualize`\n" in capsys.readouterr().err
+
+
 def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +315,9 @@ def _replace_data(folder: Path) -> None:
         ("train", _edit_params, "train.learning_rate was 0.001, here it is 0.01"),
         ("train", _replace_data, "data/prepared/dataset.json has changed"),
         ("evaluate", _edit_params, "evaluate.calibration_bins was 15, here it is 9"),
-        ("visualize", _edit_params, "evaluate.calibration_bins was 15, here it is 9"),
+        pytest.param(
+            *("visualize", _edit_params, "evaluate.calibration_bins was 15, here it is 9"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_fault_44_a_stage_whose_inputs_change_while_it_runs_fails_and_keeps_the_older_outputs(
