@@ -5,6 +5,7 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 ACTIVATE := . "$(VENV)/bin/activate"
 ARGS ?=
+REPRO := python -m pipeline.recover && dvc repro
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
@@ -29,7 +30,7 @@ repository:
 			"       or, without Git: make setup && .venv/bin/dvc config --local core.no_scm true" >&2; exit 2; }
 
 repro: repository $(INSTALLED)  ## run the whole workflow: prepare, train, evaluate, visualize
-	$(ACTIVATE) && dvc repro
+	$(ACTIVATE) && $(REPRO)
 	@$(ACTIVATE) && echo && python -m pipeline.results
 
 # Two processes, each running whole test files, so that the fixtures of a file are created once. Their threads share the
@@ -55,7 +56,7 @@ verify: repository $(INSTALLED)  ## run the pipeline twice from scratch, and com
 	$(ACTIVATE) && exec python -m pipeline.verify
 
 doctor: $(INSTALLED)  ## check this repository, and say how to fix what is wrong
-	$(ACTIVATE) && python -m pipeline.doctor
+	$(ACTIVATE) && python -m pipeline.recover && python -m pipeline.doctor
 
 audit: $(INSTALLED)  ## check the packages in requirements.lock for known vulnerabilities; needs a network
 	$(ACTIVATE) && python .ci/audit.py $(ARGS)
@@ -68,7 +69,7 @@ ui: $(INSTALLED)  ## show MLflow at http://127.0.0.1:5000, for this machine only
 		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
 
 tune: repository $(INSTALLED)  ## run the Optuna study of params.yaml; ARGS=--apply writes the winner into the file
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m pipeline.tune $(ARGS)
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m pipeline.tune $(ARGS)
 
 serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this machine only
 	$(ACTIVATE) && python -m pipeline.serve $(ARGS)
@@ -77,13 +78,13 @@ serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this ma
 WRITE_PAGE := python -m bench.benchmarks_page
 
 seeds: $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and standard deviation of the test accuracy
-	$(ACTIVATE) && dvc repro prepare && python -m bench.seeds $(ARGS) && $(WRITE_PAGE)
+	$(ACTIVATE) && $(REPRO) prepare && python -m bench.seeds $(ARGS) && $(WRITE_PAGE)
 
 pooling: $(INSTALLED)  ## compare pooling and no pooling on shifted images; half an hour
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.pooling $(ARGS) && $(WRITE_PAGE)
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.pooling $(ARGS) && $(WRITE_PAGE)
 
 overhead: $(INSTALLED)  ## measure the overhead of live images and checkpoints; five minutes
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.overhead $(ARGS) && $(WRITE_PAGE)
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.overhead $(ARGS) && $(WRITE_PAGE)
 
 # Keras has its own environment; Lightning is installed into a folder and uses this project's PyTorch.
 bench/.keras/.installed: bench/requirements-keras.txt
@@ -100,10 +101,10 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 bench: bench-training $(if $(ARGS),,bench-tuning)  ## compare the speed of training and tuning with other tools; an hour with nothing else running
 
 bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## compare training with Keras, a DataLoader loop and Lightning
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.speed $(ARGS) && $(WRITE_PAGE)
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.speed $(ARGS) && $(WRITE_PAGE)
 
 bench-tuning: $(INSTALLED)  ## compare tuning with a plain Optuna study
-	$(ACTIVATE) && dvc repro --quiet prepare && python -m bench.tuning $(ARGS) && $(WRITE_PAGE)
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.tuning $(ARGS) && $(WRITE_PAGE)
 
 lock: $(INSTALLED)  ## update requirements.lock from pyproject.toml, keeping versions that still fit
 	$(ACTIVATE) && python -m pip install --quiet uv && uv pip compile pyproject.toml --all-extras --universal \

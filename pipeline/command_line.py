@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "evaluate": "Score the model on the test images, write reports/metrics.json, and register the model.",
     "visualize": "Draw what the model learned and where it fails; write reports/figures and reports/plots.",
     "results": "Print the results of the last `dvc repro`.",
+    "recover": "Repair DVC's own files after a process was killed while it wrote them; `make repro` runs it first.",
     "doctor": "Check this repository for problems, and say how to fix them. Exits 1 if something is wrong.",
     "verify": "Run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock.",
     "tune": "Search the parameters in tune.space for the best values.",

@@ -6,7 +6,6 @@ Prints a line for each check. Nothing is changed, except that the experiment is 
 PostgreSQL if it does not exist. Exits 1 if something is wrong.
 """
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -19,7 +18,7 @@ from pipeline import checkpoints, dvc_files, files, machine
 from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, model_file
-from pipeline.params import read_params
+from pipeline.params import differences, read_params
 from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import REGISTER
@@ -115,6 +114,24 @@ def _lock() -> Lines:
             json.loads(RWLOCK.read_text() or "{}")
         except ValueError:
             yield Problem(f"{RWLOCK} is damaged: delete it")
+    if files.MODEL.is_file() and dvc_files.has_noted(files.MODEL, files.MODEL.read_bytes()):
+        yield from _wrong_origin()
+
+
+def _wrong_origin() -> Lines:
+    """Whether dvc.lock says that the model comes from other parameters or data than the model itself says."""
+    trained = model_file.from_bytes(files.MODEL.read_bytes(), str(files.MODEL))
+    noted, dependencies = dvc_files.noted_inputs("train")
+    both = trained.recipe.keys() & noted.keys()
+    wrong = differences({path: trained.recipe[path] for path in both}, {path: noted[path] for path in both})
+    described = files.PREPARED / "dataset.json"
+    if described.is_file() and dependencies.get(described.as_posix()) == dvc_files.md5(described.read_bytes()):
+        wrong += [f"{files.PREPARED} has changed"] * (trained.data.get("data.sha256") != splits.read_dataset().sha256)
+    if wrong:
+        remedy = "`dvc repro -f train`, then `dvc repro`"
+        yield Problem(
+            f"{dvc_files.LOCK} has another origin of {files.MODEL} than that file ({'; '.join(wrong)}): {remedy}"
+        )
 
 
 def _cache() -> Lines:
@@ -141,8 +158,7 @@ def _read_cached(path: Path, md5: str) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    is_whole = hashlib.md5(content, usedforsecurity=False).hexdigest() == md5.removesuffix(".dir")
-    return content if is_whole else None
+    return content if dvc_files.md5(content) == md5.removesuffix(".dir") else None
 
 
 def _checkpoints() -> Lines:
@@ -192,7 +208,10 @@ def _has_runs() -> bool:
 
 
 def _registry() -> Lines:
-    if not _connect() or not registry.names():
+    is_there, model = _connect(), dvc_files.evaluated_model()
+    if model and (lacking := registry.lacking(model) if is_there else registry.NO_VERSION):
+        yield Problem(lacking)
+    if not is_there or not registry.names():
         yield f"nothing registered yet: {WRITE}"
         return
     tags: Mapping[str, str] = {}

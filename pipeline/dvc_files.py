@@ -1,14 +1,82 @@
-"""Reads DVC's own files: from dvc.yaml the code that a stage depends on, from dvc.lock what each stage wrote."""
+"""Reads DVC's own files: from dvc.yaml what a stage depends on, from dvc.lock what each stage read and wrote."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import files
 from pipeline.errors import Fault, UserError
-from pipeline.params import parse_yaml
+from pipeline.params import differences, flat, parse_yaml, read_params
 
 LOCK, PIPELINE = Path("dvc.lock"), Path("dvc.yaml")
+ROOT = Path(__file__).parents[1]  # of this code; in a temporary copy of the repository that of the copy
+CODE = "pipeline/"
+KEPT_LOCK = Path(".dvc/tmp/dvc.lock")
+
+
+class StageInputs:
+    """What a stage depends on, as it is when the stage begins: its parameters, its code and its files.
+
+    DVC notes in dvc.lock what is there when the stage has ended. If that is not what the stage has read, dvc.lock gives
+    its outputs an origin that they do not have, and DVC finds them up to date.
+    """
+
+    def __init__(self, stage: str) -> None:
+        if files.runs_in_dvc():
+            keep_lock()
+        self._stage, self._definition = stage, _definition(stage)
+        self._params = self._params_now()
+        self._stats, self._digests = _stats(self._files_now()), _digests(self._files_now())
+
+    def check_unchanged(self) -> None:
+        """Raises UserError, naming what has changed since then. After that DVC notes nothing for the stage."""
+        changes = differences(self._params, self._params_now())
+        found = self._files_now()
+        if _stats(found) != self._stats:
+            now = _digests(found)
+            names = sorted({*now, *self._digests})
+            changes += [f"{name} has changed" for name in names if now.get(name) != self._digests.get(name)]
+        if changes:
+            raise UserError(
+                f"`{self._stage}` began with other inputs than are here now ({'; '.join(changes)}): "
+                "undo that or keep it, then `dvc repro`"
+            )
+
+    def _params_now(self) -> dict[str, object]:
+        """The parameters that the stage depends on, by their dotted paths."""
+        names = tuple(f"{name}." for name in self._definition.get("params", []))
+        values = flat(read_params().model_dump(mode="json"))
+        return {path: value for path, value in values.items() if f"{path}.".startswith(names)}
+
+    def _files_now(self) -> dict[str, Path]:
+        """The files of code and data that the stage depends on and that exist, by their names in messages."""
+        data = {dep: Path(dep) for dep in self._definition["deps"] if not dep.startswith(CODE)}
+        return {name: path for name, path in (_code_files(self._definition) | data).items() if path.is_file()}
+
+
+def keep_lock() -> None:
+    """Copy dvc.lock, which DVC empties before it writes it again: pipeline.recover needs a whole one after a kill."""
+    if LOCK.is_file() and is_whole(content := LOCK.read_bytes()):
+        files.write(KEPT_LOCK, content)
+
+
+def is_whole(lock: bytes) -> bool:
+    """Whether this is the content of a dvc.lock that was not cut off."""
+    try:
+        _outputs(lock)
+    except _DAMAGED:
+        return False
+    return True
+
+
+def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
+    found = {name: path.stat() for name, path in paths.items()}
+    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in found.items()}
+
+
+def _digests(paths: Mapping[str, Path]) -> dict[str, str]:
+    return {name: files.sha256(path.read_bytes()) for name, path in paths.items()}
 
 
 def code_of(stage: str) -> dict[str, str]:
@@ -16,14 +84,23 @@ def code_of(stage: str) -> dict[str, str]:
 
     In a temporary copy of the repository it is the code of the copy. Raises Fault where dvc.yaml has no such stage.
     """
-    root = Path(__file__).parents[1]
-    content: Any = parse_yaml((root / PIPELINE).read_bytes(), PIPELINE)
-    try:
-        dependencies = [root / dep for dep in content["stages"][stage]["deps"] if dep.startswith("pipeline/")]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise Fault(f"{PIPELINE} has no stage {stage} with its deps: `git restore {PIPELINE}`") from error
+    return _digests(_code_files(_definition(stage)))
+
+
+def _code_files(definition: Mapping[str, Any]) -> dict[str, Path]:
+    dependencies = [ROOT / dep for dep in definition["deps"] if dep.startswith(CODE)]
     found = [file for each in dependencies for file in ([each] if each.is_file() else each.rglob("*.py"))]
-    return {file.relative_to(root).as_posix(): files.sha256(file.read_bytes()) for file in sorted(set(found))}
+    return {file.relative_to(ROOT).as_posix(): file for file in sorted(set(found))}
+
+
+def _definition(stage: str) -> dict[str, Any]:
+    """What dvc.yaml says about a stage. Raises Fault where it has no such stage with its deps."""
+    content: Any = parse_yaml((ROOT / PIPELINE).read_bytes(), PIPELINE)
+    try:
+        found = dict(content["stages"][stage])
+        return found | {"deps": [str(dep) for dep in found["deps"]]}
+    except (TypeError, KeyError, ValueError) as error:
+        raise Fault(f"{PIPELINE} has no stage {stage} with its deps: `git restore {PIPELINE}`") from error
 
 
 def outputs(folder: Path = Path(), content: str | None = None) -> dict[str, str]:
@@ -32,18 +109,50 @@ def outputs(folder: Path = Path(), content: str | None = None) -> dict[str, str]
     ``content`` is that of another commit's dvc.lock, to be read in place of the folder's.
     """
     try:
-        lock: Any = parse_yaml((folder / LOCK).read_bytes() if content is None else content.encode(), LOCK)
-        return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+        return _outputs((folder / LOCK).read_bytes() if content is None else content.encode())
     except FileNotFoundError:
         raise UserError(f"{LOCK} does not exist: run `dvc repro`") from None
-    except (UserError, TypeError, KeyError, AttributeError) as error:
+    except _DAMAGED as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{LOCK} is damaged ({reason}): `git checkout {LOCK}`, then `dvc repro`") from error
+        raise UserError(f"{LOCK} is damaged ({reason}): `python -m pipeline.recover`, then `dvc repro`") from error
+
+
+def _outputs(lock: bytes) -> dict[str, str]:
+    """The MD5 of each output. Raises _DAMAGED."""
+    content: Any = parse_yaml(lock, LOCK)
+    return {out["path"]: out["md5"] for stage in content["stages"].values() for out in stage["outs"]}
+
+
+_DAMAGED = (UserError, TypeError, KeyError, AttributeError)  # what reading a damaged dvc.lock raises
+
+
+def noted_inputs(stage: str) -> tuple[dict[str, object], dict[str, str]]:
+    """The parameters by their dotted paths, and the MD5 of each dependency, with which dvc.lock has a stage's outputs.
+
+    Raises UserError where dvc.lock is damaged.
+    """
+    outputs()
+    content: Any = parse_yaml(LOCK.read_bytes(), LOCK)
+    noted = content["stages"].get(stage, {})
+    params = flat(noted.get("params", {}).get("params.yaml", {}))
+    return params, {dep["path"]: dep["md5"] for dep in noted.get("deps", [])}
 
 
 def has_noted(path: Path, content: bytes) -> bool:
     """Whether dvc.lock has this content for the output ``path``: then the stage was asked to run again."""
     try:
-        return outputs().get(path.as_posix()) == hashlib.md5(content, usedforsecurity=False).hexdigest()
+        return outputs().get(path.as_posix()) == md5(content)
     except UserError:
         return False
+
+
+def evaluated_model() -> str | None:
+    """The SHA-256 of the model here, where dvc.lock has it and its evaluation: DVC then does not evaluate it again."""
+    if not all(path.is_file() and has_noted(path, path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)):
+        return None
+    return files.sha256(files.MODEL.read_bytes())
+
+
+def md5(content: bytes) -> str:
+    """The MD5 of ``content``, as DVC notes it for a file."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

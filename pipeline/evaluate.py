@@ -6,21 +6,25 @@ from torch import Tensor
 
 from pipeline import files
 from pipeline.data.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.errors import run_command
+from pipeline.dvc_files import StageInputs
+from pipeline.errors import UserError, run_command
 from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
 from pipeline.model import metrics, model_file
 from pipeline.model.cnn import CNN, parameter_count
-from pipeline.params import Evaluate, read_params
+from pipeline.model.model_file import TrainedModel
+from pipeline.params import Evaluate, Params, differences, read_params
 from pipeline.tracking import models, promotion, runs, store
 from pipeline.tracking.registry import Entry
 
 
 def main() -> None:
     """Read the model and two of the splits; write metrics.json and predictions.csv; register the model."""
+    inputs = StageInputs("evaluate")
     params, dataset = read_params(), read_dataset()
     model = files.read(files.MODEL, made_by="train")
     trained = model_file.from_bytes(model, str(files.MODEL))
+    _check_origin(trained, params, dataset)
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
@@ -32,6 +36,7 @@ def main() -> None:
         "parameters": parameter_count(trained.cnn.architecture),
         "dataset": dataset.name,
     }
+    inputs.check_unchanged()
     files.write_json(files.METRICS, report)
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
@@ -59,11 +64,24 @@ def main() -> None:
     registered = promotion.register(entry, dataset, test, params.evaluate.promotion)
     files.write_json(files.PROMOTION, registered.as_report())
     runs.log_files(run_id, [files.PROMOTION, files.CARD], runs.EVALUATION)
+    inputs.check_unchanged()
     print(
         f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {scores['error_count']} errors in "
         f"{len(test):,} images\n"
         f"{registered.name} version {registered.version} is {registered.decision.alias}: {registered.decision.reason}"
     )
+
+
+def _check_origin(trained: TrainedModel, params: Params, dataset: Dataset) -> None:
+    """Raises UserError for a model of another recipe or other data, which `dvc.lock` may have as one of these."""
+    others = differences(trained.recipe, params.recipe)
+    if trained.data.get("data.sha256") != dataset.sha256:
+        others.append(f"{files.PREPARED} has changed")
+    if others:
+        raise UserError(
+            f"{files.MODEL} is not what params.yaml and the data here give ({'; '.join(others)}): "
+            "`dvc repro -f train`, then `dvc repro`"
+        )
 
 
 def _test_scores(

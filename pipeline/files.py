@@ -1,13 +1,15 @@
 """The files that the stages pass to each other: their paths, and how they are read, written and hashed."""
 
+import atexit
 import csv
 import errno
-import glob
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,7 @@ CARD = Path("reports/model_card.md")
 FIGURES = Path("reports/figures")
 PLOTS = Path("reports/plots")
 UNFINISHED = ".tmp"
+TEMPORARY = re.compile(r"convtrack-\d+-\w+")  # the temporary folder of a command, with the number of its process
 
 
 def root() -> Path:
@@ -73,7 +76,7 @@ def write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _remove_leftovers(path.parent)
         with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
@@ -89,8 +92,9 @@ def write(path: Path, content: bytes) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raises Fault if ``folder`` is not writable: better before an hour of training than after it."""
+    _remove_leftovers(root())  # of a process that tried it before the folder existed
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    probe = there / f".writable.{os.getpid()}"
+    probe = there / f".writable.{os.getpid()}{UNFINISHED}"
     write(probe, b"")
     probe.unlink()
 
@@ -101,12 +105,37 @@ def check_room(folder: Path, size: int) -> None:
         raise Fault(f"{folder} has less than {size:,} bytes free: make room on that disk, then run again")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote this file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote into this folder."""
+    for left in folder.glob(f".*{UNFINISHED}"):
         number = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
         if number.isdigit() and not psutil.pid_exists(int(number)):
             left.unlink(missing_ok=True)
+
+
+def use_own_temporary_folder() -> None:
+    """Have this command put its temporary files into a folder of its own, and remove those of killed commands.
+
+    Libraries make temporary folders too, whose names do not say whose they are. Does nothing where none can be made.
+    """
+    with suppress(OSError):
+        for left in temporary_folder().glob("convtrack-*-*"):
+            is_ours = left.lstat().st_uid == os.getuid() and TEMPORARY.fullmatch(left.name)
+            if is_ours and not psutil.pid_exists(int(left.name.split("-")[1])):
+                shutil.rmtree(left, ignore_errors=True)
+        tempfile.tempdir = tempfile.mkdtemp(prefix=f"convtrack-{os.getpid()}-")
+        atexit.register(_remove_temporary_folder, Path(tempfile.tempdir), os.getpid())
+
+
+def _remove_temporary_folder(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_folder() -> Path:
+    """The temporary folder of all commands, in which each has its own."""
+    folder = Path(tempfile.gettempdir())
+    return folder.parent if TEMPORARY.fullmatch(folder.name) else folder
 
 
 def _sync_folder(folder: Path) -> None:

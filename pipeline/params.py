@@ -240,6 +240,15 @@ def digest(recipe: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """A text for each dotted path whose value differs."""
+    return [
+        f"{path} was {before.get(path)}, here it is {now.get(path)}"
+        for path in sorted({*before, *now})
+        if before.get(path) != now.get(path)
+    ]
+
+
 def flat(section: Mapping[Any, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one, whose keys are dotted paths. A tuple is a mapping from its indices; a list is a value."""
     found: dict[str, object] = {}

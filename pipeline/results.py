@@ -1,8 +1,11 @@
 """Prints the results of the last `dvc repro`: the data set that was used, the test metrics, where to look."""
 
-from pipeline import files
+import sys
+
+from pipeline import dvc_files, files
 from pipeline.data.splits import TEST, TRAIN, read_dataset
-from pipeline.errors import run_command
+from pipeline.errors import Fault, run_command, without_password
+from pipeline.tracking import registry, store
 
 
 def main() -> None:
@@ -20,6 +23,13 @@ def main() -> None:
     }
     width = max(map(len, facts)) + 2
     print("\n".join(f"{name:<{width}}{fact}" for name, fact in facts.items()))
+    try:
+        store.connect()
+        model = dvc_files.evaluated_model()
+        if model and (lacking := registry.lacking(model)):
+            raise Fault(lacking)
+    except Fault as fault:  # what was trained is here all the same
+        print(f"warning: {without_password(str(fault))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-from pipeline import command_line
+from pipeline import command_line, files
 
 
 def start_command() -> None:
@@ -25,6 +25,7 @@ def start_command() -> None:
     # By default Python collects after every 700 new objects. Importing the libraries makes half a million that all
     # stay: collecting took a third of the time that a stage needs to start.
     gc.set_threshold(100_000, 50, 100)
+    files.use_own_temporary_folder()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else `nohup` or a shell's `&` has it ignored
         signal.signal(signal.SIGINT, _exit_at_once)  # until errors.run_command takes over
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from pipeline import checkpoints, dvc_files, files, recipe
 from pipeline.checkpoints import SavedTraining
 from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
+from pipeline.dvc_files import StageInputs
 from pipeline.errors import Fault, run_command
 from pipeline.explain.live_images import LiveImages
 from pipeline.model import model_file, training
@@ -22,6 +23,7 @@ from pipeline.tracking.runs import TrainingRun
 
 def main() -> None:
     """Read params.yaml and two of the splits; write the model and the history of its training."""
+    inputs = StageInputs("train")
     params, dataset = read_params(), read_dataset()
     device = recipe.device_for(params)
     train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
@@ -40,10 +42,12 @@ def main() -> None:
         continues = interrupted.run_id if interrupted else None
         with runs.training_run(params, dataset, device, fingerprint, continues) as run:
             history = _fit(cnn, train, validation, params, run, fingerprint, interrupted)
+            inputs.check_unchanged()
             model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
             files.write(files.MODEL, model)
             files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
             run.describe_model(cnn, dataset, files.sha256(model))
+    inputs.check_unchanged()
     checkpoints.remove(fingerprint)
     print(f"{files.MODEL}: SHA-256 {files.sha256(files.MODEL.read_bytes())[:12]}..., trained on {dataset.label}")
 

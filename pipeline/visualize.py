@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data.splits import TEST, TRAIN, read_dataset, read_split
+from pipeline.dvc_files import StageInputs
 from pipeline.errors import run_command
 from pipeline.explain import report
 from pipeline.explain.report_inputs import ReportInputs
@@ -18,6 +19,7 @@ from pipeline.tracking import runs, store
 
 def main() -> None:
     """Read the model, its history and its predictions, and two splits; write reports/figures and reports/plots."""
+    stage_inputs = StageInputs("visualize")
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
@@ -42,6 +44,7 @@ def main() -> None:
     runs.close_stale_runs()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, inputs.history)
     runs.log_files(run_id, pictures, "figures")
+    stage_inputs.check_unchanged()
     print(f"{len(pictures)} figures of a model trained on {dataset.label} -> {files.FIGURES}")
 
 

@@ -18,6 +18,7 @@ from mlflow.entities import Run
 
 from pipeline import files
 from pipeline.explain import report
+from pipeline.model import model_file
 from tests.conftest import REPOSITORY, make_ui, write_params
 from tests.test_readme import commands
 
@@ -371,6 +372,31 @@ def other_address() -> str:
         except OSError:
             return "127.0.0.2"
         return str(out.getsockname()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_fault_44_params_edited_while_dvc_trains_are_not_noted_in_its_lock(clone: Path, tmp_path: Path) -> None:
+    clone = shutil.copytree(clone, tmp_path / "clone")
+    write_params(clone, ONE_EPOCH | {"seed": 1})
+    before, model = (clone / "dvc.lock").read_bytes(), (clone / files.MODEL).read_bytes()
+    with subprocess.Popen(
+        ["dvc", "repro", "train"],
+        cwd=clone,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as training:
+        assert training.stdout is not None
+        assert any(line.startswith("Layer ") for line in training.stdout)  # what `train` says before it begins
+        write_params(clone, ONE_EPOCH | {"seed": 2})
+        _, errors = training.communicate(timeout=300)
+    assert training.returncode != 0
+    assert "error: `train` began with other inputs than are here now (seed was 1, here it is 2): undo that" in errors
+    assert ((clone / "dvc.lock").read_bytes(), (clone / files.MODEL).read_bytes()) == (before, model)
+    succeed("dvc", "repro", "train", folder=clone)
+    assert model_file.from_bytes((clone / files.MODEL).read_bytes()).recipe["seed"] == 2
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from pipeline.errors import run_command
 from pipeline.model import model_file
 from pipeline.model.training import Epoch
 from pipeline.tracking import delivery, runs, store
-from tests.conftest import REPOSITORY, change_dataset_json
+from tests.conftest import REPOSITORY, change_dataset_json, change_training_images
 from tests.test_clone import succeed
 from tests.tracking.evaluating import change_model
 
@@ -41,6 +41,9 @@ DEAD = {"process.host": os.uname().nodename, "process": "999999999 since 1"}  # 
 def repository(finished_copy: Path) -> Path:
     """As after `dvc repro`, with a cache and a lock of DVC's."""
     evaluate.main()
+    run_id = runs.run_of_model(files.sha256(files.MODEL.read_bytes()))
+    assert run_id is not None
+    runs.log_files(run_id, sorted(files.FIGURES.iterdir()), "figures")
     shutil.copy(REPOSITORY / "requirements.lock", finished_copy)
     md5s = {str(path): _cache_copy(path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)}
     figures = [
@@ -107,9 +110,10 @@ def test_a_database_is_neither_made_nor_filled(
         shutil.copy(migrated_database, database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     code, lines = diagnosis(capsys)
-    assert code == 0, lines
+    assert code == 1, lines
     assert "none yet: `dvc repro`, or `dvc repro -f -s evaluate` if that has nothing to do" in lines[8]
-    assert "nothing registered yet: `dvc repro`, or `dvc repro -f -s evaluate`" in lines[9]
+    line = "the store lacks any version of models/model.safetensors, which DVC finds up to date: `dvc repro -f -s"
+    assert line in lines[9]
     assert list(database.parent.iterdir()) == [database] * is_there
     assert not is_there or database.read_bytes() == migrated_database.read_bytes()
 
@@ -128,6 +132,18 @@ def _model(folder: Path) -> None:
 
 def _lock(folder: Path) -> None:
     (folder / "dvc.lock").write_text("stages: {train: [")
+
+
+def _other_params_noted(folder: Path) -> None:
+    with (folder / "dvc.lock").open("a") as lock:
+        lock.write("    params: {params.yaml: {model: {dropout: 0.1, pool: max}, seed: 0}}\n")
+
+
+def _other_data_noted(folder: Path) -> None:
+    change_training_images()
+    md5 = hashlib.md5((files.PREPARED / "dataset.json").read_bytes()).hexdigest()
+    with (folder / "dvc.lock").open("a") as lock:
+        lock.write(f"    deps: [{{path: data/prepared/dataset.json, md5: {md5}}}]\n")
 
 
 def _rwlock(folder: Path) -> None:
@@ -212,6 +228,16 @@ def _changed_champion(folder: Path) -> None:
     _flip(kept)
 
 
+def _no_version(folder: Path) -> None:
+    """As in a new store, where `dvc repro -f` was killed before it had registered the model."""
+    MlflowClient().delete_registered_model("mnist-5k-cnn")
+
+
+def _some_figures(folder: Path) -> None:
+    for path in sorted((folder / "mlruns").rglob("figures/*.png"))[3:]:
+        path.unlink()
+
+
 def _no_champion(folder: Path) -> None:
     MlflowClient().delete_registered_model_alias("mnist-5k-cnn", "champion")
 
@@ -246,7 +272,9 @@ def _flip(path: Path) -> None:
         (_split, "images", "data/prepared/train.safetensors is damaged"),
         (_stand_in, "images", "mnist-5k, standing in for mnist: set PIPELINE_DATA_MIRROR or fix the connection"),
         (_model, "model", "run `dvc repro -f train`"),
-        (_lock, "dvc.lock", "`git checkout dvc.lock`, then `dvc repro`"),
+        (_lock, "dvc.lock", "`python -m pipeline.recover`, then `dvc repro`"),
+        (_other_params_noted, "dvc.lock", "than that file (model.dropout was 0.5, here it is 0.1): `dvc repro -f"),
+        (_other_data_noted, "dvc.lock", "than that file (data/prepared has changed): `dvc repro -f train`, then"),
         (_rwlock, "dvc.lock", ".dvc/tmp/rwlock is damaged: delete it"),
         (_cache, "DVC's cache", "is damaged: `rm -rf .dvc/cache/files/md5/"),
         (
@@ -271,6 +299,12 @@ def _flip(path: Path) -> None:
         (_champion, "registry", "cannot be read"),
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
         (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),
+        (
+            _no_version,
+            "registry",
+            "the store lacks any version of models/model.safetensors, which DVC finds up to date",
+        ),
+        (_some_figures, "registry", "the store lacks 15 of 18 figures of models/model.safetensors, which DVC finds up"),
         (_no_champion, "registry", "no version champion; it has: 1: `python -m pipeline.models 1 --rollback`"),
         (_no_model_but_a_folder, "model", "models/model.safetensors cannot be read (Is a directory): check the file"),
         (_no_split_but_a_folder, "images", "data/prepared/train.safetensors cannot be read (Is a directory)"),
@@ -318,6 +352,7 @@ def under_dvc(repository: Path) -> Path:
         (_changed_champion, "registry"),
         (_another_model_here, "registry"),
         (_no_champion, "registry"),
+        (_no_version, "registry"),
     ],
 )
 def test_the_suggested_commands_fix_the_problem(

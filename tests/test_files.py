@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,56 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_write(tmp_pa
     files.write(tmp_path / "file", b"whole")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"file", alive.name, ".file.tmp", ".file.mine.tmp"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("there", [True, False])  # else it tries the folder above
+@pytest.mark.parametrize("step", [1, 2])
+def test_fault_46_what_a_process_left_that_was_killed_while_it_tried_a_folder_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, there: bool
+) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from pipeline import files
+calls = iter(range(1, 10))
+os.fsync = lambda _: next(calls) == {step} and os.kill(os.getpid(), signal.SIGKILL)
+files.check_writable(Path("models"))
+"""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    models = tmp_path / "models"
+    if there:
+        models.mkdir()
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    assert killed.returncode == -signal.SIGKILL
+    assert [path for path in tmp_path.rglob(".*") if path.is_file()]
+    models.mkdir(exist_ok=True)
+    living = models / f".model.safetensors.{os.getppid()}.tmp"
+    living.touch()
+    files.check_writable(Path("models"))
+    assert [path for path in tmp_path.rglob(".*") if path.is_file()] == [living]
+
+
+@pytest.mark.faults
+def test_fault_46_the_temporary_folder_of_a_killed_command_is_removed_by_the_next(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path), "DVC_ROOT": str(tmp_path)}
+    code = """
+import os, signal, tempfile
+from pipeline import files
+files.use_own_temporary_folder()
+open(tempfile.mkdtemp() + "/large", "w").close()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert list(left.rglob("large"))
+    living, other = tmp_path / f"convtrack-{os.getppid()}-abc", tmp_path / "convtrack-999999999"
+    for folder in (living, other):
+        folder.mkdir()
+    subprocess.run([sys.executable, "-m", "pipeline.recover"], cwd=tmp_path, env=environment, check=True)
+    assert set(tmp_path.iterdir()) == {living, other}
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -10,20 +10,31 @@ import shutil
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from pipeline import evaluate, files, prepare, results, train, visualize
+from pipeline import dvc_files, evaluate, files, prepare, results, train, visualize
 from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command
-from pipeline.explain import report
+from pipeline.explain import corruptions, report
 from pipeline.model import model_file
-from tests.conftest import QUICK, REPOSITORY, change_dataset_json, run_stage, write_params
+from pipeline.model.training import Epoch
+from pipeline.tracking import runs
+from tests.conftest import (
+    QUICK,
+    REPOSITORY,
+    change_dataset_json,
+    change_training_images,
+    run_stage,
+    write_params,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,6 +106,21 @@ def test_results_show_the_data_set_and_the_metrics(finished: Path, capsys: pytes
     assert "mnist-5k (3,600 training images)" in printed
     assert f"{accuracy:.2%}" in printed
     assert "make ui" in printed
+
+
+@pytest.mark.faults
+def test_fault_47_results_name_the_command_where_the_store_lacks_what_dvc_has_noted(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `dvc repro -f` in a new store was killed, `dvc repro` has nothing to do."""
+    md5s = {path: dvc_files.md5(path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)}
+    outs = [f"{{path: {path}, md5: {md5}}}" for path, md5 in md5s.items()]
+    Path("dvc.lock").write_text(f"schema: '2.0'\nstages: {{train: {{outs: [{', '.join(outs)}]}}}}\n")
+    results.main()
+    line = (
+        "the store lacks any version of models/model.safetensors, which DVC finds up to date: `dvc repro -f -s evaluate"
+    )
+    assert f"warning: {line} visualize`\n" in capsys.readouterr().err
 
 
 def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(
@@ -264,6 +290,107 @@ def test_the_image_to_draw_must_exist(finished_copy: Path) -> None:
     write_params(finished_copy, QUICK | {"visualize.image": 1000})
     with pytest.raises(UserError, match=r"visualize\.image is 1000; allowed: 0 \.\.\. 999"):
         visualize.main()
+
+
+def _edit_params(folder: Path) -> None:
+    changes = {"data.split_seed": 1, "train.learning_rate": 0.01, "evaluate.calibration_bins": 9}
+    write_params(folder, QUICK | changes)
+
+
+def _edit_code(folder: Path) -> None:
+    with (folder / "pipeline/files.py").open("a") as code:
+        code.write("# a comment\n")
+
+
+def _replace_data(folder: Path) -> None:
+    path = files.PREPARED / "dataset.json"
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("stage", "change", "line"),
+    [
+        ("prepare", _edit_code, "pipeline/files.py has changed"),
+        ("train", _edit_params, "train.learning_rate was 0.001, here it is 0.01"),
+        ("train", _replace_data, "data/prepared/dataset.json has changed"),
+        ("evaluate", _edit_params, "evaluate.calibration_bins was 15, here it is 9"),
+        pytest.param(
+            *("visualize", _edit_params, "evaluate.calibration_bins was 15, here it is 9"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_fault_44_a_stage_whose_inputs_change_while_it_runs_fails_and_keeps_the_older_outputs(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, stage: str, change: Callable[[Path], None], line: str
+) -> None:
+    """DVC would note what is there at the end."""
+    shutil.copytree(REPOSITORY / "pipeline", finished_copy / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "dvc.yaml", finished_copy)
+    monkeypatch.setattr(dvc_files, "ROOT", finished_copy)
+    before = contents(finished_copy)
+    module, name = {
+        "prepare": (splits, "cut"),
+        "train": (runs.TrainingRun, "log_epoch"),
+        "evaluate": (corruptions, "robustness"),
+        "visualize": (visualize, "_draw"),
+    }[stage]
+    # Drawing takes long, and what it draws does not matter here.
+    whole = getattr(module, name) if stage != "visualize" else lambda inputs: []
+
+    def change_then_go_on(*arguments: Any, **named: Any) -> Any:
+        change(finished_copy)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(module, name, change_then_go_on)
+    with pytest.raises(UserError) as error:
+        {"prepare": prepare, "train": train, "evaluate": evaluate, "visualize": visualize}[stage].main()
+    assert str(error.value) == (
+        f"`{stage}` began with other inputs than are here now ({line}): undo that or keep it, then `dvc repro`"
+    )
+    changed = {"data/prepared/dataset.json"} if change is _replace_data else set[str]()
+    after = contents(finished_copy)
+    assert {path for path in after if after[path] != before[path]} == changed
+
+
+@pytest.mark.faults
+def test_fault_44_a_training_whose_params_change_goes_on_where_it_was_once_they_are_back(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = runs.TrainingRun.log_epoch
+
+    def change_then_go_on(run: runs.TrainingRun, epoch: Epoch) -> None:
+        write_params(workspace, QUICK | {"model.dropout": 0.1})
+        whole(run, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.TrainingRun, "log_epoch", change_then_go_on)
+        with pytest.raises(UserError, match=r"model\.dropout was 0\.5, here it is 0\.1"):
+            train.main()
+    assert not files.MODEL.exists()
+    write_params(workspace, QUICK)
+    train.main()
+    assert "resuming an interrupted training after epoch 2 of 2" in capsys.readouterr().out
+    assert model_file.from_bytes(files.MODEL.read_bytes()).recipe["model.dropout"] == 0.5
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (_edit_params, "data.split_seed was 0, here it is 1; train.learning_rate was 0.001, here it is 0.01"),
+        (lambda _: change_training_images(), "data/prepared has changed"),
+    ],
+)
+def test_fault_44_a_model_of_other_parameters_or_data_is_not_evaluated(
+    finished_copy: Path, change: Callable[[Path], None], line: str
+) -> None:
+    change(finished_copy)
+    with pytest.raises(UserError) as error:
+        evaluate.main()
+    assert str(error.value) == (
+        f"models/model.safetensors is not what params.yaml and the data here give ({line}): "
+        "`dvc repro -f train`, then `dvc repro`"
+    )
 
 
 def test_a_damaged_model_is_refused(finished_copy: Path) -> None:

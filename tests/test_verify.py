@@ -227,7 +227,7 @@ def test_fault_2_an_interrupted_build_leaves_no_stage_at_work_and_no_folder(
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not list(builds.glob("convtrack-*/first/checkpoints/*")):
+    while not list(builds.glob("convtrack-*/convtrack-*/first/checkpoints/*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)

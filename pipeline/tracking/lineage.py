@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from pipeline import dvc_files, machine
+from pipeline import dvc_files, machine, params
 
 CODE, RECIPE = "code", "recipe"
 PARAMS_SHA256, DATA_SHA256 = "params.sha256", "data.sha256"
@@ -26,10 +26,8 @@ def differences(
 
     ``recipe`` is that of params.yaml, ``data_sha256`` that of the prepared data, None where there are none.
     """
-    before = json.loads(tags[RECIPE])
-    for name in sorted(set(before) | set(recipe)):
-        if (was := before.get(name)) != (now := recipe.get(name)):
-            yield "params", f"{name} was {was}, here it is {now}"
+    for difference in params.differences(json.loads(tags[RECIPE]), recipe):
+        yield "params", difference
     if data_sha256 is None:
         yield "data", "none are prepared here yet: dvc repro prepare"
     elif data_sha256 != tags[DATA_SHA256]:

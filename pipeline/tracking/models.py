@@ -6,7 +6,7 @@ and loading a modified one could run code.
 
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 
 import mlflow
 import numpy as np
@@ -45,7 +45,7 @@ def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str
         if model.status == LoggedModelStatus.READY and is_complete(str(model.artifact_location), model_sha256):
             return str(model.model_id)
     # torch.export ends the process on a full disk, and mlflow has it write into the temporary folder.
-    files.check_room(Path(gettempdir()), ROOM + 3 * files.MODEL.stat().st_size)
+    files.check_room(files.temporary_folder(), ROOM + 3 * files.MODEL.stat().st_size)
     logged = Model.log(
         artifact_path=None,
         flavor=mlflow.pytorch,

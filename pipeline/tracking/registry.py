@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.data.splits import TEST, Dataset, read_dataset
 from pipeline.errors import UserError, printable
 from pipeline.model import metrics
 from pipeline.model.cnn import CNN
-from pipeline.tracking import models
+from pipeline.tracking import models, runs
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.lineage import RECIPE
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
@@ -26,6 +27,8 @@ from pipeline.tracking.store import store_faults
 TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
 REGISTER = "`dvc repro -f -s evaluate`"  # the command that registers the model that is here
+LACKING = f"the store lacks {{}} of {files.MODEL}, which DVC finds up to date: `dvc repro -f -s evaluate visualize`"
+NO_VERSION = LACKING.format("any version")
 MAX_DESCRIPTION_LENGTH = 5000  # characters, in the databases of MLflow
 
 
@@ -152,6 +155,17 @@ def find_by_hash(name: str, model_sha256: str) -> ModelVersion | None:
     """The newest version of this model whose file is complete."""
     matching = _search(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
     return next((version for version in reversed(matching) if is_complete(version)), None)
+
+
+@store_faults()
+def lacking(model_sha256: str) -> str | None:
+    """What the store lacks of the model here, which dvc.lock has as evaluated, and the remedy. DVC does not notice."""
+    run_id = runs.run_of_model(model_sha256)
+    if run_id is None or not _search(f"tags.`{MODEL_SHA256}` = '{model_sha256}'"):
+        return NO_VERSION
+    logged = {Path(artifact.path).name for artifact in MlflowClient().list_artifacts(run_id, "figures")}
+    drawn = {path.name for path in files.FIGURES.glob("*.png")}
+    return LACKING.format(f"{len(drawn - logged)} of {len(drawn)} figures") if drawn - logged else None
 
 
 def is_complete(version: ModelVersion) -> bool:

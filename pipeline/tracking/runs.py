@@ -236,6 +236,11 @@ def _newest_finished(matching: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
+def run_of_model(model_sha256: str) -> str | None:
+    """The id of the newest finished run whose model has this hash."""
+    return _newest_finished(f"tags.`{MODEL_SHA256}` = '{model_sha256}'")
+
+
 @store_faults()
 def find_or_restore(
     model_sha256: str, trained: TrainedModel, dataset: Dataset, history: Sequence[Mapping[str, str]]
@@ -245,7 +250,7 @@ def find_or_restore(
     If DVC restored it from its cache there may be none. Then a run tagged ``restored`` is created from the files:
     they hold the recipe, the data and the rows of history.csv, but not the machine and the code.
     """
-    if found := _newest_finished(f"tags.`{MODEL_SHA256}` = '{model_sha256}'"):
+    if found := run_of_model(model_sha256):
         return found
     tags = {**trained.data, PARAMS_SHA256: digest(trained.recipe), "restored": "true"}
     with open_run(dataset, tags) as run_id:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 import mlflow
@@ -145,7 +145,7 @@ def _create_database(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or path.exists() or not path.parent.is_dir():
         return
-    files.check_room(Path(gettempdir()), NEW_DATABASE_BYTES)
+    files.check_room(files.temporary_folder(), NEW_DATABASE_BYTES)
     with TemporaryDirectory(prefix="convtrack-") as folder:
         created, copied = Path(folder) / "created.db", Path(folder) / "copied.db"
         MlflowClient(f"sqlite:///{created}").search_experiments()  # creates the tables
@@ -205,7 +205,7 @@ def _lock_file(what: str) -> Path:
         folder = files.root() / "mlruns"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f".{what}.lock"
-    folder = Path(gettempdir()) / f"convtrack-{os.getuid()}"
+    folder = files.temporary_folder() / f"convtrack-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
