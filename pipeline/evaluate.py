@@ -11,7 +11,7 @@ from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
 from pipeline.model import metrics, model_file
 from pipeline.model.cnn import CNN, parameter_count
-from pipeline.params import Evaluate, read_params
+from pipeline.params import Evaluate, check_model, read_params
 from pipeline.tracking import models, promotion, runs, store
 from pipeline.tracking.registry import Entry
 
@@ -20,15 +20,15 @@ def main() -> None:
     """Read the model and two of the splits; write metrics.json and predictions.csv; register the model."""
     params, dataset = read_params(), read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    trained = model_file.from_bytes(model, str(files.MODEL))
+    trained = model_file.from_bytes(model, str(files.MODEL), check_model)
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
-    logits = metrics.predict_logits(trained.cnn, test.images)
+    logits = metrics.finite(metrics.predict_logits(trained.cnn, test.images))
     scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
     report = {
         "test": scores,
-        "validation": _basic_scores(metrics.predict_logits(trained.cnn, validation.images), validation),
+        "validation": _basic_scores(metrics.finite(metrics.predict_logits(trained.cnn, validation.images)), validation),
         "parameters": parameter_count(trained.cnn.architecture),
         "dataset": dataset.name,
     }
