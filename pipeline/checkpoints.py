@@ -15,6 +15,7 @@ from pipeline import dvc_files, files, machine
 from pipeline.data.splits import Dataset
 from pipeline.model import checkpoint
 from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.cnn import CNN
 from pipeline.model.training import Epoch
 from pipeline.params import Params
 
@@ -43,11 +44,13 @@ def fingerprint(params: Params, dataset: Dataset, device: torch.device) -> str:
     return files.sha256(json.dumps(inputs, sort_keys=True).encode())
 
 
-def find(fingerprint: str) -> SavedTraining | None:
-    """The interrupted training with this fingerprint, if there is one. A damaged checkpoint is removed."""
+def find(fingerprint: str, cnn: CNN) -> SavedTraining | None:
+    """The interrupted training of ``cnn`` with this fingerprint, if there is one. A damaged checkpoint is removed."""
     path = _path(fingerprint)
     try:
-        return read(path)
+        saved = read(path)
+        checkpoint.check(saved.checkpoint, cnn)
+        return saved
     except FileNotFoundError:
         return None
     except checkpoint.DamagedError as error:

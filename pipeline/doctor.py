@@ -18,7 +18,7 @@ from pipeline import checkpoints, dvc_files, files, machine
 from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, model_file
-from pipeline.params import differences, read_params
+from pipeline.params import check_model, differences, read_params
 from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import REGISTER
@@ -103,7 +103,7 @@ def _model() -> Lines:
         yield "none yet: `dvc repro` trains one"
         return
     content = files.MODEL.read_bytes()
-    model_file.from_bytes(content, str(files.MODEL))
+    model_file.from_bytes(content, str(files.MODEL), check_model)
     yield f"SHA-256 {files.sha256(content)[:12]}..."
 
 

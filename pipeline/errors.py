@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -77,6 +77,20 @@ def printable(text: str) -> str:
     """An untrusted name, for a message: on one line, escaped, and truncated if it is too long."""
     printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return printable if len(printable) <= MAX_NAME_LENGTH else f"{printable[:MAX_NAME_LENGTH]}..."
+
+
+def check_class_names(names: Sequence[object]) -> None:
+    """Raises ValueError unless these are different texts that ``printable`` leaves as they are, none of them empty."""
+    known = set[str]()
+    for name in names:
+        if not isinstance(name, str) or not name.strip() or printable(name) != name:
+            allowed = f"printable text of 1 to {MAX_NAME_LENGTH} characters"
+            raise ValueError(f"a class has the name {printable(repr(name))}; allowed: {allowed}")
+        if name in known:
+            raise ValueError(f"two classes have the name {name}")
+        known.add(name)
+    if not known:
+        raise ValueError("there are no classes")
 
 
 def _stop(code: int, line: str) -> NoReturn:

@@ -13,7 +13,7 @@ from pipeline.explain.model_card import model_card
 from pipeline.model import metrics, model_file
 from pipeline.model.cnn import CNN, parameter_count
 from pipeline.model.model_file import TrainedModel
-from pipeline.params import Evaluate, Params, differences, read_params
+from pipeline.params import Evaluate, Params, check_model, differences, read_params
 from pipeline.tracking import models, promotion, runs, store
 from pipeline.tracking.registry import Entry
 
@@ -23,16 +23,16 @@ def main() -> None:
     inputs = StageInputs("evaluate")
     params, dataset = read_params(), read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    trained = model_file.from_bytes(model, str(files.MODEL))
+    trained = model_file.from_bytes(model, str(files.MODEL), check_model)
     _check_origin(trained, params, dataset)
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
-    logits = metrics.predict_logits(trained.cnn, test.images)
+    logits = metrics.finite(metrics.predict_logits(trained.cnn, test.images))
     scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
     report = {
         "test": scores,
-        "validation": _basic_scores(metrics.predict_logits(trained.cnn, validation.images), validation),
+        "validation": _basic_scores(metrics.finite(metrics.predict_logits(trained.cnn, validation.images)), validation),
         "parameters": parameter_count(trained.cnn.architecture),
         "dataset": dataset.name,
     }

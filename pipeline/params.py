@@ -293,6 +293,14 @@ def read_params(path: Path = PARAMS) -> Params:
         raise UserError(f"{path}: {printable(_explained(error))}") from None
 
 
+def check_model(values: Mapping[str, object]) -> None:
+    """Raises ValueError, in one line, for values of ``model`` that params.yaml may not have."""
+    try:
+        Params.model_validate({"model": dict(values)})
+    except ValidationError as error:
+        raise ValueError(_explained(error)) from None
+
+
 def with_values(content: str, values: Mapping[str, object]) -> str:
     """The text of a params.yaml with other values at some dotted paths, added where it leaves them out.
 

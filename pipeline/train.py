@@ -38,7 +38,7 @@ def main() -> None:
     if run_id := _already_trained(fingerprint):
         print(f"{files.MODEL} was trained by the MLflow run {run_id}, which ended before DVC recorded it")
     else:
-        interrupted = checkpoints.find(fingerprint)
+        interrupted = checkpoints.find(fingerprint, cnn)
         continues = interrupted.run_id if interrupted else None
         with runs.training_run(params, dataset, device, fingerprint, continues) as run:
             history = _fit(cnn, train, validation, params, run, fingerprint, interrupted)

@@ -13,7 +13,7 @@ from pipeline.explain import report
 from pipeline.explain.report_inputs import ReportInputs
 from pipeline.figures.canvas import as_png
 from pipeline.model import model_file
-from pipeline.params import read_params
+from pipeline.params import check_model, read_params
 from pipeline.tracking import runs, store
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     params = read_params()
     dataset = read_dataset()
     model = files.read(files.MODEL, made_by="train")
-    saved = model_file.from_bytes(model, str(files.MODEL))
+    saved = model_file.from_bytes(model, str(files.MODEL), check_model)
     store.connect()  # before the drawing: a store that cannot be reached is reported at once
     inputs = ReportInputs(
         saved.cnn,

@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline import files
-from pipeline.errors import Fault, UserError
+from pipeline.errors import Fault, UserError, check_class_names, printable
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+MAX_HEADER_SIZE = 1000  # bytes, of a split's file; ours have less than 200
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,15 @@ def _cut_off(images: LabelledImages, fraction: float, split: str) -> tuple[Label
 
 
 def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:
-    """Warnings about the splits, a line each. Raises UserError for invalid labels and for classes without images."""
+    """Warnings about the splits, a line each.
+
+    Raises UserError for invalid labels and class names, and for classes without images.
+    """
     warnings = []
+    try:
+        check_class_names(class_names)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
     for split, images in splits.items():
         outside = (images.labels < 0) | (images.labels >= len(class_names))
         if outside.any():
@@ -189,19 +199,48 @@ def read_dataset(folder: Path = files.PREPARED) -> Dataset:
         content = json.loads(files.read(path, made_by="prepare"))
         if content.pop("sha256") != _digest(content):
             raise ValueError("its SHA-256 differs")
-        return Dataset(
-            **content
-            | {key: tuple(content[key]) for key in ("class_names", "image_shape", "mean", "std")}
-            | {"splits": {name: SplitFacts(**facts) for name, facts in content["splits"].items()}}
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Fault(f"{path} is damaged ({error}): run `dvc repro -f prepare`") from error
+        dataset = _typed(content)
+        check_class_names(dataset.class_names)
+        if set(dataset.splits) != set(SPLITS):
+            raise ValueError(f"its splits are not {', '.join(SPLITS)}")
+        return dataset
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Fault(f"{path} is damaged ({printable(str(error))}): run `dvc repro -f prepare`") from error
+
+
+def _typed(content: dict[str, Any]) -> Dataset:
+    """The content of dataset.json. Raises ValueError, in one line, for another key or type of value."""
+    try:
+        return TypeAdapter(Dataset).validate_json(json.dumps(content), strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_split(dataset: Dataset, split: str, folder: Path = files.PREPARED) -> LabelledImages:
-    """One split. Its SHA-256 is checked, because DVC does not hash the files in its cache again."""
+    """One split. Its SHA-256 is checked, because DVC does not hash the files in its cache again.
+
+    Raises Fault where it is not what ``dataset`` says: the number of images, their shape, the labels.
+    """
     path = folder / f"{split}.safetensors"
     content = files.read(path, made_by="prepare")
     if files.sha256(content) != dataset.splits[split].sha256:
         raise Fault(f"{path} is damaged (its SHA-256 is not the one in dataset.json): run `dvc repro -f prepare`")
-    return LabelledImages(**safetensors.torch.load(content))
+    try:
+        if int.from_bytes(content[:8], "little") > MAX_HEADER_SIZE:
+            raise ValueError(f"its header is longer than {MAX_HEADER_SIZE:,} bytes")
+        return _labelled(safetensors.torch.load(content), dataset, split)
+    except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise Fault(f"{path} is damaged ({printable(str(error))}): run `dvc repro -f prepare`") from error
+
+
+def _labelled(tensors: dict[str, torch.Tensor], dataset: Dataset, split: str) -> LabelledImages:
+    """The tensors of a split's file. Raises ValueError where they are not what ``dataset`` says."""
+    count = dataset.splits[split].count
+    expected = {"images": (torch.uint8, (count, *dataset.image_shape)), "labels": (torch.int64, (count,))}
+    if (found := {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}) != expected:
+        raise ValueError(f"it holds {found}, not {expected}")
+    images = LabelledImages(**tensors)
+    if count == 0 or images.labels.min() < 0 or images.labels.max() >= len(dataset.class_names):
+        raise ValueError("it has no images, or labels that are not a class")
+    return images

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import pickle
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import printable
+from pipeline.model.cnn import CNN
+
+# What zipfile and torch raise for content that is not a checkpoint's, and what its fields raise where it is another's.
+UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
+    EOFError, AssertionError, OverflowError, MemoryError, NotImplementedError, struct.error,
+)  # fmt: skip
+MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # each of its parameter's shape, as fused optimizers take it
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -58,7 +69,39 @@ def from_bytes(content: bytes) -> tuple[Checkpoint, dict[str, Any]]:
     if _signed(stored) != content:
         raise DamagedError("its SHA-256 does not match")
     try:
+        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+            records = archive.infolist()
+        if sum(record.file_size for record in records) > len(stored):
+            raise ValueError("its records are larger than the file")  # compressed, which torch never does
         read = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
-        return Checkpoint(**read["fit"]), read["facts"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
-        raise DamagedError(str(error).splitlines()[0]) from error
+        return Checkpoint(**read["fit"]), dict(read["facts"])
+    except UNREADABLE as error:
+        raise DamagedError(_reason(error)) from error
+
+
+def check(checkpoint: Checkpoint, cnn: CNN) -> None:
+    """Raises DamagedError for a checkpoint that is not of a training of such a network."""
+    try:
+        if _kinds(checkpoint.model) != _kinds(cnn.state_dict()):
+            raise ValueError("its weights are not those of the network")
+        shapes = [parameter.shape for parameter in cnn.parameters()]
+        for index, state in checkpoint.optimizer["state"].items():
+            if any(state[name].shape != shapes[index] or state[name].is_meta for name in MOMENTS & state.keys()):
+                raise ValueError("its optimizer is not that of the network")
+        if not all(weights.isfinite().all() for weights in checkpoint.model.values()):
+            raise ValueError("it has weights that are not finite")
+        if not all(
+            isinstance(n, int | float) and n >= 0 for n in (checkpoint.epoch, checkpoint.step, checkpoint.seconds)
+        ):
+            raise ValueError("it does not say how far it got")
+    except UNREADABLE as error:
+        raise DamagedError(_reason(error)) from error
+
+
+def _kinds(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
+    """What must be the same in both: shapes, types, and that there are values, which a tensor on meta has not."""
+    return {name: (weights.shape, weights.dtype, weights.is_meta) for name, weights in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    return printable(str(error).splitlines()[0] if str(error) else type(error).__name__)

@@ -7,6 +7,7 @@ them, the summary table and the receptive fields included: these are read off th
 import copy
 import functools
 import itertools
+import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import check_class_names
 from pipeline.model import cpu_ops
 from pipeline.model.layers import Dropout, Flatten, Pool, Pooling, as_float
+
+MAX_IMAGE_SIZE = 2**24  # H * W * C; those of 4096 x 4096 pixels in grey
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class CNN(nn.Module):
     def __init__(self, architecture: Architecture, generator: torch.Generator | None) -> None:
         """Build the layers of ``architecture`` with initial weights drawn from ``generator`` (on the CPU).
 
-        Raises ValueError where the layers do not fit the images.
+        Raises ValueError where the layers do not fit the images, these are too large, or classes have no good names.
         """
         super().__init__()
         channels, height, width = _output_shape(architecture)
@@ -142,8 +146,12 @@ def _blocks(architecture: Architecture) -> nn.Sequential:
 
 @functools.cache
 def _output_shape(architecture: Architecture) -> tuple[int, int, int]:
-    """(C, H, W) of the last block's maps, computed without any data. Raises ValueError where a block does not fit."""
+    """(C, H, W) of the last block's maps, computed without any data. Raises ValueError as CNN does."""
+    check_class_names(architecture.class_names)
     height, width, channels = architecture.image_shape
+    if min(architecture.image_shape) < 1 or math.prod(architecture.image_shape) > MAX_IMAGE_SIZE:
+        shape = " x ".join(map(str, architecture.image_shape))
+        raise ValueError(f"the images are {shape}; allowed: at least 1 x 1 x 1, and at most {MAX_IMAGE_SIZE:,} values")
     with torch.device("meta"):
         maps = torch.empty(1, channels, height, width)
         for number, block in enumerate(_blocks(architecture).eval(), 1):

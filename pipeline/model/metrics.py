@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.errors import Fault
 from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
@@ -30,6 +31,16 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
             return torch.cat(list(pool.map(predict, torch.split(images, CHUNK))))
     finally:
         cnn.train(was_training)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """These logits (N, classes). Raises Fault where one of them is not a number, or infinite."""
+    if not logits.isfinite().all():
+        raise Fault(
+            "the model's answer is not a number, so it cannot be used: choose another version, or train again with a "
+            "lower train.learning_rate"
+        )
+    return logits
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

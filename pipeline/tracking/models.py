@@ -22,6 +22,7 @@ from pipeline.errors import Fault
 from pipeline.model import model_file
 from pipeline.model.cnn import CNN, Architecture, Classifier
 from pipeline.model.model_file import TrainedModel
+from pipeline.params import check_model
 from pipeline.tracking.lineage import DATA_SHA256
 from pipeline.tracking.runs import MODEL_SHA256
 from pipeline.tracking.store import one_line, store_faults
@@ -78,7 +79,8 @@ def read(artifact_uri: str, model_sha256: str) -> TrainedModel:
 
     Raises Fault if the file cannot be read, or does not have this hash.
     """
-    return model_file.from_bytes(_content(artifact_uri, model_sha256), f"the model file of {artifact_uri}")
+    content = _content(artifact_uri, model_sha256)
+    return model_file.from_bytes(content, f"the model file of {artifact_uri}", check_model)
 
 
 def is_complete(artifact_uri: str, model_sha256: str) -> bool:

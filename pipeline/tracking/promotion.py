@@ -122,7 +122,10 @@ def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> N
         raise _CannotCompareError(f"cannot be loaded: {error}") from error
     if loaded.image_shape != dataset.image_shape:
         raise _CannotCompareError(f"takes images of {' x '.join(map(str, loaded.image_shape))}")
-    probabilities = loaded.classify(test.images.numpy())
+    try:
+        probabilities = loaded.classify(test.images.numpy())
+    except Fault as error:
+        raise _CannotCompareError(f"cannot be scored: {error}") from error
     correct: NDArray[np.bool_] = probabilities.argmax(axis=1) == test.labels.numpy()
     return correct
 

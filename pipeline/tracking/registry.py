@@ -237,9 +237,12 @@ class Loaded:
         return self.cnn.architecture.image_shape
 
     def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (N, classes) of images (N, H, W, C), the same as in `evaluate`. In one thread at a time."""
-        probabilities = metrics.predict_logits(self.cnn, torch.from_numpy(images)).softmax(dim=1).numpy()
-        return cast(NDArray[np.float32], probabilities)
+        """Probabilities (N, classes) of images (N, H, W, C), the same as in `evaluate`. In one thread at a time.
+
+        Raises Fault where the answer is not a number.
+        """
+        logits = metrics.finite(metrics.predict_logits(self.cnn, torch.from_numpy(images)))
+        return cast(NDArray[np.float32], logits.softmax(dim=1).numpy())
 
 
 def require(version: ModelVersion, *tags: str) -> None:

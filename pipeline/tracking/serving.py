@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pipeline.errors import Fault
 from pipeline.model.cnn import MAX_IMAGES
 from pipeline.tracking import registry
 from pipeline.tracking.registry import Loaded
@@ -46,7 +47,7 @@ class RefusedError(Exception):
 def application(version: ModelVersion, host: str) -> Starlette:
     """The ASGI application that serves a registered model to requests whose host name is ``host`` or localhost.
 
-    Raises Fault for a version that models.read refuses.
+    Raises Fault for a version that models.read refuses, and for one whose answer is not a number.
     """
     predictor = Predictor(registry.load(version))
     predictor.classify(np.zeros((1, *predictor.loaded.image_shape), np.uint8))  # compiles what the first request needs
@@ -90,6 +91,8 @@ class Predictor:
                 return await asyncio.to_thread(self._predictions, body)
         except RefusedError as refused:
             return JSONResponse({"error": str(refused)}, refused.status)
+        except Fault as fault:
+            return JSONResponse({"error": str(fault)}, 500)
 
     def _predictions(self, body: bytearray) -> Response:
         return JSONResponse({"predictions": self.classify(images_from(body, self.loaded.image_shape)).tolist()})

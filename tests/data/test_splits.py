@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from pipeline.data import splits
@@ -158,3 +161,83 @@ def test_fault_20_the_same_image_in_two_splits_is_reported() -> None:
         "the test split has no image of class c",
         "3 images of the train split are in the test split too",
     ]
+
+
+Tensors = dict[str, torch.Tensor]
+HOSTILE: dict[str, Callable[[Tensors], Tensors]] = {
+    "another name": lambda split: {"pictures": split["images"], "labels": split["labels"]},
+    "a tensor more": lambda split: split | {"more": torch.zeros(1)},
+    "floats": lambda split: split | {"images": split["images"].float()},
+    "another shape": lambda split: split | {"images": split["images"].reshape(-1, 4, 1, 1)},
+    "half of the labels": lambda split: split | {"labels": split["labels"][::2].clone()},
+    "a label outside the classes": lambda split: split | {"labels": split["labels"] + 1},
+    "a negative label": lambda split: split | {"labels": split["labels"] - 1},
+}
+
+
+def replace_train(folder: Path, dataset: splits.Dataset, content: bytes) -> None:
+    """Another train.safetensors, and a dataset.json that has its hash."""
+    (folder / "train.safetensors").write_bytes(content)
+    facts = replace(dataset.splits["train"], sha256=hashlib.sha256(content).hexdigest())
+    splits.write_dataset(replace(dataset, splits=dataset.splits | {"train": facts}), folder)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_fault_42_a_split_that_is_not_what_dataset_json_says_is_refused(
+    tmp_path: Path, change: Callable[[Tensors], Tensors]
+) -> None:
+    dataset = write(tmp_path)
+    tensors = safetensors.torch.load((tmp_path / "train.safetensors").read_bytes())
+    replace_train(tmp_path, dataset, safetensors.torch.save(change(tensors)))
+    with pytest.raises(Fault, match=r"train\.safetensors is damaged \(it .* run `dvc repro -f prepare`$"):
+        splits.read_split(splits.read_dataset(tmp_path), "train", tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("content", [b"", b"x" * 99, (2000).to_bytes(8, "little") + b" " * 2000])
+def test_fault_42_a_split_with_another_header_is_refused(tmp_path: Path, content: bytes) -> None:
+    replace_train(tmp_path, write(tmp_path), content)
+    with pytest.raises(Fault, match=r"train\.safetensors is damaged \(.* run `dvc repro -f prepare`$"):
+        splits.read_split(splits.read_dataset(tmp_path), "train", tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"class_names": ("a", "b", "\x1b[31mc")},
+        {"class_names": ("a", "b", "b")},
+        {"class_names": (1, 2, 3)},
+        {"image_shape": (2, 2)},
+        {"image_shape": (2, 2, "1")},
+        {"splits": {}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_fault_42_a_dataset_json_with_other_facts_is_refused_in_one_line(
+    tmp_path: Path, facts: dict[str, object]
+) -> None:
+    write(tmp_path)
+    path = tmp_path / "dataset.json"
+    content = json.loads(path.read_text()) | facts
+    del content["sha256"]
+    path.write_text(json.dumps(content | {"sha256": splits._digest(json.loads(json.dumps(content)))}))
+    with pytest.raises(Fault, match=r"^[^\n]*dataset\.json is damaged \([^\n]* run `dvc repro -f prepare`$") as error:
+        splits.read_dataset(tmp_path)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.faults
+def test_fault_42_a_dataset_json_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("[" * 100_000)
+    with pytest.raises(Fault, match=r"dataset\.json is damaged"):
+        splits.read_dataset(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("names", [("a", "b", "b"), ("a", "b", ""), ("a", "b", "c\n"), ("a", "b", "c" * 301)])
+def test_fault_42_class_names_that_no_model_file_may_have_are_refused_by_prepare(names: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"^it: (a class has the name|two classes have the name)"):
+        splits.check(cut(numbered(600)), "it", names)

@@ -1,12 +1,17 @@
 """A fit that resumes from a checkpoint gives the same bits as an uninterrupted one."""
 
+import io
 import pickle
+import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.data.splits import LabelledImages
 from pipeline.model import checkpoint, model_file, training
@@ -14,6 +19,7 @@ from pipeline.model.checkpoint import Checkpoint, DamagedError
 from pipeline.model.cnn import CNN, Architecture
 from tests.model import test_training
 from tests.model.test_training import ARCHITECTURE
+from tests.test_bad_input import damaged
 
 SETTINGS = replace(test_training.SETTINGS, epochs=3, batch_size=128, weight_decay=0.01, checkpoint_seconds=1e-9)
 Fitted = tuple[bytes, list[training.Epoch], list[bytes]]
@@ -109,3 +115,77 @@ def test_fault_26_an_invalid_checkpoint_is_refused_and_not_executed(
         checkpoint.from_bytes(damaged)
     assert len(content) > digest
     assert not Path("PWNED").exists()
+
+
+CHECKPOINT = Checkpoint(
+    epoch=1,
+    step=0,
+    seconds=1.0,
+    model=CNN(ARCHITECTURE, torch.Generator()).state_dict(),
+    optimizer={"state": {}},
+    schedule={},
+    generator=torch.Generator().get_state(),
+    losses=torch.empty(0),
+    logits=torch.empty(0),
+)
+
+
+def _compressed(content: bytes) -> bytes:
+    """With a record that takes a thousandth of its size in the file."""
+    packed = io.BytesIO(content)
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/99", bytes(10_000_000))
+    return packed.getvalue()
+
+
+@pytest.mark.faults
+def test_fault_42_a_checkpoint_that_would_take_more_memory_than_its_file_is_refused() -> None:
+    stored = checkpoint.to_bytes(CHECKPOINT, {})[checkpoint.DIGEST_SIZE :]
+    with pytest.raises(DamagedError, match="its records are larger than the file"):
+        checkpoint.from_bytes(checkpoint._signed(_compressed(stored)))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": CNN(replace(ARCHITECTURE, filters=(16, 33)), torch.Generator()).state_dict()},
+        {"model": {name: each.half() for name, each in CHECKPOINT.model.items()}},
+        {"model": {name: each.to("meta") for name, each in CHECKPOINT.model.items()}},
+        {"model": {name: each * float("nan") for name, each in CHECKPOINT.model.items()}},
+        {"model": dict(list(CHECKPOINT.model.items())[1:])},
+        {"model": [1, 2]},
+        {"epoch": "one"},
+        {"optimizer": {}},
+        {"optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}}},
+        {"optimizer": {"state": {99: {"exp_avg": torch.zeros(1)}}}},
+    ],
+    ids=[
+        "shapes",
+        "half precision",
+        "meta",
+        "NaN",
+        "a tensor less",
+        "a list",
+        "an epoch that is text",
+        "no optimizer",
+        "moments",
+        "parameter 99",
+    ],
+)
+def test_fault_42_a_checkpoint_of_another_network_is_refused(change: dict[str, Any]) -> None:
+    cnn = CNN(ARCHITECTURE, torch.Generator())
+    checkpoint.check(checkpoint.from_bytes(checkpoint.to_bytes(CHECKPOINT, {}))[0], cnn)
+    other = checkpoint.from_bytes(checkpoint.to_bytes(replace(CHECKPOINT, **change), {}))[0]
+    with pytest.raises(DamagedError):
+        checkpoint.check(other, cnn)
+
+
+@pytest.mark.faults
+@settings(max_examples=60, derandomize=True, database=None, deadline=None)
+@given(data=st.data())
+def test_fault_42_any_other_bytes_that_are_signed_are_refused_or_harmless(data: st.DataObject) -> None:
+    stored = checkpoint.to_bytes(CHECKPOINT, {})[checkpoint.DIGEST_SIZE :]
+    content = data.draw(damaged(stored[:4000]).map(lambda start: start + stored[4000:]) | damaged(stored))
+    with suppress(DamagedError):
+        checkpoint.check(checkpoint.from_bytes(checkpoint._signed(content))[0], CNN(ARCHITECTURE, torch.Generator()))

@@ -1,21 +1,25 @@
 """What is registered of a model, and how it is found and loaded; on a real MLflow registry."""
 
+import asyncio
 import json
 import pickle
 import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
+from starlette.requests import Request
 
-from pipeline import evaluate, files
+from pipeline import evaluate, files, visualize
 from pipeline.data.splits import TEST, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, UserError
 from pipeline.model import model_file
@@ -173,6 +177,68 @@ def test_fault_26_a_model_file_that_is_not_the_registered_one_is_refused(finishe
     done = run_command("predict", "x.png", folder=finished_copy)
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
     assert not list(finished_copy.rglob("PWNED"))
+
+
+def other_model(change: str) -> bytes:
+    """A model file like the trained one, with another architecture or other weights, and a SHA-256 of its own."""
+    cnn = model_file.from_bytes(files.MODEL.read_bytes()).cnn
+    if change == "filters":
+        cnn.architecture = replace(cnn.architecture, filters=(20_000, 4_000))
+    else:
+        with torch.no_grad():
+            cnn.dense.weight.fill_(3e38)
+    return model_file.to_bytes(cnn)
+
+
+def replace_model(content: bytes) -> None:
+    """Another model here and in the registry, in place of the first one, with its hash."""
+    path = artifacts(1) / "extra_files/model.safetensors"
+    for each in (path, files.MODEL):
+        each.write_bytes(content)
+    MlflowClient().set_model_version_tag(version(1).name, "1", "model.sha256", files.sha256(content))
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_fault_42_every_reader_refuses_a_hostile_model_file(finished_copy: Path) -> None:
+    evaluate.main()
+    replace_model(other_model("filters"))
+    reason = r"is damaged \(model\.filters\.0 is 20000: input should be less than or equal to 1024\)"
+    for use in (registry.load, partial(serving.application, host="127.0.0.1")):
+        with pytest.raises(Fault, match=reason):
+            use(version(1))
+    for stage in (evaluate.main, visualize.main):
+        with pytest.raises(Fault, match=reason):
+            stage()
+    for command, *arguments in (["predict", "x.png"], ["export", "--format", "pt2"]):
+        done = run_command(command, *arguments, folder=finished_copy)
+        assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+        assert re.search(reason, done.stderr.decode())
+
+
+@pytest.mark.faults
+def test_fault_43_a_model_whose_answer_is_not_a_number_is_refused(finished_copy: Path) -> None:
+    evaluate.main()
+    replace_model(other_model("weights"))
+    images = read_split(read_dataset(), TEST).images[:2].numpy()
+    with pytest.raises(Fault, match="the model's answer is not a number"):
+        evaluate.main()
+    loaded = registry.load(version(1))
+    with pytest.raises(Fault, match="the model's answer is not a number"):
+        loaded.classify(images)
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": json.dumps({"inputs": images.tolist()}).encode()}
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    answer = asyncio.run(serving.Predictor(loaded).answer(Request(scope, receive)))
+    assert answer.status_code == 500
+    assert json.loads(bytes(answer.body))["error"].startswith("the model's answer is not a number")
+
+    Image.fromarray(images[0, ..., 0]).save("x.png")
+    done = run_command("predict", "x.png", folder=finished_copy)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+    assert done.stderr.startswith(b"error: the model's answer is not a number")
 
 
 def test_a_card_that_is_too_long_for_the_store_is_complete_among_the_artifacts(
