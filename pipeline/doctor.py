@@ -3,12 +3,12 @@
     python -m pipeline.doctor
 
 Prints a line for each check. Nothing is changed, except that the experiment is created on an MLflow server or in
-PostgreSQL if it does not exist. Exits 1 if something is wrong.
+PostgreSQL if it does not exist, and that a repository that was moved or copied gets its own locations in its store.
+Exits 1 if something is wrong.
 """
 
 import hashlib
 import json
-import os
 import sqlite3
 import sys
 import time
@@ -178,8 +178,7 @@ def _connect() -> bool:
 
 
 def _has_runs() -> bool:
-    address = os.environ.get("MLFLOW_TRACKING_URI") or store.own_store()
-    path = store.sqlite_path(address)
+    path = store.sqlite_path(store.configured())
     if path is None:
         return True
     if not path.exists():

@@ -32,7 +32,7 @@ from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
 from pipeline.tracking.delivery import PendingUpdates
 from pipeline.tracking.lineage import PARAMS_SHA256
-from pipeline.tracking.store import STORE_ERRORS, experiment_id, short_timeouts, store_faults
+from pipeline.tracking.store import STORE_ERRORS, equals, experiment_id, short_timeouts, store_faults
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
@@ -54,7 +54,7 @@ def close_stale_runs() -> None:
 @store_faults()
 def stale_runs() -> list[str]:
     """The ids of open runs whose process, on this machine, has died."""
-    running = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
+    running = f"attributes.status = 'RUNNING' and {equals(f'tags.`{HOST}`', socket.gethostname())}"
     undelivered = {path.name.partition(".")[0] for path in delivery.undelivered()}  # their end is still to be sent
     return [
         str(run.info.run_id)
@@ -223,7 +223,9 @@ def _describe_model(updates: PendingUpdates, cnn: CNN, dataset: Dataset, model_s
 @store_faults()
 def finished_run(fingerprint: str, model_sha256: str) -> str | None:
     """The id of the newest finished run with this fingerprint that trained this model."""
-    return _newest_finished(f"tags.{FINGERPRINT} = '{fingerprint}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
+    return _newest_finished(
+        f"{equals(f'tags.{FINGERPRINT}', fingerprint)} and {equals(f'tags.`{MODEL_SHA256}`', model_sha256)}"
+    )
 
 
 def _newest_finished(matching: str) -> str | None:
@@ -245,7 +247,7 @@ def find_or_restore(
     If DVC restored it from its cache there may be none. Then a run tagged ``restored`` is created from the files:
     they hold the recipe, the data and the rows of history.csv, but not the machine and the code.
     """
-    if found := _newest_finished(f"tags.`{MODEL_SHA256}` = '{model_sha256}'"):
+    if found := _newest_finished(equals(f"tags.`{MODEL_SHA256}`", model_sha256)):
         return found
     tags = {**trained.data, PARAMS_SHA256: digest(trained.recipe), "restored": "true"}
     with open_run(dataset, tags) as run_id:

@@ -456,6 +456,7 @@ def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:
     experiment = mlflow.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     assert experiment.artifact_location == (workspace / "mlruns").as_uri()
+    assert MlflowClient().get_experiment("0").artifact_location == (workspace / "mlruns/0").as_uri()
 
 
 @pytest.mark.faults
