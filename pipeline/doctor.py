@@ -3,11 +3,11 @@
     python -m pipeline.doctor
 
 Prints a line for each check. Nothing is changed, except that the experiment is created on an MLflow server or in
-PostgreSQL if it does not exist. Exits 1 if something is wrong.
+PostgreSQL if it does not exist, and that a repository that was moved or copied gets its own locations in its store.
+Exits 1 if something is wrong.
 """
 
 import json
-import os
 import sqlite3
 import sys
 import time
@@ -120,7 +120,7 @@ def _lock() -> Lines:
 
 def _wrong_origin() -> Lines:
     """Whether dvc.lock says that the model comes from other parameters or data than the model itself says."""
-    trained = model_file.from_bytes(files.MODEL.read_bytes(), str(files.MODEL))
+    trained = model_file.from_bytes(files.MODEL.read_bytes(), str(files.MODEL), check_model)
     noted, dependencies = dvc_files.noted_inputs("train")
     both = trained.recipe.keys() & noted.keys()
     wrong = differences({path: trained.recipe[path] for path in both}, {path: noted[path] for path in both})
@@ -194,8 +194,7 @@ def _connect() -> bool:
 
 
 def _has_runs() -> bool:
-    address = os.environ.get("MLFLOW_TRACKING_URI") or store.own_store()
-    path = store.sqlite_path(address)
+    path = store.sqlite_path(store.configured())
     if path is None:
         return True
     if not path.exists():

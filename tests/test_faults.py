@@ -19,8 +19,10 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from pipeline import evaluate, files, train
+from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.errors import Fault
 from pipeline.tracking import delivery, store
 from tests.conftest import (
@@ -29,6 +31,7 @@ from tests.conftest import (
     REPOSITORY,
     make_ui,
     needs_own_mounts,
+    run_command,
     run_stage,
     tracking_server,
     write_params,
@@ -236,7 +239,9 @@ def test_fault_7_a_bit_that_flips_in_a_file_is_noticed_by_whoever_reads_it(finis
 
 @pytest.mark.slow
 def test_fault_8_unusual_paths_and_environments(workspace: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "ein Ordner ü\u6f22"
+    parts = ("ein Ordner ü\u6f22", "q'u\"o", "100%20", "100 ", "what?", "#1")  # unescaped, "100%20" would be "100 "
+    outer = tmp_path / "outer"
+    folder = outer.joinpath(*parts)
     shutil.copytree(workspace, folder)
     (tmp_path / "link").symlink_to(folder)
     code = "import os; os.umask(0o077)"
@@ -249,6 +254,14 @@ def test_fault_8_unusual_paths_and_environments(workspace: Path, tmp_path: Path)
     command = [sys.executable, "-m", "pipeline.evaluate"]
     evaluated = subprocess.run(command, cwd=tmp_path / "link", env=environment_tags, capture_output=True, check=True)
     assert evaluated.stderr == b""
+    digit = read_split(read_dataset(workspace / files.PREPARED), TEST, workspace / files.PREPARED).images[0, ..., 0]
+    Image.fromarray(digit.numpy()).save(folder / "digit.png")
+    predicted = run_command("predict", "digit.png", folder=folder)
+    assert predicted.returncode == 0, predicted.stderr
+    assert (folder / "mlruns").is_dir()
+    for part in parts:  # nothing was written beside the repository
+        assert [path.name for path in outer.iterdir()] == [part]
+        outer /= part
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from pipeline.model.model_file import TrainedModel
 from pipeline.params import check_model
 from pipeline.tracking.lineage import DATA_SHA256
 from pipeline.tracking.runs import MODEL_SHA256
-from pipeline.tracking.store import one_line, store_faults
+from pipeline.tracking.store import equals, one_line, store_faults
 
 ROOM = 1_000_000  # bytes that a logged model takes at most, without its weights
 MODEL_FILE = f"extra_files/{files.MODEL.name}"  # in a logged model, where MLflow puts it
@@ -40,7 +40,7 @@ def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str
     """
     client = MlflowClient()
     found = client.search_logged_models(
-        experiment_ids=[client.get_run(run_id).info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
+        experiment_ids=[client.get_run(run_id).info.experiment_id], filter_string=equals("source_run_id", run_id)
     )
     for model in found:
         if model.status == LoggedModelStatus.READY and is_complete(str(model.artifact_location), model_sha256):
@@ -57,7 +57,7 @@ def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str
         signature=_signature(cnn.architecture),
         input_example=_example(cnn.architecture),
         pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "torch")],
-        extra_files=[str(files.MODEL.resolve())],
+        extra_files=[files.MODEL.resolve().as_uri()],  # mlflow decodes a path as if it were an address
         tags={MODEL_SHA256: model_sha256, DATA_SHA256: dataset.sha256},
     )
     return str(logged.model_id)

@@ -31,7 +31,9 @@ from pipeline.tracking.store import store_faults
 
 WAS_CHAMPION = "it was already the champion"
 ROLLED_BACK = "gate.rolled_back"  # since when; evaluating the version again does not make it champion
-CHAMPION_TAG = "champion."  # tags of the registered model, followed by the time: who became champion, and why
+# Tags of the registered model, followed by a number and the time: who became champion, and why. The number gives the
+# order, since clocks step back; records of earlier releases have none.
+CHAMPION_TAG = "champion."
 
 
 @dataclass(frozen=True)
@@ -183,16 +185,25 @@ def history(name: str) -> list[ChampionRecord]:
 
 
 def _written_records(name: str) -> list[ChampionRecord]:
+    return [record for _, record in _numbered_records(name)]
+
+
+def _numbered_records(name: str) -> list[tuple[int, ChampionRecord]]:
+    """The records in their order, with their numbers."""
     records = []
-    tags = MlflowClient().get_registered_model(name).tags
-    for key in sorted(key for key in tags if key.startswith(CHAMPION_TAG)):
-        version, _, reason = tags[key].removeprefix("version ").partition(": ")
-        records.append(ChampionRecord(key.removeprefix(CHAMPION_TAG)[:19], version, reason))
-    return records
+    for key, text in MlflowClient().get_registered_model(name).tags.items():
+        if key.startswith(CHAMPION_TAG):
+            first, _, rest = key.removeprefix(CHAMPION_TAG).partition(" ")
+            number, since = (int(first), rest) if first.isdigit() else (0, f"{first} {rest}")
+            version, _, reason = text.removeprefix("version ").partition(": ")
+            records.append((number, since, ChampionRecord(since[:19], version, reason)))
+    return [(number, record) for number, _, record in sorted(records, key=lambda each: each[:2])]
 
 
 def _write_record(version: ModelVersion, reason: str) -> None:
-    MlflowClient().set_registered_model_tag(version.name, CHAMPION_TAG + _now(), f"version {version.version}: {reason}")
+    number = max((number for number, _ in _numbered_records(version.name)), default=0) + 1
+    key = f"{CHAMPION_TAG}{number:06d} {_now()}"
+    MlflowClient().set_registered_model_tag(version.name, key, f"version {version.version}: {reason}")
 
 
 def _complete_records(name: str) -> None:

@@ -22,7 +22,7 @@ from pipeline.tracking import models, runs
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.lineage import RECIPE
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
-from pipeline.tracking.store import store_faults
+from pipeline.tracking.store import equals, store_faults
 
 TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
@@ -138,11 +138,12 @@ def aliases(name: str) -> dict[str, str]:
 
 def versions(name: str) -> list[ModelVersion]:
     """All versions, the oldest first."""
-    return _search(f"name = '{name}'")
+    return _search(name)
 
 
-def _search(filter_string: str) -> list[ModelVersion]:
-    return sorted(MlflowClient().search_model_versions(filter_string), key=lambda version: int(version.version))
+def _search(name: str, *clauses: str) -> list[ModelVersion]:
+    found = MlflowClient().search_model_versions(" and ".join((equals("name", name), *clauses)))
+    return sorted((each for each in found if each.name == name), key=lambda version: int(version.version))
 
 
 def champion(name: str) -> ModelVersion | None:
@@ -153,7 +154,7 @@ def champion(name: str) -> ModelVersion | None:
 
 def find_by_hash(name: str, model_sha256: str) -> ModelVersion | None:
     """The newest version of this model whose file is complete."""
-    matching = _search(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
+    matching = _search(name, equals(f"tags.`{MODEL_SHA256}`", model_sha256))
     return next((version for version in reversed(matching) if is_complete(version)), None)
 
 

@@ -17,7 +17,7 @@ import psutil
 import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import DatasetInput, InputTag, RunStatus
+from mlflow.entities import DatasetInput, InputTag, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from numpy.typing import NDArray
@@ -32,12 +32,13 @@ from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
 from pipeline.tracking.delivery import PendingUpdates
 from pipeline.tracking.lineage import PARAMS_SHA256
-from pipeline.tracking.store import STORE_ERRORS, experiment_id, short_timeouts, store_faults
+from pipeline.tracking.store import STORE_ERRORS, equals, experiment_id, short_timeouts, store_faults
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
 FINGERPRINT = "fingerprint"
 HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, the run is closed
+SEQUENCE = "run.sequence"  # which run is newer: clocks step back
 MAX_TAG_LENGTH = 5000  # characters of a tag
 
 
@@ -54,7 +55,7 @@ def close_stale_runs() -> None:
 @store_faults()
 def stale_runs() -> list[str]:
     """The ids of open runs whose process, on this machine, has died."""
-    running = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
+    running = f"attributes.status = 'RUNNING' and {equals(f'tags.`{HOST}`', socket.gethostname())}"
     undelivered = {path.name.partition(".")[0] for path in delivery.undelivered()}  # their end is still to be sent
     return [
         str(run.info.run_id)
@@ -163,6 +164,7 @@ def _begin(dataset: Dataset, tags: dict[str, str], name: str | None = None, run_
     client = MlflowClient()
     tags = dataset.tags | tags | {HOST: socket.gethostname(), PROCESS: _process()}
     if run_id is None:
+        tags[SEQUENCE] = f"{_last_sequence() + 1:08d}"  # compared as text
         with_context = resolve_tags(tags)  # mlflow adds who runs what
         start = round(time.time() * 1000)
         run = client.create_run(experiment_id(), start, with_context, name or _run_name(dataset.name))
@@ -175,6 +177,21 @@ def _begin(dataset: Dataset, tags: dict[str, str], name: str | None = None, run_
         run_id, [_dataset_input(dataset, "train", "training"), _dataset_input(dataset, "validation", "validation")]
     )
     return run_id
+
+
+def _last_sequence() -> int:
+    found = _newest(f"tags.`{SEQUENCE}` != ''")
+    return int(found.data.tags[SEQUENCE]) if found else 0
+
+
+def _newest(matching: str) -> Run | None:
+    found = mlflow.search_runs(
+        filter_string=matching,
+        order_by=[f"tags.`{SEQUENCE}` DESC", "attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    return found[0] if found else None
 
 
 def _end(run_id: str, status: str, failure: str) -> None:
@@ -223,22 +240,19 @@ def _describe_model(updates: PendingUpdates, cnn: CNN, dataset: Dataset, model_s
 @store_faults()
 def finished_run(fingerprint: str, model_sha256: str) -> str | None:
     """The id of the newest finished run with this fingerprint that trained this model."""
-    return _newest_finished(f"tags.{FINGERPRINT} = '{fingerprint}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
+    return _newest_finished(
+        f"{equals(f'tags.{FINGERPRINT}', fingerprint)} and {equals(f'tags.`{MODEL_SHA256}`', model_sha256)}"
+    )
 
 
 def _newest_finished(matching: str) -> str | None:
-    found = mlflow.search_runs(
-        filter_string=f"{matching} and attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-        output_format="list",
-    )
-    return str(found[0].info.run_id) if found else None
+    found = _newest(f"{matching} and attributes.status = 'FINISHED'")
+    return str(found.info.run_id) if found else None
 
 
 def run_of_model(model_sha256: str) -> str | None:
     """The id of the newest finished run whose model has this hash."""
-    return _newest_finished(f"tags.`{MODEL_SHA256}` = '{model_sha256}'")
+    return _newest_finished(equals(f"tags.`{MODEL_SHA256}`", model_sha256))
 
 
 @store_faults()
@@ -266,14 +280,18 @@ def find_or_restore(
 def lineage_of(run_id: str) -> dict[str, str]:
     """The tags of a run that say where its model comes from: not MLflow's own, and not those of its process."""
     tags = MlflowClient().get_run(run_id).data.tags
-    return {key: value for key, value in tags.items() if not key.startswith("mlflow.") and key not in (HOST, PROCESS)}
+    of_the_run = (HOST, PROCESS, SEQUENCE)
+    return {key: value for key, value in tags.items() if not key.startswith("mlflow.") and key not in of_the_run}
 
 
 @store_faults()
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """Write the scores on the test images, and that data set, into a run that has ended; its status stays."""
     numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
-    mlflow.log_metrics({_metric_name(f"test_{key}"): value for key, value in numbers.items()}, run_id=run_id)
+    named = {_metric_name(f"test_{key}"): value for key, value in numbers.items()}
+    # MLflow shows the value of the highest step, and of equal steps that of the latest time.
+    step = len(MlflowClient().get_metric_history(run_id, next(iter(named))))
+    mlflow.log_metrics(named, step=step, run_id=run_id)
     _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 

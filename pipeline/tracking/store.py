@@ -13,19 +13,29 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from pipeline import files
 from pipeline.errors import Fault, without_password
 
 EXPERIMENT = "convtrack"
 TABLES = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"  # finds a row in an SQLite file with mlflow's tables
+LOCATIONS = (  # the columns of mlflow's tables with absolute paths
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 # OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 CONNECT_TIMEOUT = 8  # seconds, for a database on a server
@@ -57,17 +67,63 @@ def address() -> str:
 
 def own_store() -> str:
     """The address of the store in this repository, which is used unless MLFLOW_TRACKING_URI names another."""
-    return f"sqlite:///{files.root() / 'mlflow.db'}"
+    return sqlite_address(files.root() / "mlflow.db")
+
+
+def configured() -> str:
+    """The address of the store: a relative path in MLFLOW_TRACKING_URI begins at the repository's root.
+
+    DVC runs a stage of `--temp` and `--queue` in a folder that it deletes afterwards.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    path = sqlite_path(given) if given else None
+    if not given or path is None or path.is_absolute():
+        return given or own_store()
+    _, mark, query = given.partition("?")
+    return sqlite_address(files.root() / path) + mark + query
+
+
+def _is_own(uri: str) -> bool:
+    path = sqlite_path(uri)
+    return path is not None and path.resolve() == (files.root() / "mlflow.db").resolve()
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Where a new experiment keeps its files: beside an SQLite file, so that all who use it find them."""
+    if uri.startswith("http"):
+        return None  # the server decides
+    path = sqlite_path(uri)
+    return ((path.parent.resolve() if path else files.root()) / "mlruns").as_uri()
+
+
+def sqlite_address(path: Path) -> str:
+    """The address of an SQLite store, by the absolute path of its file. Not the reverse: see sqlite_path."""
+    escaped = str(path).replace("%", "%25").replace("?", "%3F")
+    # mlflow creates the folder that stands in a `sqlite:` address, escaped as it is.
+    return f"{'sqlite' if escaped == str(path) else 'sqlite+pysqlite'}:///{escaped}"
+
+
+def equals(key: str, value: str) -> str:
+    """The clause of an MLflow search that finds ``value``, whatever quotes are in it.
+
+    MLflow cannot escape a quote: of a text with both kinds, "'" stands for any character.
+    """
+    if "'" not in value:
+        return f"{key} = '{value}'"
+    if '"' not in value:
+        return f'{key} = "{value}"'
+    pattern = value.replace("'", "_")
+    return f"{key} LIKE '{pattern}'"
 
 
 @store_faults()
 def connect() -> None:
     """Point mlflow at ``MLFLOW_TRACKING_URI``, else at mlflow.db and mlruns/ in the repository's root.
 
-    `mlflow ui` looks in the same two places when it is started there without a flag. Raises Fault.
+    `mlflow ui` looks in the same two places when it is started there without a flag. A store that was moved or copied
+    with its repository gets the locations of its artifacts here. Raises Fault.
     """
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = given or own_store()
+    uri = configured()
     mlflow.set_tracking_uri(uri)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of a few kilobytes
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new database logs each of its migrations
@@ -76,9 +132,10 @@ def connect() -> None:
     with short_timeouts(), exclusive_lock("connect") if _may_lack_tables(uri) else nullcontext():
         _check_database_server(uri)
         _create_database(uri)
+        _update_locations()
         experiment = mlflow.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            _create_experiment(None if given else (files.root() / "mlruns").as_uri())
+            _create_experiment(_artifact_location(uri))
         elif experiment.lifecycle_stage == LifecycleStage.DELETED:
             command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
             raise Fault(f"the experiment {EXPERIMENT} was deleted in {address()}: `{command}`, then run again")
@@ -128,13 +185,24 @@ def _may_lack_tables(uri: str) -> bool:
 
 def sqlite_path(uri: str) -> Path | None:
     """The file of an SQLite store; None for the address of a server."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return None
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return _local_path(url.database) or Path(url.database)
 
 
 def finds_row(path: Path, query: str, *values: str) -> bool:
     """Whether a query of an SQLite file, which is only read, has a result. Raises sqlite3.Error."""
+    return _first_row(path, query, *values) is not None
+
+
+def _first_row(path: Path, query: str, *values: str) -> tuple[str | None, ...] | None:
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        return database.execute(query, values).fetchone() is not None
+        row: tuple[str | None, ...] | None = database.execute(query, values).fetchone()
+        return row
 
 
 def _create_database(uri: str) -> None:
@@ -148,10 +216,75 @@ def _create_database(uri: str) -> None:
     files.check_room(files.temporary_folder(), NEW_DATABASE_BYTES)
     with TemporaryDirectory(prefix="convtrack-") as folder:
         created, copied = Path(folder) / "created.db", Path(folder) / "copied.db"
-        MlflowClient(f"sqlite:///{created}").search_experiments()  # creates the tables
-        with closing(sqlite3.connect(created)) as source, closing(sqlite3.connect(copied)) as target:
-            source.backup(target)  # including what is still in the write-ahead log
+        MlflowClient(sqlite_address(created)).search_experiments()  # creates the tables
+        _copy_database(created, copied)
+        with closing(sqlite3.connect(copied)) as database, database:  # mlflow's own experiment would be in this folder
+            database.execute("UPDATE experiments SET artifact_location = ?", (f"{_artifact_location(uri)}/0",))
         files.write(path, copied.read_bytes())
+
+
+def _copy_database(path: Path, target: Path) -> None:
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)  # including what is still in the write-ahead log
+
+
+def _update_locations() -> None:
+    """If this repository was moved or copied, point its store, which has absolute paths, at the artifacts here."""
+    uri, path = mlflow.get_tracking_uri(), files.root() / "mlflow.db"
+    if not _is_own(uri) or _other_folder(path) is None:
+        return
+    with exclusive_lock("locations"):
+        before = _other_folder(path)
+        if before is None:
+            return  # another process has updated them
+        kept = path.with_name(f"{path.name}.before-move")
+        try:
+            unfinished = kept.with_name(f"{kept.name}{files.UNFINISHED}")
+            unfinished.unlink(missing_ok=True)
+            _copy_database(path, unfinished)
+            unfinished.replace(kept)
+            _write_locations(path, before, files.root())
+        except (OSError, sqlite3.Error) as error:
+            reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"
+            raise Fault(f"{reason}: make its folder writable, and room on that disk, then run again") from error
+    how = "copied from {}, which keeps its own" if (before / path.name).exists() else "moved from {}"
+    print(
+        f"this repository was {how.format(before)}: the locations in {path.name} are now those of {files.root()}; "
+        f"the database as it was is in {kept.name}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _other_folder(path: Path) -> Path | None:
+    """The repository that a store's artifacts are in, if it is not this one."""
+    try:
+        found = _first_row(path, "SELECT artifact_location FROM experiments WHERE name = ?", EXPERIMENT)
+    except sqlite3.Error:
+        return None  # mlflow then reports what is wrong with it
+    folder = _local_path(found[0]) if found else None
+    if folder is None or folder.is_relative_to(files.root() / "mlruns"):
+        return None
+    return next((each.parent for each in (folder, *folder.parents) if each.name == "mlruns"), None)
+
+
+def _local_path(location: str | None) -> Path | None:
+    """The absolute path of a location on this machine, else None."""
+    if location and location.startswith("/"):
+        return Path(location)
+    return Path(url2pathname(urlsplit(location).path)) if location and location.startswith("file:///") else None
+
+
+def _write_locations(path: Path, before: Path, now: Path) -> None:
+    """Move the locations below the folder ``before`` to ``now``: all or none."""
+    with closing(sqlite3.connect(path, timeout=20)) as database, database:
+        database.execute("BEGIN IMMEDIATE")
+        for table, column in LOCATIONS:
+            for row, location in database.execute(f"SELECT rowid, {column} FROM {table}").fetchall():
+                folder = _local_path(location)
+                if folder and folder.is_relative_to(before):
+                    moved = (now / folder.relative_to(before)).as_uri()
+                    database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (moved, row))
 
 
 def _create_experiment(artifact_location: str | None) -> None:
@@ -201,7 +334,7 @@ def _take(lock: TextIO, path: Path) -> None:
 def _lock_file(what: str) -> Path:
     """The same file for all who use the same store: in this repository for its own, else named after the address."""
     uri = mlflow.get_tracking_uri()
-    if uri == own_store():
+    if _is_own(uri):
         folder = files.root() / "mlruns"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f".{what}.lock"

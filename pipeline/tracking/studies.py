@@ -21,7 +21,7 @@ from pipeline import machine
 from pipeline.data.splits import Dataset
 from pipeline.params import Params
 from pipeline.tracking import lineage, runs, store
-from pipeline.tracking.store import store_faults
+from pipeline.tracking.store import equals, store_faults
 
 STUDY, TRIAL = "study.id", "trial.number"
 ERROR = "validation_error"
@@ -120,7 +120,7 @@ class StudyRun:
         while token != "":
             page = client.search_runs(
                 [self._experiment_id],
-                f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'",
+                equals(f"tags.`{MLFLOW_PARENT_RUN_ID}`", self.run_id),
                 page_token=token,
                 max_results=1000,
             )
@@ -177,7 +177,7 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
 
 def _find(study_id: str) -> str | None:
     oldest_first = mlflow.search_runs(
-        filter_string=f"tags.`{STUDY}` = '{study_id}'",
+        filter_string=equals(f"tags.`{STUDY}`", study_id),
         order_by=["attributes.start_time", "attributes.run_id"],
         output_format="list",
     )

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,30 @@ def test_a_champion_that_another_machine_sets_in_the_meantime_is_the_one_to_comp
     decision = candidates.register("3", 20).decision
     assert (decision.alias, decision.reason) == ("challenger", "20 test errors against 10 of version 2 (p = 0.002)")
     assert aliases() == {"champion": "2", "challenger": "3"}
+
+
+@pytest.mark.faults
+def test_fault_50_the_order_of_champions_is_not_that_of_a_clock_that_steps_back(candidates: Candidates) -> None:
+    candidates.register("1", 50)
+    candidates.register("2", 40)
+    with closing(sqlite3.connect("mlflow.db")) as database, database:  # version 1 became champion "later"
+        later = "UPDATE registered_model_tags SET key = replace(key, ?, '2999') WHERE value LIKE 'version 1:%'"
+        database.execute(later, (str(datetime.now(UTC).year),))
+    candidates.register("3", 30)
+    assert [record.version for record in promotion.history(NAME)] == ["1", "2", "3"]
+    assert promotion.history(NAME)[0].since.startswith("2999")
+    assert str(promotion.roll_back(None).version) == "2"
+    assert [record.version for record in promotion.history(NAME)] == ["1", "2", "3", "2"]
+
+
+def test_records_of_an_earlier_release_come_first_in_the_order_of_their_times(candidates: Candidates) -> None:
+    candidates.register("1", 50)
+    candidates.register("2", 40)
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("UPDATE registered_model_tags SET key = 'champion.' || substr(key, 17)")
+    candidates.register("3", 30)
+    assert [record.version for record in promotion.history(NAME)] == ["1", "2", "3"]
+    assert all(record.since.startswith("20") for record in promotion.history(NAME))
 
 
 def test_two_clones_on_one_machine_wait_for_each_other_at_the_same_store(

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +252,27 @@ def test_the_newest_run_of_a_model_is_the_one_that_is_written_into(workspace: Pa
     assert "test_accuracy" not in oldest.data.metrics
 
 
+@pytest.mark.faults
+def test_fault_51_the_newest_run_and_evaluation_are_not_those_of_a_clock_that_steps_back(workspace: Path) -> None:
+    store.connect()
+    dataset, tags = read_dataset(), {"model.sha256": "a" * 64, "fingerprint": "f"}
+
+    def later(table: str, column: str) -> None:
+        with closing(sqlite3.connect(workspace / "mlflow.db")) as database, database:
+            database.execute(f"UPDATE {table} SET {column} = {column} + 3600000")
+
+    for _ in range(3):
+        with runs.open_run(dataset, dict(tags)) as newest:
+            pass
+        assert runs.finished_run("f", "a" * 64) == newest
+        later("runs", "start_time")
+    for accuracy in (0.9, 0.8, 0.7):
+        runs.log_evaluation(newest, dataset, {"accuracy": accuracy})
+        assert mlflow.get_run(newest).data.metrics["test_accuracy"] == accuracy
+        later("metrics", "timestamp")
+        later("latest_metrics", "timestamp")
+
+
 def test_a_run_that_failed_is_never_written_into(workspace: Path) -> None:
     write_params(workspace, QUICK | {"train.epochs": 1})
     train.main()
@@ -456,6 +479,7 @@ def test_the_store_is_the_one_that_mlflow_ui_opens(workspace: Path) -> None:
     experiment = mlflow.get_experiment_by_name(store.EXPERIMENT)
     assert experiment is not None
     assert experiment.artifact_location == (workspace / "mlruns").as_uri()
+    assert MlflowClient().get_experiment("0").artifact_location == (workspace / "mlruns/0").as_uri()
 
 
 @pytest.mark.faults

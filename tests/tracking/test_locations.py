@@ -1,0 +1,167 @@
+"""Where a store keeps its files: after its repository was moved or copied, and when it is outside the repository."""
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import doctor
+from pipeline.errors import Fault
+from pipeline.tracking import promotion, registry, store
+from tests.tracking.registering import NAME
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process that is started in ``folder``."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    monkeypatch.chdir(folder)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def locations(folder: Path) -> set[str]:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        columns = [database.execute(f"SELECT {column} FROM {table}") for table, column in store.LOCATIONS]
+        found = {str(location) for rows in columns for (location,) in rows if location}
+    return {location for location in found if not location.endswith("/mlruns/0")}  # that of the copied database
+
+
+def log_a_file() -> Path:
+    """In a new run: where it lies."""
+    with mlflow.start_run() as run:
+        mlflow.log_text("text", "a.txt")
+    (path,) = Path.cwd().rglob(f"{run.info.run_id}/artifacts/a.txt")
+    return path
+
+
+@pytest.mark.faults
+def test_fault_48_a_copied_and_then_moved_repository_keeps_its_runs_and_writes_into_no_other_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    copied, moved = tmp_path / "a copy", tmp_path / "100%25 moved?"
+    shutil.copytree(finished, copied)
+    enter(copied, monkeypatch)
+    store.connect()
+    assert capsys.readouterr().err == (
+        f"this repository was copied from {finished}, which keeps its own: the locations in mlflow.db are now those of "
+        f"{copied}; the database as it was is in mlflow.db.before-move\n"
+    )
+    assert (copied / "mlflow.db.before-move").exists()
+    log_a_file()
+    store.connect()
+    assert capsys.readouterr().err == ""
+    assert contents(finished) == before
+
+    copied.rename(moved)
+    enter(moved, monkeypatch)
+    store.connect()
+    assert f"this repository was moved from {copied}: the locations" in capsys.readouterr().err
+    log_a_file()
+    for place in locations(moved):
+        assert place.startswith(((moved / "mlruns").as_uri(), "models:/")), place
+    champion = registry.find("champion")
+    assert registry.load(champion).data_name == "mnist-5k"
+    assert promotion._logged_predictions(champion) is not None
+    assert not copied.exists()
+    assert contents(finished) == before
+
+
+@pytest.mark.faults
+def test_fault_48_doctor_finds_the_champion_of_a_moved_repository(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    enter(folder, monkeypatch)
+    (line,) = doctor._registry()
+    assert line == f"{NAME} version 1 is the champion"
+    assert "this repository was copied from" in capsys.readouterr().err
+    assert not [place for place in locations(folder) if str(finished) in place]
+
+
+@pytest.mark.faults
+def test_fault_48_locations_that_cannot_be_updated_are_one_line_and_stay(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "mlflow.db.before-move").mkdir()
+    enter(folder, monkeypatch)
+    before = locations(folder)
+    with pytest.raises(Fault, match=r"the locations in .* are those of .*, and cannot be updated .*: make its folder"):
+        store.connect()
+    assert locations(folder) == before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("given", ["sqlite:///team.db", "sqlite:///sub/../team.db?timeout=20"])
+def test_fault_49_a_relative_store_is_in_the_repository_and_not_in_a_temporary_copy(
+    workspace: Path, migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """`dvc exp run --temp` and `--queue` run the stages in a copy that is deleted, and set DVC_ROOT."""
+    (workspace / "sub").mkdir()
+    shutil.copy(migrated_database, workspace / "team.db")
+    temporary = tmp_path / "temporary copy"
+    temporary.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    monkeypatch.chdir(temporary)
+    store.connect()
+    with mlflow.start_run() as run:
+        mlflow.log_text("text", "a.txt")
+    assert list(temporary.iterdir()) == []
+    assert store.finds_row(workspace / "team.db", "SELECT 1 FROM runs WHERE run_uuid = ?", run.info.run_id)
+    assert (workspace / f"mlruns/{run.info.run_id}/artifacts/a.txt").exists()
+
+
+@pytest.mark.faults
+def test_fault_49_two_clones_keep_the_files_of_a_common_database_beside_it(
+    workspace: Path, migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shutil.copy(migrated_database, shared / "team.db")
+    for name in ("one", "other"):
+        shutil.copytree(workspace, tmp_path / name)
+        enter(tmp_path / name, monkeypatch)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_address(shared / "team.db"))
+        store.connect()
+        with mlflow.start_run() as run:
+            mlflow.log_text("text", "a.txt")
+        assert (shared / f"mlruns/{run.info.run_id}/artifacts/a.txt").exists()
+        assert not (tmp_path / name / "mlruns").exists()
+
+
+@pytest.mark.parametrize("name", ["100%25", "q'u\"o", "what?", "#1", "ü \u6f22"])
+def test_an_address_names_the_file_that_it_was_made_of(name: str, tmp_path: Path, migrated_database: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(migrated_database, folder / "mlflow.db")
+    address = store.sqlite_address(folder / "mlflow.db")
+    assert store.sqlite_path(address) == folder / "mlflow.db"
+    client = MlflowClient(address)
+    client.create_experiment("here")
+    assert store.finds_row(folder / "mlflow.db", "SELECT 1 FROM experiments WHERE name = ?", "here")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("value", ["plain", "q'u", 'q"u', "q'u\"o", "' or name != '", "100%", "a\\b"])
+@pytest.mark.usefixtures("workspace")
+def test_a_search_finds_the_text_whatever_quotes_are_in_it(value: str) -> None:
+    store.connect()
+    client = MlflowClient()
+    for each in (value, "another"):
+        client.create_run(store.experiment_id(), tags={"a.tag": each})
+        client.create_registered_model(each)
+        client.create_model_version(each, "source")
+    (found,) = client.search_runs([store.experiment_id()], store.equals("tags.`a.tag`", value))
+    assert found.data.tags["a.tag"] == value
+    (version,) = registry.versions(value)
+    assert version.name == value
