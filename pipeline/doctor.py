@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline import checkpoints, dvc_files, files, machine
 from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
-from pipeline.model import checkpoint, model_file
+from pipeline.model import checkpoint, kernel_cache, model_file
 from pipeline.params import check_model, differences, read_params
 from pipeline.tracking import delivery, promotion, registry, runs, store
 from pipeline.tracking.gate import CHAMPION
@@ -67,6 +67,7 @@ def _errors_of(read: Callable[..., object], *arguments: object, damaged: str = "
 def _environment() -> Lines:
     installed = machine.versions()
     yield f"Python {sys.version.split()[0]}, libraries as in {machine.REQUIREMENTS}"
+    yield from _errors_of(kernel_cache.folder)
     for package in NEEDED:
         here, wanted = installed.get(package, ("not installed", ""))
         if here != wanted:

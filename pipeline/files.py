@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from pipeline import private_folders
 from pipeline.errors import Fault, UserError
 
 PREPARED = Path("data/prepared")
@@ -29,7 +29,6 @@ CARD = Path("reports/model_card.md")
 FIGURES = Path("reports/figures")
 PLOTS = Path("reports/plots")
 UNFINISHED = ".tmp"
-TEMPORARY = re.compile(r"convtrack-\d+-\w+")  # the temporary folder of a command, with the number of its process
 
 
 def root() -> Path:
@@ -119,8 +118,8 @@ def use_own_temporary_folder() -> None:
     Libraries make temporary folders too, whose names do not say whose they are. Does nothing where none can be made.
     """
     with suppress(OSError):
-        for left in temporary_folder().glob("convtrack-*-*"):
-            is_ours = left.lstat().st_uid == os.getuid() and TEMPORARY.fullmatch(left.name)
+        for left in private_folders.temporary_folder().glob("convtrack-*-*"):
+            is_ours = left.lstat().st_uid == os.getuid() and private_folders.OF_A_COMMAND.fullmatch(left.name)
             if is_ours and not psutil.pid_exists(int(left.name.split("-")[1])):
                 shutil.rmtree(left, ignore_errors=True)
         tempfile.tempdir = tempfile.mkdtemp(prefix=f"convtrack-{os.getpid()}-")
@@ -130,12 +129,6 @@ def use_own_temporary_folder() -> None:
 def _remove_temporary_folder(folder: Path, process: int) -> None:
     if os.getpid() == process:  # and not a fork of it
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def temporary_folder() -> Path:
-    """The temporary folder of all commands, in which each has its own."""
-    folder = Path(tempfile.gettempdir())
-    return folder.parent if TEMPORARY.fullmatch(folder.name) else folder
 
 
 def _sync_folder(folder: Path) -> None:

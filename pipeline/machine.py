@@ -11,9 +11,13 @@ import torch
 
 from pipeline import files
 from pipeline.errors import Fault
+from pipeline.model import kernel_cache
 
 REQUIREMENTS = Path("requirements.lock")
-FACTS = ("torch.version", "numba.version", "device", "cpu.capability", "cpu.threads")  # these change the last bits
+FACTS = (  # these change the last bits
+    *("torch.version", "numba.version", "numba.target"),
+    *("device", "cpu.capability", "cpu.threads"),
+)
 
 
 def environment_tags(device: torch.device | None = None) -> dict[str, str]:
@@ -39,6 +43,7 @@ def facts(device: torch.device | None) -> dict[str, str | None]:
     values = (
         torch.__version__,
         version("numba"),
+        kernel_cache.target(),
         _device_name(device),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),

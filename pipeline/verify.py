@@ -144,7 +144,7 @@ def _reasons() -> Iterator[str]:
         if package in DECIDING:
             yield f"{package} is {here}" + ("" if here == wanted else f", {machine.REQUIREMENTS} has {wanted}")
     tags = machine.environment_tags(recipe.device_for(read_params()))
-    for name in ("device", "cpu.capability", "cpu.threads"):
+    for name in ("numba.target", "device", "cpu.capability", "cpu.threads"):
         yield f"{name} is {tags[name]}; it may differ on the machine that wrote dvc.lock"
 
 

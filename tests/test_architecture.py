@@ -90,7 +90,7 @@ def importers(package: str) -> set[str]:
         ("optuna", ("tuning/",)),
         ("ruamel", ("params.py",)),
         ("matplotlib", ("figures/", "tuning/plots.py", "explain/report")),  # there for the type of a figure
-        ("numba", ("model/cpu_",)),
+        ("numba", ("model/cpu_", "model/kernel_cache.py")),
         ("PIL", ("data/image_files.py",)),
         ("torchvision", ("data/sources.py",)),
         ("mlxtend", ("data/sources.py",)),
@@ -105,9 +105,9 @@ def test_each_large_library_is_imported_in_one_place(library: str, allowed: tupl
     assert elsewhere == [], f"{library} is imported in {places} only; call or add a function there"
 
 
-def test_the_model_imports_nothing_of_this_project_but_errors() -> None:
+def test_the_model_imports_nothing_of_this_project_but_errors_and_private_folders() -> None:
     others = {other for name, found in imports().items() if package_of(name) == "pipeline.model" for other in found}
-    assert {package_of(other) for other in others} <= {"pipeline.model", "pipeline.errors"}
+    assert {package_of(other) for other in others} <= {"pipeline.model", "pipeline.errors", "pipeline.private_folders"}
 
 
 def test_libraries_and_measurements_never_import_a_command() -> None:

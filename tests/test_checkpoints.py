@@ -12,11 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
+import numba
 import pytest
+import torch
 from mlflow.entities import Run
 
-from pipeline import files, train
+from pipeline import checkpoints, files, train
+from pipeline.data.splits import read_dataset
 from pipeline.model.training import Epoch
+from pipeline.params import read_params
 from pipeline.tracking import runs, store
 from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
 
@@ -209,6 +213,18 @@ def test_a_parameter_that_does_not_change_the_model_continues_it(
     assert "interrupted training after epoch 2 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.faults
+def test_fault_41_other_machine_code_does_not_continue_a_training(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint() -> str:
+        return checkpoints.fingerprint(read_params(), read_dataset(), torch.device("cpu"))
+
+    before = fingerprint()
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert fingerprint() != before
+
+
 @pytest.mark.parametrize(
     ("changed", "is_of_training"),
     [("pipeline/model/cnn.py", True), ("pipeline/explain/report.py", False), ("pipeline/tracking/runs.py", False)],
@@ -218,7 +234,7 @@ def test_a_checkpoint_and_a_run_belong_to_the_code_that_dvc_trains_with(
 ) -> None:
     """In a copy of the code: what a command there says after a file has changed."""
     code = tmp_path / "code"
-    shutil.copytree(REPOSITORY / "pipeline", code / "pipeline")  # with what Numba has compiled
+    shutil.copytree(REPOSITORY / "pipeline", code / "pipeline")
     shutil.copy(REPOSITORY / "dvc.yaml", code)
 
     def says() -> tuple[str, dict[str, str]]:

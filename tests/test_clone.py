@@ -51,8 +51,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def succeed(*command: str, folder: Path) -> str:
-    done = run(*command, folder=folder)
+def succeed(*command: str, folder: Path, more: Mapping[str, str] | None = None) -> str:
+    done = run(*command, folder=folder, more=more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -145,7 +145,7 @@ def test_a_second_call_runs_nothing(clone: Path) -> None:
 def test_what_is_compiled_beside_the_code_is_ignored_and_a_stage_runs_again_for_its_own_code(
     clone: Path, tmp_path: Path
 ) -> None:
-    """Python and Numba write into the folders that the stages depend on while the stages run."""
+    """Python writes into the folders that the stages depend on while the stages run."""
     clone = shutil.copytree(clone, tmp_path / "clone", ignore=shutil.ignore_patterns("__pycache__"))
 
     def repro_after(changed: str | None) -> set[str]:
@@ -153,12 +153,11 @@ def test_what_is_compiled_beside_the_code_is_ignored_and_a_stage_runs_again_for_
         if changed:
             with (clone / changed).open("a") as code:
                 code.write("# a comment\n")
-        printed = succeed("dvc", "repro", folder=clone)
+        printed = succeed("dvc", "repro", folder=clone, more={"PYTHONDONTWRITEBYTECODE": ""})
         return {stage for stage in ("prepare", "train", "evaluate", "visualize") if f"stage '{stage}':" in printed}
 
     assert "train" in repro_after("pipeline/model/cnn.py")
-    compiled = {path.suffix for path in (clone / "pipeline/model/__pycache__").iterdir()}
-    assert {".nbi", ".nbc"} <= compiled  # and .pyc, where Python may write them
+    assert any((clone / "pipeline/model/__pycache__").iterdir())
     assert repro_after(None) == set()
     assert repro_after("pipeline/tracking/runs.py") == set()
     assert repro_after("pipeline/explain/report.py") == {"evaluate", "visualize"}

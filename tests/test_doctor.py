@@ -10,6 +10,7 @@ from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 
+import numba
 import pytest
 from mlflow import MlflowClient
 
@@ -93,6 +94,17 @@ def test_before_anything_was_run_it_says_what_to_run(
     assert code == 0, lines
     assert sum("`dvc repro`" in line for line in lines) >= 4
     assert not (tmp_path / "mlflow.db").exists()  # it only looks
+
+
+def test_a_cache_of_compiled_loops_that_cannot_be_used_is_a_problem(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(repository / "params.yaml"))
+    code, lines = diagnosis(capsys)
+    assert code == 1
+    (wrong,) = [line for line in lines if line.startswith("WRONG")]
+    assert "environment    compiled loops cannot be cached" in wrong
+    assert wrong.endswith("set NUMBA_CACHE_DIR to a folder that you can write")
 
 
 @pytest.mark.parametrize("is_there", [False, True])

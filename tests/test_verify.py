@@ -18,6 +18,7 @@ from pipeline import verify
 from pipeline.data import sources
 from pipeline.errors import Fault, run_command
 from pipeline.machine import copy_repository
+from pipeline.model import kernel_cache
 from tests.conftest import change_dataset_json, write_params
 from tests.data.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
 from tests.test_clone import ONE_EPOCH, environment, run, succeed
@@ -136,6 +137,7 @@ def test_a_difference_from_the_committed_lock_is_explained(
     assert re.fullmatch(r"  numpy is \d+\.\d+\.\d+, requirements\.lock has 0\.0\.1", lines[0])
     assert lines[1:] == [
         f"  torch is {torch.__version__.split('+')[0]}",
+        f"  numba.target is {kernel_cache.target()}{elsewhere}",
         f"  device is cpu{elsewhere}",
         f"  cpu.capability is {torch.backends.cpu.get_cpu_capability()}{elsewhere}",
         f"  cpu.threads is 1{elsewhere}",

@@ -111,7 +111,7 @@ def _reproduction(tags: Mapping[str, str]) -> str:
     dirty = " There were uncommitted changes." if tags.get("git.dirty") == "true" else ""
     machine = ", ".join(
         f"{key} {tags[key]}"
-        for key in ("torch.version", "numba.version", "cpu.capability", "cpu.threads")
+        for key in ("torch.version", "numba.version", "numba.target", "cpu.capability", "cpu.threads")
         if key in tags
     )
     return (

@@ -6,18 +6,20 @@ convolution's own output is never stored. Other convolutions are computed poolin
 takes less than half the multiplications. The backward pass follows only the argmax of each pooling window.
 
 The loops are compiled once for each set of sizes: the innermost loop over a known size becomes vector instructions. The
-machine code is cached in __pycache__. All arrays are contiguous; results are written into the last arguments.
+machine code is cached by kernel_cache.py. All arrays are contiguous; results are written into the last arguments.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Set
+from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
-from numba import config, njit
-from numba.core.codegen import get_host_cpu_features
+from numba import njit
 from numpy.typing import NDArray
+
+from pipeline.model import kernel_cache
 
 Loop = Callable[..., None]
 Floats = NDArray[np.float32]
@@ -25,6 +27,7 @@ Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
 DEAD = 255  # instead of the argmax if ReLU set the output to zero
+SOURCE = Path(__file__).read_bytes()  # of what runs here: the file may change before a loop is compiled
 
 
 Factory = TypeVar("Factory", bound=Callable[..., object])
@@ -43,27 +46,17 @@ def _cached_build(factory: Factory) -> Factory:
     return cast(Factory, build)
 
 
-@functools.cache
-def _allow_512_bit_vectors() -> None:
-    """Let the compiler use all 512 bits of AVX-512.
-
-    By default it uses 256 on Intel's processors, because the first ones with AVX-512 slowed down otherwise. On an
-    Emerald Rapids an epoch takes 5 to 13 % less time with 512.
-    """
-    if config.CPU_FEATURES is None and "+avx512f" in (features := get_host_cpu_features()):
-        config.CPU_FEATURES = f"{features},-prefer-256-bit"
-
-
 def _compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"})) -> Loop:
     # Without the interpreter's lock, so that threads can run it at the same time. A multiplication and the addition
     # after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same bits.
-    _allow_512_bit_vectors()
-    loop: Loop = njit(nogil=True, cache=True, fastmath=set(fastmath), error_model="numpy")(function)
-    return loop
+    kernel_cache.allow_512_bit_vectors()
+    loop = njit(nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
+    loop._cache = kernel_cache.KernelCache(function, SOURCE)
+    return cast(Loop, loop)
 
 
 def _called_in_loops(function: Factory) -> Factory:
-    _allow_512_bit_vectors()
+    kernel_cache.allow_512_bit_vectors()
     return cast(Factory, njit(function))
 
 

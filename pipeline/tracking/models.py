@@ -23,6 +23,7 @@ from pipeline.model import model_file
 from pipeline.model.cnn import CNN, Architecture, Classifier
 from pipeline.model.model_file import TrainedModel
 from pipeline.params import check_model
+from pipeline.private_folders import temporary_folder
 from pipeline.tracking.lineage import DATA_SHA256
 from pipeline.tracking.runs import MODEL_SHA256
 from pipeline.tracking.store import equals, one_line, store_faults
@@ -46,7 +47,7 @@ def log_model(run_id: str, cnn: CNN, dataset: Dataset, model_sha256: str) -> str
         if model.status == LoggedModelStatus.READY and is_complete(str(model.artifact_location), model_sha256):
             return str(model.model_id)
     # torch.export ends the process on a full disk, and mlflow has it write into the temporary folder.
-    files.check_room(files.temporary_folder(), ROOM + 3 * files.MODEL.stat().st_size)
+    files.check_room(temporary_folder(), ROOM + 3 * files.MODEL.stat().st_size)
     logged = Model.log(
         artifact_path=None,
         flavor=mlflow.pytorch,

@@ -5,7 +5,6 @@ import fcntl
 import logging
 import os
 import sqlite3
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from pipeline import files
 from pipeline.errors import Fault, without_password
+from pipeline.private_folders import in_temporary_folder, private_folder, temporary_folder
 
 EXPERIMENT = "convtrack"
 TABLES = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"  # finds a row in an SQLite file with mlflow's tables
@@ -213,7 +213,7 @@ def _create_database(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or path.exists() or not path.parent.is_dir():
         return
-    files.check_room(files.temporary_folder(), NEW_DATABASE_BYTES)
+    files.check_room(temporary_folder(), NEW_DATABASE_BYTES)
     with TemporaryDirectory(prefix="convtrack-") as folder:
         created, copied = Path(folder) / "created.db", Path(folder) / "copied.db"
         MlflowClient(sqlite_address(created)).search_experiments()  # creates the tables
@@ -338,10 +338,10 @@ def _lock_file(what: str) -> Path:
         folder = files.root() / "mlruns"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f".{what}.lock"
-    folder = files.temporary_folder() / f"convtrack-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts = folder.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
-        raise Fault(f"{folder} belongs to another user, or is a link: remove it, or set TMPDIR to a folder of your own")
-    folder.chmod(0o700)
+    folder = in_temporary_folder()
+    try:
+        private_folder(folder)
+    except OSError as error:
+        remedy = "remove it, or set TMPDIR to a folder of your own"
+        raise Fault(f"{folder} cannot be used ({error.strerror}): {remedy}") from error
     return folder / f"{files.sha256(uri.encode())[:16]}.{what}.lock"

@@ -47,7 +47,7 @@ def test_a_folder_of_somebody_else_is_refused(elsewhere: Path) -> None:
     other = elsewhere / "other"
     other.mkdir()
     (elsewhere / f"convtrack-{os.getuid()}").symlink_to(other)
-    with pytest.raises(Fault, match="belongs to another user, or is a link: remove it, or set TMPDIR"):
+    with pytest.raises(Fault, match=r"belongs to another user, or is a link\): remove it, or set TMPDIR"):
         store._lock_file("gate")
     assert list(other.iterdir()) == []
 
