@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
@@ -28,6 +29,7 @@ def main() -> None:
     history = files.read_table(files.HISTORY, made_by="train")
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
+    print(f"scoring {len(test):,} test images", flush=True)
     logits = metrics.finite(metrics.predict_logits(trained.cnn, test.images))
     scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
     report = {
@@ -40,6 +42,7 @@ def main() -> None:
     files.write_json(files.METRICS, report)
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
+    print("logging the model, and comparing it with the champion", flush=True)
     store.connect()
     runs.close_stale_runs()
     model_sha256 = files.sha256(model)
@@ -92,8 +95,18 @@ def _test_scores(
         "error_count": int((logits.argmax(dim=1) != test.labels).sum()),
         "ece": metrics.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
         "per_class": _class_scores(logits, test, dataset.class_names),
-        "robustness": corruptions.robustness(cnn, test.images, test.labels),
+        "robustness": _robustness(cnn, test),
     }
+
+
+def _robustness(cnn: CNN, test: LabelledImages) -> dict[str, float]:
+    """Accuracy after each corruption that the metrics report; shows the progress on a terminal."""
+    accuracies = {}
+    with tqdm(corruptions.REPORTED, unit=" corruptions", disable=None) as bar:
+        for name in bar:
+            bar.set_description(name)
+            accuracies[name] = corruptions.reported_accuracy(cnn, test.images, test.labels, name)
+    return accuracies
 
 
 def _basic_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:

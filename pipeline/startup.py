@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-from pipeline import command_line, files
+from pipeline import command_line
 
 
 def start_command() -> None:
@@ -18,10 +18,14 @@ def start_command() -> None:
         return
     command = sys.orig_argv[-len(sys.argv)].rpartition("pipeline.")[2]
     if command in command_line.DESCRIPTIONS:
-        command_line.parse(command, sys.argv[1:])  # answers --help and refuses wrong arguments now
+        arguments = command_line.parse(command, sys.argv[1:])  # answers --help and refuses wrong arguments now
+        if command == "serve":
+            print(f"loading {arguments.model} ...", flush=True)
     if problem := _unsupported():
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    from pipeline import files  # only now: what it imports fails on Windows
+
     # By default Python collects after every 700 new objects. Importing the libraries makes half a million that all
     # stay: collecting took a third of the time that a stage needs to start.
     gc.set_threshold(100_000, 50, 100)

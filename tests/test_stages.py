@@ -331,7 +331,7 @@ def test_fault_44_a_stage_whose_inputs_change_while_it_runs_fails_and_keeps_the_
     module, name = {
         "prepare": (splits, "cut"),
         "train": (runs.TrainingRun, "log_epoch"),
-        "evaluate": (corruptions, "robustness"),
+        "evaluate": (corruptions, "reported_accuracy"),
         "visualize": (visualize, "_draw"),
     }[stage]
     # Drawing takes long, and what it draws does not matter here.

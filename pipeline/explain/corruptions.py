@@ -108,9 +108,9 @@ def accuracies(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, list[tuple
     }
 
 
-def robustness(cnn: CNN, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy on images (N, H, W, C) uint8 after each corruption that the metrics report."""
-    return {name: _accuracy(cnn, images, labels, *corruption) for name, corruption in REPORTED.items()}
+def reported_accuracy(cnn: CNN, images: Tensor, labels: Tensor, name: str) -> float:
+    """Accuracy on images (N, H, W, C) uint8 after the corruption ``name`` of REPORTED."""
+    return _accuracy(cnn, images, labels, *REPORTED[name])
 
 
 def _accuracy(cnn: CNN, images: Tensor, labels: Tensor, corruption: str, strength: float) -> float:

@@ -162,7 +162,8 @@ def find_by_hash(name: str, model_sha256: str) -> ModelVersion | None:
 def lacking(model_sha256: str) -> str | None:
     """What the store lacks of the model here, which dvc.lock has as evaluated, and the remedy. DVC does not notice."""
     run_id = runs.run_of_model(model_sha256)
-    if run_id is None or not _search(equals(f"tags.`{MODEL_SHA256}`", model_sha256)):
+    versions_of_it = MlflowClient().search_model_versions(equals(f"tags.`{MODEL_SHA256}`", model_sha256))
+    if run_id is None or not versions_of_it:
         return NO_VERSION
     logged = {Path(artifact.path).name for artifact in MlflowClient().list_artifacts(run_id, "figures")}
     drawn = {path.name for path in files.FIGURES.glob("*.png")}

@@ -181,13 +181,14 @@ def test_fault_26_a_model_file_that_is_not_the_registered_one_is_refused(finishe
 
 def other_model(change: str) -> bytes:
     """A model file like the trained one, with another architecture or other weights, and a SHA-256 of its own."""
-    cnn = model_file.from_bytes(files.MODEL.read_bytes()).cnn
+    trained = model_file.from_bytes(files.MODEL.read_bytes())
+    cnn = trained.cnn
     if change == "filters":
         cnn.architecture = replace(cnn.architecture, filters=(20_000, 4_000))
     else:
         with torch.no_grad():
             cnn.dense.weight.fill_(3e38)
-    return model_file.to_bytes(cnn)
+    return model_file.to_bytes(cnn, trained.data, trained.recipe)
 
 
 def replace_model(content: bytes) -> None:

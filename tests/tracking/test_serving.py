@@ -34,6 +34,7 @@ def server(_all_stages: Path) -> Iterator[tuple[str, psutil.Process]]:
         stale.unlink()
     with subprocess.Popen(command, cwd=_all_stages, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        assert process.stdout.readline() == b"loading champion ...\n"
         assert process.stdout.readline().decode() == (f"mnist-5k-cnn version 1 is served at http://127.0.0.1:{port}\n")
         address = f"http://127.0.0.1:{port}"
         for _ in range(100):
