@@ -241,6 +241,10 @@ def test_experiments_in_copies_of_their_own_log_into_the_same_store(clone: Path,
     succeed("dvc", "repro", "--force", folder=clone)
     before = {each.info.run_id for each in runs_of(clone)}
     succeed("dvc", "exp", "run", "--temp", "--name", "bold", "-S", "model.filters=[6,8]", folder=clone)
+    (shown,) = (words for words in commands(REPOSITORY / "README.md") if "--drop" in words)
+    table = succeed(*shown, folder=clone).splitlines()
+    assert any("model.filters" in line for line in table)
+    assert max(len(line.rstrip()) for line in table) <= 150
     succeed("dvc", "exp", "run", "--queue", "--name", "waiting", "-S", "model.filters=[4,8]", folder=clone)
     succeed("dvc", "queue", "start", folder=clone)
     deadline = time.monotonic() + 240
@@ -249,10 +253,6 @@ def test_experiments_in_copies_of_their_own_log_into_the_same_store(clone: Path,
         time.sleep(1)
     new = {each.info.run_name: each for each in runs_of(clone) if each.info.run_id not in before}
     assert set(new) == {"bold", "waiting"}
-    (shown,) = (words for words in commands(REPOSITORY / "README.md") if "--drop" in words)
-    table = succeed(*shown, folder=clone).splitlines()
-    assert any("model.filters" in line for line in table)
-    assert max(len(line.rstrip()) for line in table) <= 150
     for name, filters in (("bold", "[6, 8]"), ("waiting", "[4, 8]")):
         assert new[name].data.tags["dvc.exp"] == name
         assert new[name].data.params["model.filters"] == filters
