@@ -24,8 +24,8 @@ class Progress:
         done, elsewhere = self._study.counted(), self._study.running_elsewhere()
         parts = [
             f"{done}/{self._study.total} {self._unit}",
-            *self._study.remarks(),
             *([f"{elsewhere} running elsewhere"] if elsewhere else []),
+            *self._study.remarks(),
             *self._time_left(done),
         ]
         return ", ".join(parts)
