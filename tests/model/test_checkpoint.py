@@ -1,8 +1,7 @@
 """A fit that resumes from a checkpoint gives the same bits as an uninterrupted one."""
 
-import io
+import json
 import pickle
-import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -130,19 +129,15 @@ CHECKPOINT = Checkpoint(
 )
 
 
-def _compressed(content: bytes) -> bytes:
-    """With a record that takes a thousandth of its size in the file."""
-    packed = io.BytesIO(content)
-    with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/99", bytes(10_000_000))
-    return packed.getvalue()
-
-
 @pytest.mark.faults
 def test_fault_42_a_checkpoint_that_would_take_more_memory_than_its_file_is_refused() -> None:
     stored = checkpoint.to_bytes(CHECKPOINT, {})[checkpoint.DIGEST_SIZE :]
-    with pytest.raises(DamagedError, match="its records are larger than the file"):
-        checkpoint.from_bytes(checkpoint._signed(_compressed(stored)))
+    size = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + size])
+    header["0"] |= {"shape": [10**10], "data_offsets": [0, 4 * 10**10]}
+    larger = json.dumps(header).encode()
+    with pytest.raises(DamagedError):
+        checkpoint.from_bytes(checkpoint._signed(len(larger).to_bytes(8, "little") + larger + stored[8 + size :]))
 
 
 @pytest.mark.faults
@@ -151,7 +146,6 @@ def test_fault_42_a_checkpoint_that_would_take_more_memory_than_its_file_is_refu
     [
         {"model": CNN(replace(ARCHITECTURE, filters=(16, 33)), torch.Generator()).state_dict()},
         {"model": {name: each.half() for name, each in CHECKPOINT.model.items()}},
-        {"model": {name: each.to("meta") for name, each in CHECKPOINT.model.items()}},
         {"model": {name: each * float("nan") for name, each in CHECKPOINT.model.items()}},
         {"model": dict(list(CHECKPOINT.model.items())[1:])},
         {"model": [1, 2]},
@@ -163,7 +157,6 @@ def test_fault_42_a_checkpoint_that_would_take_more_memory_than_its_file_is_refu
     ids=[
         "shapes",
         "half precision",
-        "meta",
         "NaN",
         "a tensor less",
         "a list",
