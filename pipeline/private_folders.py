@@ -13,12 +13,14 @@ OF_A_COMMAND = re.compile(r"convtrack-\d+-\w+")  # the temporary folder of a com
 def private_folder(path: Path) -> Path:
     """Make ``path`` if it does not exist, and close it to other users; returns it.
 
-    Raises OSError if it cannot be written, is a link, or belongs to another user.
+    Raises OSError if it cannot be written, is a link, or belongs to another user, and if others could write into it:
+    what they have put there cannot be told from one's own.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = path.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "it belongs to another user, or is a link", str(path))
+    is_open = facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not stat.S_ISDIR(facts.st_mode) or is_open:
+        raise PermissionError(errno.EPERM, "other users can write into it, or it is a link", str(path))
     path.chmod(0o700)  # fails on a disk that is mounted read-only
     return path
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numba
 from numba.core import config
-from numba.core.caching import NullCache
 from numba.core.codegen import get_host_cpu_features
 from numba.core.compiler import CompileResult
 from numba.core.cpu import CPUContext
@@ -91,11 +90,13 @@ def _places() -> Iterator[Path]:
         yield in_temporary_folder()
 
 
-class KernelCache(NullCache):  # type: ignore[misc]  # Numba is not typed
-    """The cache of one loop, for Numba's dispatcher.
+class KernelCache:
+    """The cache of one loop: what Numba's dispatcher uses of its own caches.
 
     ``source`` is the text of the file that the loop and all that it calls are defined in.
     """
+
+    cache_path = None
 
     def __init__(self, loop: Callable[..., object], source: bytes) -> None:
         constants = [cell.cell_contents for cell in loop.__closure__ or ()]
@@ -113,6 +114,9 @@ class KernelCache(NullCache):  # type: ignore[misc]  # Numba is not typed
         if not compiled.library.has_dynamic_globals:  # addresses in this process
             _write(self._name(types), dumps(compiled._reduce()))
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def _name(self, types: tuple[object, ...]) -> str:
         key = repr((self._key, types, _target(), _settings()))
         return hashlib.sha256(key.encode()).hexdigest() + SUFFIX
@@ -125,13 +129,12 @@ def _digest(name: str, content: bytes) -> bytes:
 def _read(name: str) -> bytes | None:
     try:
         path = folder() / name
-        with path.open("rb") as file:
-            is_own = os.fstat(file.fileno()).st_uid == os.getuid()  # the folder may have been open to others before
-            digest, content = file.read(DIGEST_BYTES), file.read()
+        stored = path.read_bytes()
         os.utime(path)  # it is in use
     except (OSError, Fault):
         return None
-    return content if is_own and digest == _digest(name, content) else None
+    digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+    return content if digest == _digest(name, content) else None
 
 
 def _write(name: str, content: bytes) -> None:

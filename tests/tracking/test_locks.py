@@ -47,9 +47,17 @@ def test_a_folder_of_somebody_else_is_refused(elsewhere: Path) -> None:
     other = elsewhere / "other"
     other.mkdir()
     (elsewhere / f"convtrack-{os.getuid()}").symlink_to(other)
-    with pytest.raises(Fault, match=r"belongs to another user, or is a link\): remove it, or set TMPDIR"):
+    with pytest.raises(Fault, match=r"other users can write into it, or it is a link\): remove it, or set TMPDIR"):
         store._lock_file("gate")
     assert list(other.iterdir()) == []
+
+
+def test_a_folder_that_others_can_write_into_is_refused(elsewhere: Path) -> None:
+    folder = elsewhere / f"convtrack-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)  # whatever the umask
+    with pytest.raises(Fault, match=r"other users can write into it, or it is a link\): remove it, or set TMPDIR"):
+        store._lock_file("gate")
 
 
 def test_only_its_user_may_look_into_the_folder(elsewhere: Path) -> None:
