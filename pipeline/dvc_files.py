@@ -7,52 +7,12 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import Fault, UserError
-from pipeline.params import differences, flat, parse_yaml, read_params
+from pipeline.params import flat, parse_yaml
 
 LOCK, PIPELINE = Path("dvc.lock"), Path("dvc.yaml")
 ROOT = Path(__file__).parents[1]  # of this code; in a temporary copy of the repository that of the copy
 CODE = "pipeline/"
 KEPT_LOCK = Path(".dvc/tmp/dvc.lock")
-
-
-class StageInputs:
-    """What a stage depends on, as it is when the stage begins: its parameters, its code and its files.
-
-    DVC notes in dvc.lock what is there when the stage has ended. If that is not what the stage has read, dvc.lock gives
-    its outputs an origin that they do not have, and DVC finds them up to date.
-    """
-
-    def __init__(self, stage: str) -> None:
-        if files.runs_in_dvc():
-            keep_lock()
-        self._stage, self._definition = stage, _definition(stage)
-        self._params = self._params_now()
-        self._stats, self._digests = _stats(self._files_now()), _digests(self._files_now())
-
-    def check_unchanged(self) -> None:
-        """Raises UserError, naming what has changed since then. After that DVC notes nothing for the stage."""
-        changes = differences(self._params, self._params_now())
-        found = self._files_now()
-        if _stats(found) != self._stats:
-            now = _digests(found)
-            names = sorted({*now, *self._digests})
-            changes += [f"{name} has changed" for name in names if now.get(name) != self._digests.get(name)]
-        if changes:
-            raise UserError(
-                f"`{self._stage}` began with other inputs than are here now ({'; '.join(changes)}): "
-                "undo that or keep it, then `dvc repro`"
-            )
-
-    def _params_now(self) -> dict[str, object]:
-        """The parameters that the stage depends on, by their dotted paths."""
-        names = tuple(f"{name}." for name in self._definition.get("params", []))
-        values = flat(read_params().model_dump(mode="json"))
-        return {path: value for path, value in values.items() if f"{path}.".startswith(names)}
-
-    def _files_now(self) -> dict[str, Path]:
-        """The files of code and data that the stage depends on and that exist, by their names in messages."""
-        data = {dep: Path(dep) for dep in self._definition["deps"] if not dep.startswith(CODE)}
-        return {name: path for name, path in (_code_files(self._definition) | data).items() if path.is_file()}
 
 
 def keep_lock() -> None:
@@ -70,12 +30,8 @@ def is_whole(lock: bytes) -> bool:
     return True
 
 
-def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
-    found = {name: path.stat() for name, path in paths.items()}
-    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in found.items()}
-
-
-def _digests(paths: Mapping[str, Path]) -> dict[str, str]:
+def digests(paths: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of each file, by its name."""
     return {name: files.sha256(path.read_bytes()) for name, path in paths.items()}
 
 
@@ -84,16 +40,17 @@ def code_of(stage: str) -> dict[str, str]:
 
     In a temporary copy of the repository it is the code of the copy. Raises Fault where dvc.yaml has no such stage.
     """
-    return _digests(_code_files(_definition(stage)))
+    return digests(code_files(definition(stage)))
 
 
-def _code_files(definition: Mapping[str, Any]) -> dict[str, Path]:
+def code_files(definition: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of code that the stage with this ``definition`` depends on, by their paths from the root."""
     dependencies = [ROOT / dep for dep in definition["deps"] if dep.startswith(CODE)]
     found = [file for each in dependencies for file in ([each] if each.is_file() else each.rglob("*.py"))]
     return {file.relative_to(ROOT).as_posix(): file for file in sorted(set(found))}
 
 
-def _definition(stage: str) -> dict[str, Any]:
+def definition(stage: str) -> dict[str, Any]:
     """What dvc.yaml says about a stage. Raises Fault where it has no such stage with its deps."""
     content: Any = parse_yaml((ROOT / PIPELINE).read_bytes(), PIPELINE)
     try:

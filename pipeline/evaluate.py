@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.dvc_files import StageInputs
 from pipeline.errors import UserError, run_command
 from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
@@ -15,6 +14,7 @@ from pipeline.model import metrics, model_file
 from pipeline.model.cnn import CNN, parameter_count
 from pipeline.model.model_file import TrainedModel
 from pipeline.params import Evaluate, Params, check_model, differences, read_params
+from pipeline.stage_inputs import StageInputs
 from pipeline.tracking import models, promotion, runs, store
 from pipeline.tracking.registry import Entry
 

@@ -4,9 +4,9 @@ import sys
 
 from pipeline import files
 from pipeline.data import sources, splits
-from pipeline.dvc_files import StageInputs
 from pipeline.errors import run_command
 from pipeline.params import read_params
+from pipeline.stage_inputs import StageInputs
 
 
 def main() -> None:

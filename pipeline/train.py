@@ -9,7 +9,6 @@ from tqdm import tqdm
 from pipeline import checkpoints, dvc_files, files, recipe
 from pipeline.checkpoints import SavedTraining
 from pipeline.data.splits import TRAIN, VALIDATION, LabelledImages, read_dataset, read_split
-from pipeline.dvc_files import StageInputs
 from pipeline.errors import Fault, run_command
 from pipeline.explain.live_images import LiveImages
 from pipeline.model import model_file, training
@@ -17,6 +16,7 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, summary
 from pipeline.model.training import Epoch
 from pipeline.params import Params, read_params
+from pipeline.stage_inputs import StageInputs
 from pipeline.tracking import runs, store
 from pipeline.tracking.runs import TrainingRun
 

@@ -7,13 +7,13 @@ from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data.splits import TEST, TRAIN, read_dataset, read_split
-from pipeline.dvc_files import StageInputs
 from pipeline.errors import run_command
 from pipeline.explain import report
 from pipeline.explain.report_inputs import ReportInputs
 from pipeline.figures.canvas import as_png
 from pipeline.model import model_file
 from pipeline.params import check_model, read_params
+from pipeline.stage_inputs import StageInputs
 from pipeline.tracking import runs, store
 
 

@@ -1,0 +1,53 @@
+"""Notices that what a stage has read is changed while it runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import dvc_files, files
+from pipeline.errors import UserError
+from pipeline.params import differences, flat, read_params
+
+
+class StageInputs:
+    """What a stage depends on, as it is when the stage begins: its parameters, its code and its files.
+
+    DVC notes in dvc.lock what is there when the stage has ended. If that is not what the stage has read, dvc.lock gives
+    its outputs an origin that they do not have, and DVC finds them up to date.
+    """
+
+    def __init__(self, stage: str) -> None:
+        if files.runs_in_dvc():
+            dvc_files.keep_lock()
+        self._stage, self._definition = stage, dvc_files.definition(stage)
+        self._params = self._params_now()
+        self._stats, self._digests = _stats(self._files_now()), dvc_files.digests(self._files_now())
+
+    def check_unchanged(self) -> None:
+        """Raises UserError, naming what has changed since then. After that DVC notes nothing for the stage."""
+        changes = differences(self._params, self._params_now())
+        found = self._files_now()
+        if _stats(found) != self._stats:
+            now = dvc_files.digests(found)
+            names = sorted({*now, *self._digests})
+            changes += [f"{name} has changed" for name in names if now.get(name) != self._digests.get(name)]
+        if changes:
+            raise UserError(
+                f"`{self._stage}` began with other inputs than are here now ({'; '.join(changes)}): "
+                "undo that or keep it, then `dvc repro`"
+            )
+
+    def _params_now(self) -> dict[str, object]:
+        """The parameters that the stage depends on, by their dotted paths."""
+        names = tuple(f"{name}." for name in self._definition.get("params", []))
+        values = flat(read_params().model_dump(mode="json"))
+        return {path: value for path, value in values.items() if f"{path}.".startswith(names)}
+
+    def _files_now(self) -> dict[str, Path]:
+        """The files of code and data that the stage depends on and that exist, by their names in messages."""
+        data = {dep: Path(dep) for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)}
+        return {name: path for name, path in (dvc_files.code_files(self._definition) | data).items() if path.is_file()}
+
+
+def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
+    found = {name: path.stat() for name, path in paths.items()}
+    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in found.items()}
