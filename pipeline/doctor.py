@@ -19,7 +19,7 @@ from pipeline.data import sources, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, kernel_cache, model_file
 from pipeline.params import check_model, differences, read_params
-from pipeline.tracking import delivery, promotion, registry, runs, store
+from pipeline.tracking import delivery, promotion, registry, runs, sqlite_files, store
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import REGISTER
 
@@ -126,8 +126,9 @@ def _wrong_origin() -> Lines:
     both = trained.recipe.keys() & noted.keys()
     wrong = differences({path: trained.recipe[path] for path in both}, {path: noted[path] for path in both})
     described = files.PREPARED / "dataset.json"
-    if described.is_file() and dependencies.get(described.as_posix()) == dvc_files.md5(described.read_bytes()):
-        wrong += [f"{files.PREPARED} has changed"] * (trained.data.get("data.sha256") != splits.read_dataset().sha256)
+    is_noted = described.is_file() and dependencies.get(described.as_posix()) == dvc_files.md5(described.read_bytes())
+    if is_noted and trained.data.get("data.sha256") != splits.read_dataset().sha256:
+        wrong.append(f"{files.PREPARED} has changed")
     if wrong:
         remedy = "`dvc repro -f train`, then `dvc repro`"
         yield Problem(
@@ -202,7 +203,9 @@ def _has_runs() -> bool:
         return False
     try:
         ours = "SELECT 1 FROM experiments WHERE name = ?"
-        return store.finds_row(path, store.TABLES) and store.finds_row(path, ours, store.EXPERIMENT)
+        return sqlite_files.finds_row(path, sqlite_files.TABLES) and sqlite_files.finds_row(
+            path, ours, store.EXPERIMENT
+        )
     except sqlite3.Error:
         return True  # store.connect then says what is wrong with it
 

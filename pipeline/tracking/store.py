@@ -12,8 +12,6 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import mlflow
 import sqlalchemy
@@ -26,16 +24,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from pipeline import files
 from pipeline.errors import Fault, without_password
 from pipeline.private_folders import in_temporary_folder, private_folder, temporary_folder
+from pipeline.tracking import sqlite_files
 
 EXPERIMENT = "convtrack"
-TABLES = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"  # finds a row in an SQLite file with mlflow's tables
-LOCATIONS = (  # the columns of mlflow's tables with absolute paths
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 # OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 CONNECT_TIMEOUT = 8  # seconds, for a database on a server
@@ -178,7 +169,7 @@ def _may_lack_tables(uri: str) -> bool:
     if path is None or not path.exists():
         return True
     try:
-        return not finds_row(path, TABLES)
+        return not sqlite_files.finds_row(path, sqlite_files.TABLES)
     except sqlite3.Error:
         return False  # mlflow then reports what is wrong with it
 
@@ -191,18 +182,7 @@ def sqlite_path(uri: str) -> Path | None:
         return None
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return None
-    return _local_path(url.database) or Path(url.database)
-
-
-def finds_row(path: Path, query: str, *values: str) -> bool:
-    """Whether a query of an SQLite file, which is only read, has a result. Raises sqlite3.Error."""
-    return _first_row(path, query, *values) is not None
-
-
-def _first_row(path: Path, query: str, *values: str) -> tuple[str | None, ...] | None:
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        row: tuple[str | None, ...] | None = database.execute(query, values).fetchone()
-        return row
+    return sqlite_files.local_path(url.database) or Path(url.database)
 
 
 def _create_database(uri: str) -> None:
@@ -217,33 +197,28 @@ def _create_database(uri: str) -> None:
     with TemporaryDirectory(prefix="convtrack-") as folder:
         created, copied = Path(folder) / "created.db", Path(folder) / "copied.db"
         MlflowClient(sqlite_address(created)).search_experiments()  # creates the tables
-        _copy_database(created, copied)
+        sqlite_files.copy(created, copied)
         with closing(sqlite3.connect(copied)) as database, database:  # mlflow's own experiment would be in this folder
             database.execute("UPDATE experiments SET artifact_location = ?", (f"{_artifact_location(uri)}/0",))
         files.write(path, copied.read_bytes())
 
 
-def _copy_database(path: Path, target: Path) -> None:
-    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
-        source.backup(copy)  # including what is still in the write-ahead log
-
-
 def _update_locations() -> None:
     """If this repository was moved or copied, point its store, which has absolute paths, at the artifacts here."""
     uri, path = mlflow.get_tracking_uri(), files.root() / "mlflow.db"
-    if not _is_own(uri) or _other_folder(path) is None:
+    if not _is_own(uri) or sqlite_files.other_repository(path, EXPERIMENT) is None:
         return
     with exclusive_lock("locations"):
-        before = _other_folder(path)
+        before = sqlite_files.other_repository(path, EXPERIMENT)
         if before is None:
             return  # another process has updated them
         kept = path.with_name(f"{path.name}.before-move")
         try:
             unfinished = kept.with_name(f"{kept.name}{files.UNFINISHED}")
             unfinished.unlink(missing_ok=True)
-            _copy_database(path, unfinished)
+            sqlite_files.copy(path, unfinished)
             unfinished.replace(kept)
-            _write_locations(path, before, files.root())
+            sqlite_files.move_locations(path, before, files.root())
         except (OSError, sqlite3.Error) as error:
             reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"
             raise Fault(f"{reason}: make its folder writable, and room on that disk, then run again") from error
@@ -254,37 +229,6 @@ def _update_locations() -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def _other_folder(path: Path) -> Path | None:
-    """The repository that a store's artifacts are in, if it is not this one."""
-    try:
-        found = _first_row(path, "SELECT artifact_location FROM experiments WHERE name = ?", EXPERIMENT)
-    except sqlite3.Error:
-        return None  # mlflow then reports what is wrong with it
-    folder = _local_path(found[0]) if found else None
-    if folder is None or folder.is_relative_to(files.root() / "mlruns"):
-        return None
-    return next((each.parent for each in (folder, *folder.parents) if each.name == "mlruns"), None)
-
-
-def _local_path(location: str | None) -> Path | None:
-    """The absolute path of a location on this machine, else None."""
-    if location and location.startswith("/"):
-        return Path(location)
-    return Path(url2pathname(urlsplit(location).path)) if location and location.startswith("file:///") else None
-
-
-def _write_locations(path: Path, before: Path, now: Path) -> None:
-    """Move the locations below the folder ``before`` to ``now``: all or none."""
-    with closing(sqlite3.connect(path, timeout=20)) as database, database:
-        database.execute("BEGIN IMMEDIATE")
-        for table, column in LOCATIONS:
-            for row, location in database.execute(f"SELECT rowid, {column} FROM {table}").fetchall():
-                folder = _local_path(location)
-                if folder and folder.is_relative_to(before):
-                    moved = (now / folder.relative_to(before)).as_uri()
-                    database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (moved, row))
 
 
 def _create_experiment(artifact_location: str | None) -> None:

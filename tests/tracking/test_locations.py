@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from pipeline import doctor
 from pipeline.errors import Fault
-from pipeline.tracking import promotion, registry, store
+from pipeline.tracking import promotion, registry, sqlite_files, store
 from tests.tracking.registering import NAME
 
 
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def locations(folder: Path) -> set[str]:
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        columns = [database.execute(f"SELECT {column} FROM {table}") for table, column in store.LOCATIONS]
+        columns = [database.execute(f"SELECT {column} FROM {table}") for table, column in sqlite_files.LOCATIONS]
         found = {str(location) for rows in columns for (location,) in rows if location}
     return {location for location in found if not location.endswith("/mlruns/0")}  # that of the copied database
 
@@ -117,7 +117,7 @@ def test_fault_49_a_relative_store_is_in_the_repository_and_not_in_a_temporary_c
     with mlflow.start_run() as run:
         mlflow.log_text("text", "a.txt")
     assert list(temporary.iterdir()) == []
-    assert store.finds_row(workspace / "team.db", "SELECT 1 FROM runs WHERE run_uuid = ?", run.info.run_id)
+    assert sqlite_files.finds_row(workspace / "team.db", "SELECT 1 FROM runs WHERE run_uuid = ?", run.info.run_id)
     assert (workspace / f"mlruns/{run.info.run_id}/artifacts/a.txt").exists()
 
 
@@ -148,7 +148,7 @@ def test_an_address_names_the_file_that_it_was_made_of(name: str, tmp_path: Path
     assert store.sqlite_path(address) == folder / "mlflow.db"
     client = MlflowClient(address)
     client.create_experiment("here")
-    assert store.finds_row(folder / "mlflow.db", "SELECT 1 FROM experiments WHERE name = ?", "here")
+    assert sqlite_files.finds_row(folder / "mlflow.db", "SELECT 1 FROM experiments WHERE name = ?", "here")
     assert list(tmp_path.iterdir()) == [folder]
 
 

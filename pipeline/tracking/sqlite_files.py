@@ -1,0 +1,66 @@
+"""What is read and written in an SQLite file with MLflow's tables, without MLflow."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from pipeline import files
+
+TABLES = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"  # finds a row in an SQLite file with mlflow's tables
+LOCATIONS = (  # the columns of mlflow's tables with absolute paths
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def finds_row(path: Path, query: str, *values: str) -> bool:
+    """Whether a query of an SQLite file, which is only read, has a result. Raises sqlite3.Error."""
+    return _first_row(path, query, *values) is not None
+
+
+def _first_row(path: Path, query: str, *values: str) -> tuple[str | None, ...] | None:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        row: tuple[str | None, ...] | None = database.execute(query, values).fetchone()
+        return row
+
+
+def copy(path: Path, target: Path) -> None:
+    """Copy a database that others may be writing. Raises sqlite3.Error."""
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)  # including what is still in the write-ahead log
+
+
+def other_repository(path: Path, experiment: str) -> Path | None:
+    """The repository that a store's artifacts are in, if it is not this one."""
+    try:
+        found = _first_row(path, "SELECT artifact_location FROM experiments WHERE name = ?", experiment)
+    except sqlite3.Error:
+        return None  # mlflow then reports what is wrong with it
+    folder = local_path(found[0]) if found else None
+    if folder is None or folder.is_relative_to(files.root() / "mlruns"):
+        return None
+    return next((each.parent for each in (folder, *folder.parents) if each.name == "mlruns"), None)
+
+
+def local_path(location: str | None) -> Path | None:
+    """The absolute path of a location on this machine, else None."""
+    if location and location.startswith("/"):
+        return Path(location)
+    return Path(url2pathname(urlsplit(location).path)) if location and location.startswith("file:///") else None
+
+
+def move_locations(path: Path, before: Path, now: Path) -> None:
+    """Move the locations below the folder ``before`` to ``now``: all or none."""
+    with closing(sqlite3.connect(path, timeout=20)) as database, database:
+        database.execute("BEGIN IMMEDIATE")
+        for table, column in LOCATIONS:
+            for row, location in database.execute(f"SELECT rowid, {column} FROM {table}").fetchall():
+                folder = local_path(location)
+                if folder and folder.is_relative_to(before):
+                    moved = (now / folder.relative_to(before)).as_uri()
+                    database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (moved, row))
