@@ -123,18 +123,12 @@ class Study:
 
     def best(self, count: int) -> list[TrialRecord]:
         """The complete trials with the lowest validation errors, each set of values once."""
-        return self._without_repetitions(self.trials(TrialState.COMPLETE))[:count]
+        return [self._record(trial) for trial in _without_repetitions(self.trials(TrialState.COMPLETE))[:count]]
 
     def front(self) -> list[TrialRecord]:
         """With a second objective: the trials of which no other is smaller and as accurate, the most accurate first."""
-        return self._without_repetitions(self.optuna.best_trials) if self.params.tune.second_objective else []
-
-    def _without_repetitions(self, trials: Iterable[FrozenTrial]) -> list[TrialRecord]:
-        """Those with the lowest validation errors first, each set of values once."""
-        found: dict[str, FrozenTrial] = {}
-        for trial in sorted(trials, key=lambda trial: (trial.values[0], trial.number)):
-            found.setdefault(json.dumps(trial.params, sort_keys=True), trial)
-        return [self._record(trial) for trial in found.values()]
+        trials = self.optuna.best_trials if self.params.tune.second_objective else []
+        return [self._record(trial) for trial in _without_repetitions(trials)]
 
     def values_of(self, trial: Trial | FrozenTrial) -> dict[str, object]:
         """The values that it is trained with: 0.15 where the steps of a range add up to 0.15000000000000002."""
@@ -311,6 +305,14 @@ def _contains(distribution: BaseDistribution, value: object) -> bool:
         return distribution._contains(distribution.to_internal_repr(value))
     except ValueError:
         return False
+
+
+def _without_repetitions(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Those with the lowest validation errors first, each set of values once."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda trial: (trial.values[0], trial.number)):
+        found.setdefault(json.dumps(trial.params, sort_keys=True), trial)
+    return list(found.values())
 
 
 def retries_of(trial: Trial | FrozenTrial) -> int:
