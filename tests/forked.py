@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import chdir
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,24 +38,31 @@ def run(
         streams[0].write_bytes(stdin)
         process = _FORKS.Process(target=_become, args=(name, arguments, folder, streams, dict(environment)))
         process.start()
-        process.join(seconds)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"{name} is still at work after {seconds:.0f} s")
+        code = ended(process, seconds)
         written = [stream.read_bytes() for stream in streams[1:]]
-    return subprocess.CompletedProcess([name, *arguments], process.exitcode, *written)
+    return subprocess.CompletedProcess([name, *arguments], code, *written)
 
 
 def call(function: Callable[..., None], *arguments: object, folder: Path, seconds: float) -> int:
     """``function`` in ``folder``, as a process of its own: its exit code, minus the number of a signal that ends it."""
+    return ended(start(function, *arguments, folder=folder), seconds)
+
+
+def start(function: Callable[..., None], *arguments: object, folder: Path) -> BaseProcess:
+    """As `call`, without waiting for its end."""
     with chdir(Path(__file__).parents[1]):
         forkserver.ensure_running()
     process = _FORKS.Process(target=_call, args=(function, arguments, folder, dict(os.environ)))
     process.start()
+    return process
+
+
+def ended(process: BaseProcess, seconds: float) -> int:
+    """The exit code of the process, once it has ended. Raises TimeoutError."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"{function.__name__} is still at work after {seconds:.0f} s")
+        raise TimeoutError(f"{process.name} is still at work after {seconds:.0f} s")
     return process.exitcode
 
 

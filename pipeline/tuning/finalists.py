@@ -91,19 +91,16 @@ class FinalistStudy(Study):
         found = [self.values_of(trial) for trial in self.trials(*states)]
         return [pair for pair in self._pairs if pair not in found]
 
-    def next(self) -> Trial | None:
-        """Start the next pair; None where another machine has just started it, or it is no longer wanted."""
-        with database_lock():
-            missing = self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING)
-            if not missing:
-                return None
-            if not self.trials(TrialState.WAITING):  # those to be tried again come first
-                self.optuna.enqueue_trial(missing[0])
-            with expected_warnings():
-                trial = self.optuna.ask()
-            if self.values_of(trial) not in missing:  # it was requeued twice, or the finalists have changed
-                self.optuna.tell(trial.number, state=TrialState.FAIL)
-                return None
+    def _start(self) -> Trial | None:
+        """Start the next pair; None if it is no longer wanted."""
+        missing = self._pairs_without(TrialState.COMPLETE, TrialState.RUNNING)
+        if not self.trials(TrialState.WAITING):  # those to be tried again come first
+            self.optuna.enqueue_trial(missing[0])
+        with expected_warnings():
+            trial = self.optuna.ask()
+        if self.values_of(trial) not in missing:  # it was requeued twice, or the finalists have changed
+            self.optuna.tell(trial.number, state=TrialState.FAIL)
+            return None
         self.asked.add(trial.number)
         return trial
 

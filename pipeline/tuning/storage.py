@@ -22,6 +22,7 @@ JOURNAL = FOLDER / "study.journal"
 STORAGE = "OPTUNA_STORAGE"
 HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a trial is requeued
 LOCK_TIMEOUT = 30  # seconds
+IDLE_TIMEOUT = 20  # seconds; less, so that a process that stands still with the lock does not end those that wait
 ADVISORY_LOCK = 0xC0117ACC  # an arbitrary number
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
@@ -85,7 +86,10 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def database_lock() -> Iterator[None]:
-    """A lock in PostgreSQL: two machines might create the same tables and study, or start the same finalist."""
+    """A lock in PostgreSQL: two machines might create the same tables and study, or start the same trial.
+
+    It lasts for a transaction, which the server ends if it hears nothing more of it. Raises Fault if it has.
+    """
     url = os.environ.get(STORAGE, "")
     if not url.startswith("postgresql"):
         yield
@@ -93,9 +97,12 @@ def database_lock() -> Iterator[None]:
     with ExitStack() as stack:
         with storage_faults(), _driver_needed():
             engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_options(url))
-            connection = stack.enter_context(engine.connect())  # the lock ends with it
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_LOCK})"))
+            connection = stack.enter_context(engine.connect())
+            connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}s'"))
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
         yield
+        with storage_faults():
+            connection.commit()
 
 
 def open_storage() -> BaseStorage:

@@ -24,7 +24,7 @@ from pipeline.model.training import Epoch
 from pipeline.params import MACHINE_PARAMETERS, Params, Range
 from pipeline.recipe import architecture
 from pipeline.tracking.studies import ERROR, Status, TrialRecord
-from pipeline.tuning.storage import HEARTBEAT, expected_warnings, open_storage, storage_faults
+from pipeline.tuning.storage import HEARTBEAT, database_lock, expected_warnings, open_storage, storage_faults
 
 Space = dict[str, BaseDistribution]
 
@@ -74,7 +74,8 @@ class Study:
 
     def needs_another_trial(self) -> bool:
         """Whether more trials are needed than those that count and those that are running, here or elsewhere."""
-        return self.counted() + len(self.trials(TrialState.RUNNING)) < self.total
+        # Read once: between two readings a trial of another machine could end, and be in neither.
+        return sum(trial.state == TrialState.RUNNING or counts(trial) for trial in self.trials()) < self.total
 
     def running_elsewhere(self) -> int:
         """How many trials other processes are running."""
@@ -141,7 +142,12 @@ class Study:
         return self.params.changed(self.values_of(trial) | {"train.epochs": self.params.tune.epochs})
 
     def next(self) -> Trial | None:
-        """Start a trial: one that waits to be tried again, else what the sampler proposes.
+        """Start a trial; None if none is needed any more, or if it has ended at once."""
+        with database_lock():  # else several machines might each start the last one
+            return self._start() if self.needs_another_trial() else None
+
+    def _start(self) -> Trial | None:
+        """Start the trial that waits to be tried again, else what the sampler proposes.
 
         None if these values have been tried before: the trial then ends with the same result.
         """

@@ -19,8 +19,15 @@ from mlflow import MlflowClient
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from pipeline.data.splits import read_dataset
+from pipeline.errors import Fault
+from pipeline.model.training import Epoch
+from pipeline.params import read_params
 from pipeline.tracking import store
-from pipeline.tuning.study import counts
+from pipeline.tuning import storage
+from pipeline.tuning.storage import database_lock, open_storage
+from pipeline.tuning.study import counts, open_study
+from tests import forked
 from tests.conftest import free_port, write_params
 from tests.test_tune import PRESENT, SMALL, command, environment_tags
 
@@ -162,6 +169,48 @@ def test_fault_18_four_machines_make_one_study_of_an_empty_database(machines: li
         assert "6/6 trials" in lines
         assert children(machine) == list(range(6))
         assert PASSWORD not in lines
+
+
+@pytest.mark.faults
+def test_fault_18_eight_machines_run_no_trial_too_many(
+    workspace: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their trials end at once, so that all of them ask for the last one at the same moment, 20 times."""
+    write_params(workspace, SMALL)
+    monkeypatch.setenv("OPTUNA_STORAGE", database)
+    with database_lock():
+        open_storage()  # makes the tables
+    together = [forked.start(run_without_training, 20, 3, folder=workspace) for _ in range(8)]
+    assert [forked.ended(each, 300) for each in together] == [0] * 8
+    for number in range(20):
+        found = optuna.load_study(study_name=f"round {number}", storage=database).get_trials()
+        assert [trial.number for trial in found] == list(range(3))
+        assert all(map(counts, found))
+
+
+def run_without_training(rounds: int, total: int) -> None:
+    """The studies `round 0` and on, each to its end: a trial is complete once it is started."""
+    params, dataset, opened = read_params(), read_dataset(), open_storage()
+    for number in range(rounds):
+        with database_lock():
+            study = open_study(opened, f"round {number}", params, dataset, total)
+        while not study.is_done():
+            trial = study.next() if study.needs_another_trial() else None
+            if trial is not None:
+                study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, 0.1, 0.0, 0.0)], pruned=False)
+
+
+def test_a_machine_that_stands_still_while_it_starts_a_trial_stops_no_other(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", database)
+    monkeypatch.setattr(storage, "IDLE_TIMEOUT", 1)
+    with (
+        pytest.raises(Fault, match=r"^the study's storage failed: .*idle-in-transaction timeout"),
+        database_lock(),
+        database_lock(),  # taken once the server has ended the transaction of the first
+    ):
+        pass
 
 
 def test_the_trials_of_a_dead_machine_are_run_again(machines: list[Path], database: str) -> None:
