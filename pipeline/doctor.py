@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline import checkpoints, dvc_files, files, machine
-from pipeline.data import sources, splits
+from pipeline.data import downloads, published, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, kernel_cache, model_file
 from pipeline.params import check_model, differences, read_params
@@ -80,7 +80,7 @@ def _params() -> Lines:
 
 
 def _downloads() -> Lines:
-    downloaded = list(sources.downloaded())
+    downloaded = list(published.downloaded())
     for path, is_published in downloaded:
         if not is_published:
             yield Problem(f"{path} is not the published file: delete it, then `dvc repro`")
@@ -96,7 +96,7 @@ def _images() -> Lines:
         yield from _errors_of(splits.read_split, dataset, split)
     yield f"{dataset.label}, {sum(facts.count for facts in dataset.splits.values()):,} images"
     if dataset.name != dataset.requested:
-        yield Problem(f"{dataset.label}: {sources.NETWORK_REMEDY}, then `dvc repro -f prepare` and `dvc repro`")
+        yield Problem(f"{dataset.label}: {downloads.NETWORK_REMEDY}, then `dvc repro -f prepare` and `dvc repro`")
 
 
 def _model() -> Lines:

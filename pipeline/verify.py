@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline import dvc_files, files, machine, recipe
-from pipeline.data import sources
+from pipeline.data import downloads, published
 from pipeline.data.splits import read_dataset
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.params import read_params
@@ -73,12 +73,12 @@ def warn_of_fallback(folder: Path) -> None:
     """Print a line where the build did not have the images that params.yaml names."""
     dataset = read_dataset(folder / files.PREPARED)
     if dataset.name != dataset.requested:
-        print(f"built with {dataset.label}: {sources.NETWORK_REMEDY} to verify it with {dataset.requested}")
+        print(f"built with {dataset.label}: {downloads.NETWORK_REMEDY} to verify it with {dataset.requested}")
 
 
 def _link_downloads(folder: Path) -> None:
     """Reuse the files that are already downloaded. Missing and damaged ones come from the mirrors, as usual."""
-    for path, is_published in sources.downloaded():
+    for path, is_published in published.downloaded():
         if is_published:
             link = folder / path.relative_to(files.root())
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +89,9 @@ def _environment() -> dict[str, str]:
     """That of this process, without other stores; a mirror that is a relative path is made absolute."""
     outside = ("MLFLOW", "DVC", "OPTUNA")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
-    mirror = environment.get(sources.MIRROR_VARIABLE)
+    mirror = environment.get(downloads.MIRROR_VARIABLE)
     if mirror and "://" not in mirror:
-        environment[sources.MIRROR_VARIABLE] = str(files.root() / mirror)
+        environment[downloads.MIRROR_VARIABLE] = str(files.root() / mirror)
     return environment
 
 

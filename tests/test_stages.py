@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from pipeline import dvc_files, evaluate, files, prepare, results, train, visualize
-from pipeline.data import sources, splits
+from pipeline.data import downloads, published, splits
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.explain import corruptions, report
 from pipeline.model import model_file
@@ -402,9 +402,9 @@ def test_a_damaged_model_is_refused(finished_copy: Path) -> None:
 def test_without_a_mirror_and_without_a_fall_back_prepare_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    closed = replace(sources.PUBLISHED["mnist"], mirrors=("http://127.0.0.1:9/",))
-    monkeypatch.setitem(sources.PUBLISHED, "mnist", closed)
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, "http://mary:secret@127.0.0.1:9/my files")
+    closed = replace(published.PUBLISHED["mnist"], mirrors=("http://127.0.0.1:9/",))
+    monkeypatch.setitem(published.PUBLISHED, "mnist", closed)
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, "http://mary:secret@127.0.0.1:9/my files")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_params(tmp_path, {"data.offline_fallback": None})

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline import verify
-from pipeline.data import sources
+from pipeline.data import downloads, sources
 from pipeline.errors import Fault, run_command
 from pipeline.machine import copy_repository
 from pipeline.model import kernel_cache
@@ -163,10 +163,10 @@ def test_whole_downloads_are_used_again_and_the_others_come_from_the_users_mirro
     put(repository / "data/raw/mnist", whole | {damaged: b"half a fi"})
     (repository / "data/raw/mnist" / missing).unlink()
     put(tmp_path / "mirror", {name: whole[name] for name in (missing, damaged)})
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, "../mirror")  # from the root of the repository, not of its copy
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, "../mirror")  # from the root of the repository, not of its copy
     copy = tmp_path / "a folder" / "copy"
     verify._link_downloads(copy)
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, verify._environment()[sources.MIRROR_VARIABLE])
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, verify._environment()[downloads.MIRROR_VARIABLE])
     monkeypatch.setenv("DVC_ROOT", str(copy))
     assert is_small_mnist(sources.load("mnist")[1])
     assert (repository / "data/raw/mnist" / damaged).read_bytes() == b"half a fi"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.special import bdtr
 
 from pipeline.params import Promotion
 
@@ -42,7 +42,9 @@ class Paired:
         Images that both get right or both get wrong do not count. The others are equally likely for either model.
         """
         differing = self.only_challenger_right + self.only_champion_right
-        return float(binomtest(self.only_challenger_right, differing).pvalue) if differing else 1.0
+        fewer = min(self.only_challenger_right, self.only_champion_right)
+        # scipy.stats has this test, and would take a second of each command's start.
+        return min(1.0, 2 * float(bdtr(fewer, differing, 0.5)))
 
 
 @dataclass(frozen=True)

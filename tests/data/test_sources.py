@@ -7,10 +7,14 @@ import http.server
 import io
 import pickle
 import socket
+import socketserver
 import struct
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ import pytest
 import torch
 import torchvision.datasets
 
-from pipeline.data import sources
+from pipeline.data import downloads, published, sources
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import UserError
 
@@ -45,18 +49,16 @@ def small_mnist() -> dict[str, bytes]:
 
 def publish(patch: pytest.MonkeyPatch, files: dict[str, bytes], name: str = "mnist", mirror: str = CLOSED_PORT) -> None:
     """Make ``files`` the published ones, at ``mirror`` only."""
-    published = sources.PUBLISHED[name]
-    patch.setitem(
-        sources.PUBLISHED,
-        name,
-        sources.Published(
-            published.dataset,
-            {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
-            (mirror,),
-            published.unpacked,
-            published.class_names,
-        ),
+    these = tuple(
+        downloads.PublishedFile(
+            file,
+            hashlib.sha256(content).hexdigest(),
+            max_bytes=100_000,
+            content_sha256=hashlib.sha256(gzip.decompress(content)).hexdigest() if file.endswith("ubyte.gz") else None,
+        )
+        for file, content in files.items()
     )
+    patch.setitem(published.PUBLISHED, name, replace(published.PUBLISHED[name], files=these, mirrors=(mirror,)))
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
@@ -88,7 +90,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "clone"
     root.mkdir()
     monkeypatch.setenv("DVC_ROOT", str(root))
-    monkeypatch.delenv(sources.MIRROR_VARIABLE, raising=False)
+    monkeypatch.delenv(downloads.MIRROR_VARIABLE, raising=False)
     publish(monkeypatch, small_mnist())
     return root
 
@@ -108,7 +110,7 @@ def test_the_mirror_of_the_user_is_tried_first(
 ) -> None:
     folder, url = mirror
     put(folder, small_mnist())
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, url)
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, url)
     _, source = sources.load("mnist")
     assert is_small_mnist(source)
     assert source.train.images.shape == (30, 28, 28, 1)
@@ -124,8 +126,44 @@ def test_the_mirror_of_the_user_is_tried_first(
 def test_a_mirror_may_be_a_folder(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     put(tmp_path / "files/mnist", small_mnist())
     own = {"absolute": str(tmp_path / "files/mnist"), "relative to the root": "../files/mnist"}
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, own.get(form, str(tmp_path / "files")))
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, own.get(form, str(tmp_path / "files")))
     assert is_small_mnist(sources.load("mnist")[1])
+
+
+@pytest.mark.parametrize("form", ["compressed otherwise", "not compressed"])
+@pytest.mark.parametrize("place", ["data/raw", "a folder", "a URL"])
+def test_files_of_the_published_content_will_do(
+    clone: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, form: str, place: str
+) -> None:
+    """As Debian hands out Fashion-MNIST, and as people have unpacked their files."""
+    folder, url = mirror
+    contents = {name: gzip.decompress(content) for name, content in small_mnist().items()}
+    if form == "compressed otherwise":
+        found = {name: gzip.compress(content, compresslevel=1) for name, content in contents.items()}
+    else:
+        found = {name.removesuffix(".gz"): content for name, content in contents.items()}
+    put(clone / "data/raw/mnist" if place == "data/raw" else folder, found)
+    if place != "data/raw":
+        monkeypatch.setenv(downloads.MIRROR_VARIABLE, url if place == "a URL" else str(folder))
+    assert is_small_mnist(sources.load("mnist")[1])
+    assert raw(clone) == sorted(found)
+    assert [(path.name, whole) for path, whole in published.downloaded()] == [(name, True) for name in found]
+
+
+def test_other_content_without_compression_is_refused(clone: Path) -> None:
+    name = TRAIN_IMAGES.removesuffix(".gz")
+    put(clone / "data/raw/mnist", small_mnist() | {name: b"other"})
+    (clone / "data/raw/mnist" / TRAIN_IMAGES).unlink()
+    with pytest.raises(UserError, match=rf"{name} is not the published file .* delete it and run again"):
+        sources.load("mnist")
+
+
+def test_no_more_is_unpacked_than_a_file_may_have(tmp_path: Path) -> None:
+    content = bytes(1_000_000)
+    path = put(tmp_path, {"file.gz": gzip.compress(content)}) / "file.gz"
+    allowed = downloads.PublishedFile("file.gz", "", len(content), hashlib.sha256(content).hexdigest())
+    assert allowed.is_at(path)
+    assert not replace(allowed, max_bytes=len(content) - 1).is_at(path)
 
 
 def test_the_published_mirrors_are_tried_where_the_users_has_another_file(
@@ -135,7 +173,7 @@ def test_the_published_mirrors_are_tried_where_the_users_has_another_file(
     put(folder, small_mnist())
     publish(monkeypatch, small_mnist(), mirror=url)
     own = put(tmp_path / "own", small_mnist() | {TRAIN_IMAGES: b"<html>Please log in</html>"})
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, str(own))
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, str(own))
     assert is_small_mnist(sources.load("mnist")[1])
 
 
@@ -169,36 +207,88 @@ def test_without_a_mirror_one_line_names_each_and_nothing_is_left(
     folder, url = mirror
     if answer == "an HTML page":
         put(folder, small_mnist() | {TRAIN_IMAGES: b"<html>Please log in</html>"})
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, CLOSED_PORT if answer == "nothing" else url)
-    with pytest.raises(sources.NoMirrorError) as error:
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, CLOSED_PORT if answer == "nothing" else url)
+    with pytest.raises(downloads.NoMirrorError) as error:
         sources.load("mnist", None)
     message = str(error.value)
     assert "\n" not in message
     assert f"{TRAIN_IMAGES} could not be downloaded" in message
     assert CLOSED_PORT in message
     assert {"nothing": "refused", "an HTML page": "its SHA-256 differs", "404": "404"}[answer] in message
-    assert sources.MIRROR_VARIABLE in message
+    assert downloads.MIRROR_VARIABLE in message
     assert raw(clone) == []
 
 
 def test_a_mirror_that_never_responds_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MIRROR_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(downloads, "MIRROR_TIMEOUT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv(sources.MIRROR_VARIABLE, f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        with pytest.raises(sources.NoMirrorError, match="timed out"):
+        monkeypatch.setenv(downloads.MIRROR_VARIABLE, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(downloads.NoMirrorError, match="no answer within 0.5 s"):
             sources.load("mnist")
-    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("beginning", "answer"),
+    [(b"HTTP/1.1 200 OK\r\nX-Slow: ", "no answer within 0.5 s"), (b"HTTP/1.1 200 OK\r\n\r\n", "it sends less than")],
+)
+def test_a_mirror_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch, beginning: bytes, answer: str) -> None:
+    """A byte every 50 ms, each of which starts a timeout of half a second anew."""
+    monkeypatch.setattr(downloads, "MIRROR_TIMEOUT_SECONDS", 0.5)
+    with serving(beginning, b"0", every=0.05) as url:
+        monkeypatch.setenv(downloads.MIRROR_VARIABLE, url)
+        started = time.monotonic()
+        with pytest.raises(downloads.NoMirrorError, match=answer):
+            sources.load("mnist")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.faults
+def test_a_mirror_that_sends_without_end_is_given_up(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(b"HTTP/1.1 200 OK\r\n\r\n", bytes(50_000), every=0) as url:
+        monkeypatch.setenv(downloads.MIRROR_VARIABLE, url)
+        with pytest.raises(
+            downloads.NoMirrorError, match="it sends more than the 100,000 bytes that the file may have"
+        ):
+            sources.load("mnist")
+    assert raw(clone) == []
+
+
+def test_a_connection_that_ends_too_early_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n1234", None, every=0) as url:
+        monkeypatch.setenv(downloads.MIRROR_VARIABLE, url)
+        with pytest.raises(downloads.NoMirrorError, match="it sent 4 bytes of 5,000"):
+            sources.load("mnist")
+
+
+@contextmanager
+def serving(beginning: bytes, rest: bytes | None, every: float) -> Iterator[str]:
+    """The URL of a server that answers with ``beginning``, and then with ``rest`` again and again."""
+
+    class Answers(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1000)
+            with suppress(OSError):  # the client has closed the connection
+                self.request.sendall(beginning)
+                while rest is not None:
+                    self.request.sendall(rest)
+                    time.sleep(every)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("nonsense", ["http://127.0.0.1:9/my files/", "nonsense://host/"])
 def test_an_invalid_mirror_url_counts_as_unreachable(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, nonsense)
-    with pytest.raises(sources.NoMirrorError, match=nonsense):
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, nonsense)
+    with pytest.raises(downloads.NoMirrorError, match=nonsense):
         sources.load("mnist")
 
 
 def test_a_missing_mirror_folder_is_an_error_and_not_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, "/no/such/folder")
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, "/no/such/folder")
     with pytest.raises(UserError, match="PIPELINE_DATA_MIRROR is /no/such/folder, which is neither a URL nor a folder"):
         sources.load("mnist", "mnist-5k")
 
@@ -213,8 +303,8 @@ def test_a_server_that_does_not_speak_http_counts_as_unreachable(monkeypatch: py
                     connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
 
         threading.Thread(target=answer, daemon=True).start()
-        monkeypatch.setenv(sources.MIRROR_VARIABLE, f"http://127.0.0.1:{server.getsockname()[1]}/")
-        with pytest.raises(sources.NoMirrorError, match="SSH-2"):
+        monkeypatch.setenv(downloads.MIRROR_VARIABLE, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        with pytest.raises(downloads.NoMirrorError, match="SSH-2"):
             sources.load("mnist")
 
 
@@ -232,7 +322,7 @@ def test_the_fallback_prints_a_loud_warning(capsys: pytest.CaptureFixture[str]) 
 def test_digits_never_stand_in_for_other_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch, small_mnist(), name="fashion-mnist")
     with pytest.raises(
-        sources.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, which has different classes"
+        downloads.NoMirrorError, match="mnist-5k cannot stand in for fashion-mnist, which has different classes"
     ):
         sources.load("fashion-mnist", "mnist-5k")
 
@@ -258,7 +348,7 @@ def test_the_other_data_sets_of_the_format_come_with_their_class_names(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: str
 ) -> None:
     publish(monkeypatch, small_mnist(), name=name)
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, str(put(tmp_path / "files", small_mnist())))
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, str(put(tmp_path / "files", small_mnist())))
     _, source = sources.load(name)
     assert is_small_mnist(source)
     assert source.class_names[5] == label
@@ -297,7 +387,7 @@ def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             tar.addfile(entry, io.BytesIO(content))
     files = {"cifar-10-python.tar.gz": archive.getvalue()}
     publish(monkeypatch, files, name="cifar10")
-    monkeypatch.setenv(sources.MIRROR_VARIABLE, str(put(tmp_path / "files", files)))
+    monkeypatch.setenv(downloads.MIRROR_VARIABLE, str(put(tmp_path / "files", files)))
 
     _, source = sources.load("cifar10")
     assert source.train.images.shape == (4, 32, 32, 3)
@@ -310,6 +400,9 @@ def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_published_file_has_a_sha256() -> None:
-    digests = [digest for source in sources.PUBLISHED.values() for digest in source.files.values()]
-    assert len(digests) == 13
-    assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in digests)
+    digests = [file.sha256 for source in published.PUBLISHED.values() for file in source.files]
+    assert len(set(digests)) == 13
+    contents = [file.content_sha256 for source in published.PUBLISHED.values() for file in source.files]
+    known = [digest for digest in contents if digest is not None]
+    assert len(set(known)) == 8
+    assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in digests + known)
