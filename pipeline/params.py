@@ -4,7 +4,9 @@ A parameter's type, bounds and default are here; its value and a comment are in 
 published Keras MNIST convnet (https://keras.io/examples/vision/mnist_convnet/).
 """
 
+import copy
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -320,6 +322,12 @@ def with_values(content: str, values: Mapping[str, object]) -> str:
 
 def parse_yaml(content: bytes, path: Path) -> object:
     """What a YAML file holds. Raises UserError, in one line, for a file that is not YAML or that contains aliases."""
+    return copy.deepcopy(_parsed(content, path))
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(content: bytes, path: Path) -> object:
+    """Kept, since a stage reads the same files several times, and parsing one takes 50 ms."""
     yaml = YAML(typ="safe", pure=True)
     try:
         _refuse_bombs(yaml, content, path)

@@ -22,6 +22,7 @@ from pipeline.data.splits import read_dataset
 from pipeline.model.training import Epoch
 from pipeline.params import read_params
 from pipeline.tracking import runs, store
+from tests import forked
 from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
 
 EPOCHS = 12
@@ -30,7 +31,7 @@ LONG = QUICK | {"model.filters": [16, 32], "train.epochs": EPOCHS}
 
 def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
     """The stage `train`, as DVC starts it."""
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "pipeline.train"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder), "DVC_STAGE": "train"} | environment,

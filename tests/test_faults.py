@@ -25,6 +25,7 @@ from pipeline import evaluate, files, train
 from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.errors import Fault
 from pipeline.tracking import delivery, store
+from tests import forked
 from tests.conftest import (
     OWN_MOUNTS,
     QUICK,
@@ -46,10 +47,12 @@ def every_run() -> list[Run]:
     return list(mlflow.search_runs(output_format="list", order_by=["attributes.start_time"]))
 
 
-def start(folder: Path, code: str = "", **environment: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, code: str = "", kind: type[subprocess.Popen[Any]] = forked.Popen, **environment: str
+) -> subprocess.Popen[str]:
     """The stage `train`, after ``code``, as a process of its own."""
     program = f"{code}\nfrom pipeline import train\nfrom pipeline.errors import run_command\nrun_command(train.main)"
-    return subprocess.Popen(
+    return kind(
         [sys.executable, "-c", program],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)} | environment,
@@ -245,11 +248,11 @@ def test_fault_8_unusual_paths_and_environments(workspace: Path, tmp_path: Path)
     shutil.copytree(workspace, folder)
     (tmp_path / "link").symlink_to(folder)
     code = "import os; os.umask(0o077)"
-    with start(tmp_path / "link", code, LC_ALL="C") as process:
+    # Python asks for LC_ALL when it starts, so these two are not forked.
+    with start(tmp_path / "link", code, subprocess.Popen, LC_ALL="C") as process:
         out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "epoch 2/2" in out
-    # Python asks for LC_ALL when it starts.
     environment_tags = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(tmp_path / "link"), "LC_ALL": "C"}
     command = [sys.executable, "-m", "pipeline.evaluate"]
     evaluated = subprocess.run(command, cwd=tmp_path / "link", env=environment_tags, capture_output=True, check=True)
@@ -336,7 +339,7 @@ def test_fault_9_and_10_eight_processes_begin_at_once_in_an_empty_store_and_the_
     command = [sys.executable, "-c", LOGGING]
     pipe = subprocess.PIPE
     workers: list[Any] = [
-        subprocess.Popen(command, cwd=workspace, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        forked.Popen(command, cwd=workspace, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         for _ in range(8)
     ]
     for worker in workers:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import REPOSITORY
 
 STAGES = ("prepare", "train", "evaluate", "visualize")
@@ -24,7 +25,8 @@ opened = itertools.count(1)
 def wait(event, arguments):
     if event == "open" and threading.current_thread() is threading.main_thread() and next(opened) == {file}:
         print("waits", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # a signal that comes between two calls is heeded after the next one
+            time.sleep(0.1)
 sys.addaudithook(wait)
 run_command({command}.main)
 """
@@ -39,7 +41,7 @@ run_command({command}.main)
 def test_fault_2_every_command_ends_alike(finished_copy: Path, command: str, sent: str, file: int) -> None:
     name, *arguments = command.split()
     there = {path: path.stat().st_mtime_ns for path in finished_copy.rglob("*") if path.is_file()}
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", PROGRAM.format(command=name, file=file), *arguments],
         cwd=finished_copy,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(finished_copy)},

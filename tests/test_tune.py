@@ -1,6 +1,5 @@
 """The tuning study as its users meet it: on real digits, with a real storage, real workers and a real MLflow."""
 
-import functools
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ from pipeline.tracking import store, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
 from pipeline.tuning.study import STARTUP_TRIALS, Study, counts, open_study
+from tests import forked
 from tests.conftest import QUICK, REPOSITORY, change_training_images, run_command, write_params
 
 SMALL: dict[str, Any] = QUICK | {
@@ -653,11 +653,7 @@ def check_that_nothing_is_lost(done: list[FrozenTrial], total: int) -> None:
 
 
 def start(stderr: int | None = None) -> "subprocess.Popen[bytes]":
-    # What a shell runs in the background inherits that it ignores interrupts, and would hand it on.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(
-        command(), env=environment_tags(), stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed
-    )
+    return forked.Popen(command(), env=environment_tags(), stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def wait_for_lines(count: int) -> None:

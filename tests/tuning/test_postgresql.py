@@ -103,7 +103,7 @@ def machines(workspace: Path, tmp_path: Path) -> list[Path]:
 
 
 def start(machine: Path, database: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+    return forked.Popen(
         command("--workers", "1"),
         cwd=machine,
         env=environment_tags(OPTUNA_STORAGE=database, DVC_ROOT=str(machine)),
