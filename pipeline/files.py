@@ -14,9 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipeline import private_folders
+from pipeline import private_folders, processes
 from pipeline.errors import Fault, UserError
 
 PREPARED = Path("data/prepared")
@@ -77,10 +75,11 @@ def write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
         with unfinished.open("wb") as file:
+            processes.mark(file.fileno())
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+            unfinished.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise Fault(f"{path} cannot be written ({error.strerror}): {_remedy(error)}, then run again") from error
@@ -108,8 +107,9 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote into this folder."""
     for left in folder.glob(f".*{UNFINISHED}"):
         number = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            left.unlink(missing_ok=True)
+        with suppress(OSError):  # another process removes it too, or it is another user's
+            if number.isdigit() and processes.is_left_over(left, int(number)):
+                left.unlink()
 
 
 def use_own_temporary_folder() -> None:
@@ -120,9 +120,10 @@ def use_own_temporary_folder() -> None:
     with suppress(OSError):
         for left in private_folders.temporary_folder().glob("convtrack-*-*"):
             is_ours = left.lstat().st_uid == os.getuid() and private_folders.OF_A_COMMAND.fullmatch(left.name)
-            if is_ours and not psutil.pid_exists(int(left.name.split("-")[1])):
+            if is_ours and processes.is_left_over(left, int(left.name.split("-")[1])):
                 shutil.rmtree(left, ignore_errors=True)
         tempfile.tempdir = tempfile.mkdtemp(prefix=f"convtrack-{os.getpid()}-")
+        processes.mark(os.open(tempfile.tempdir, os.O_RDONLY))  # stays open until this process ends
         atexit.register(_remove_temporary_folder, Path(tempfile.tempdir), os.getpid())
 
 

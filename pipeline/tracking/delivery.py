@@ -25,6 +25,7 @@ from pipeline.tracking.store import STORE_ERRORS, one_line, short_timeouts
 
 END_TIMEOUT = 10.0  # seconds to wait for the store at the end of a training
 SUFFIX = ".undelivered.json"
+FAILURE = "failure"  # the tag that says why a run failed
 METRICS, IMAGES = "metrics", "images"  # what the thread sends
 
 Send = Callable[[MlflowClient], object]
@@ -121,7 +122,14 @@ def deliver(updates: PendingUpdates) -> None:
         params = [Param(*each) for each in updates.params.items()]
         client.log_batch(updates.run_id, params=params, tags=[RunTag(*each) for each in updates.tags.items()])
         if updates.status:
-            client.set_terminated(updates.run_id, updates.status, updates.ended)
+            end_run(client, updates.run_id, updates.status, updates.ended)
+
+
+def end_run(client: MlflowClient, run_id: str, status: str, ended: int | None = None) -> None:
+    """End a run. If it ends well, why it had failed before, or was closed as dead, no longer applies."""
+    if status == "FINISHED" and FAILURE in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, FAILURE)
+    client.set_terminated(run_id, status, ended)
 
 
 def _logged_epochs(client: MlflowClient, updates: PendingUpdates) -> set[int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlflow
 import numpy as np
-import psutil
 import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
@@ -22,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from numpy.typing import NDArray
 
-from pipeline import files, machine
+from pipeline import files, machine, processes
 from pipeline.data.splits import Dataset
 from pipeline.errors import without_password
 from pipeline.model.cnn import CNN, parameter_count
@@ -30,9 +29,17 @@ from pipeline.model.model_file import TrainedModel
 from pipeline.model.training import Epoch
 from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
-from pipeline.tracking.delivery import PendingUpdates
+from pipeline.tracking.delivery import FAILURE, PendingUpdates
 from pipeline.tracking.lineage import PARAMS_SHA256
-from pipeline.tracking.store import STORE_ERRORS, equals, experiment_id, short_timeouts, store_faults
+from pipeline.tracking.store import (
+    STORE_ERRORS,
+    configured,
+    equals,
+    experiment_id,
+    short_timeouts,
+    sqlite_path,
+    store_faults,
+)
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
@@ -48,7 +55,7 @@ def close_stale_runs() -> None:
     delivery.deliver_all()
     client = MlflowClient()
     for run_id in stale_runs():
-        client.set_tag(run_id, "failure", "its process was killed, or its machine went down")
+        client.set_tag(run_id, FAILURE, "its process was killed, or its machine went down")
         client.set_terminated(run_id, "FAILED")
 
 
@@ -57,26 +64,12 @@ def stale_runs() -> list[str]:
     """The ids of open runs whose process, on this machine, has died."""
     running = f"attributes.status = 'RUNNING' and {equals(f'tags.`{HOST}`', socket.gethostname())}"
     undelivered = {path.name.partition(".")[0] for path in delivery.undelivered()}  # their end is still to be sent
+    is_file = sqlite_path(configured()) is not None  # a server has runs of other machines too
     return [
         str(run.info.run_id)
         for run in MlflowClient().search_runs([experiment_id()], running)
-        if not _is_alive(run.data.tags[PROCESS]) and run.info.run_id not in undelivered
+        if processes.has_ended(run.data.tags[PROCESS], same_machine=is_file) and run.info.run_id not in undelivered
     ]
-
-
-def _process() -> str:
-    """Identifies this process, even if its number is reused later."""
-    return f"{os.getpid()} since {psutil.Process().create_time():.0f}"
-
-
-def _is_alive(process: str) -> bool:
-    number, _, since = process.partition(" since ")
-    try:
-        found = psutil.Process(int(number))
-        # A killed process stays a zombie until its parent asks for it, in a container without an init for ever.
-        return bool(abs(found.create_time() - int(since)) <= 1 and found.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 class TrainingRun:
@@ -102,7 +95,7 @@ class TrainingRun:
     def end(self, status: str, failure: str = "") -> None:
         """See delivery.AsyncLogger."""
         if failure:
-            self._logger.pending.tags["failure"] = failure
+            self._logger.pending.tags[FAILURE] = failure
         self._logger.end(status)
 
 
@@ -162,7 +155,7 @@ def _ends_with_outcome(end: Callable[[str, str], object]) -> Iterator[None]:
 
 def _begin(dataset: Dataset, tags: dict[str, str], name: str | None = None, run_id: str | None = None) -> str:
     client = MlflowClient()
-    tags = dataset.tags | tags | {HOST: socket.gethostname(), PROCESS: _process()}
+    tags = dataset.tags | tags | {HOST: socket.gethostname(), PROCESS: processes.this()}
     if run_id is None:
         tags[SEQUENCE] = f"{_last_sequence() + 1:08d}"  # compared as text
         with_context = resolve_tags(tags)  # mlflow adds who runs what
@@ -198,8 +191,8 @@ def _end(run_id: str, status: str, failure: str) -> None:
     # A store that is gone must not hide why the run ended.
     with store_faults() if status == "FINISHED" else suppress(*STORE_ERRORS):
         if failure:
-            MlflowClient().set_tag(run_id, "failure", failure)
-        MlflowClient().set_terminated(run_id, status)
+            MlflowClient().set_tag(run_id, FAILURE, failure)
+        delivery.end_run(MlflowClient(), run_id, status)
 
 
 def _log_inputs(run_id: str, inputs: list[DatasetInput]) -> None:
