@@ -6,9 +6,7 @@ POST /invocations takes {"inputs": images (N, H, W, C)} and answers {"prediction
 /health answers 200. Without --host only this machine can reach it.
 """
 
-import uvicorn
-
-from pipeline import command_line
+from pipeline import command_line, http_server
 from pipeline.errors import run_command
 from pipeline.tracking import registry, serving, store
 
@@ -18,9 +16,11 @@ def main() -> None:
     arguments = command_line.parse("serve")
     store.connect()
     version = registry.find(arguments.model)
-    application = serving.application(version, arguments.host)
-    print(f"{version.name} version {version.version} is served at http://{arguments.host}:{arguments.port}", flush=True)
-    uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning")
+    with http_server.listen(arguments.host, arguments.port) as listening:
+        application = serving.application(version, arguments.host)
+        address = f"http://{arguments.host}:{arguments.port}"
+        print(f"{version.name} version {version.version} is served at {address}", flush=True)
+        http_server.run(application, listening)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import json
 import threading
 from dataclasses import dataclass, field
 from functools import partial
+from tempfile import SpooledTemporaryFile
+from typing import IO
 
 import mlflow
 import numpy as np
@@ -31,7 +33,8 @@ from pipeline.tracking.store import store_faults
 ALL_ADDRESSES = ("0.0.0.0", "::")  # listens on every address of the machine, under any host name
 KEYS = ("inputs", "instances")
 BYTES_PER_PIXEL = 8  # "[255], " and one more
-MAX_CONCURRENT_REQUESTS = 4  # requests that are processed; the others wait before their bodies are read
+MAX_CONCURRENT_REQUESTS = 4  # requests that are processed; the others wait
+BODY_IN_MEMORY = 1 << 16  # bytes; the rest of a body waits in a file, since slow clients may send many at once
 BODY_TIMEOUT = 30.0  # seconds within which a body must be complete
 
 
@@ -86,16 +89,20 @@ class Predictor:
         """The probabilities of each image, or the reason for refusing the request."""
         try:
             _check_content_type(request.headers.getlist("content-type"))
-            async with self.slots:
-                body = await _body(request, BYTES_PER_PIXEL * MAX_IMAGES * int(np.prod(self.loaded.image_shape)))
-                return await asyncio.to_thread(self._predictions, body)
+            with SpooledTemporaryFile(BODY_IN_MEMORY) as body:
+                await _receive(request, body, BYTES_PER_PIXEL * MAX_IMAGES * int(np.prod(self.loaded.image_shape)))
+                async with self.slots:
+                    return await asyncio.to_thread(self._predictions, body)
+        except OSError as error:
+            return JSONResponse({"error": f"the server cannot keep the request: {error.strerror}"}, 507)
         except RefusedError as refused:
             return JSONResponse({"error": str(refused)}, refused.status)
         except Fault as fault:
             return JSONResponse({"error": str(fault)}, 500)
 
-    def _predictions(self, body: bytearray) -> Response:
-        return JSONResponse({"predictions": self.classify(images_from(body, self.loaded.image_shape)).tolist()})
+    def _predictions(self, body: IO[bytes]) -> Response:
+        body.seek(0)
+        return JSONResponse({"predictions": self.classify(images_from(body.read(), self.loaded.image_shape)).tolist()})
 
     def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """One batch at a time, on all cores: a CNN cannot score two at once."""
@@ -108,23 +115,21 @@ def _check_content_type(given: list[str]) -> None:
         raise RefusedError(415, "the content type must be application/json")
 
 
-async def _body(request: Request, most: int) -> bytearray:
-    """The body of a request, of at most ``most`` bytes."""
-    body = bytearray()
+async def _receive(request: Request, body: IO[bytes], most: int) -> None:
+    """Write the body of a request, of at most ``most`` bytes, into ``body``."""
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             async for part in request.stream():
-                body += part
-                if len(body) > most:
+                body.write(part)
+                if body.tell() > most:
                     raise RefusedError(413, f"more than {most:,} bytes; at most {MAX_IMAGES:,} images at a time")
     except TimeoutError:
         raise RefusedError(408, f"the request was not complete within {BODY_TIMEOUT:.0f} s") from None
     except ClientDisconnect:
         raise RefusedError(400, "the request was cut off") from None
-    return body
 
 
-def images_from(body: bytes | bytearray, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def images_from(body: bytes, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The images (N, H, W, C) in a body. Raises RefusedError if it is not JSON of such images."""
     try:
         content = json.loads(body)

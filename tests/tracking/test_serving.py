@@ -1,5 +1,7 @@
 """The served champion, over real HTTP: right answers, and clear ones to whatever else is sent."""
 
+import asyncio
+import itertools
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import psutil
 import pytest
 import requests
 
-from pipeline import files
+from pipeline import files, http_server
 from pipeline.data.splits import TEST, read_dataset, read_split
 from tests.conftest import REPOSITORY, free_port, run_command
 
@@ -178,17 +181,105 @@ def test_requests_with_another_host_name_are_refused(server: tuple[str, psutil.P
             assert answer.status_code == status, (path, host)
 
 
-def test_an_incomplete_request_does_not_block_others(server: tuple[str, psutil.Process]) -> None:
+FIELDS = ("POST /invocations HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 999")
+HEAD = "\r\n".join([*FIELDS, "", "{"]).encode()
+
+
+@pytest.mark.faults
+def test_incomplete_requests_do_not_delay_others(server: tuple[str, psutil.Process]) -> None:
     port = int(server[0].rpartition(":")[2])
-    fields = ("POST /invocations HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99")
-    head = "\r\n".join([*fields, "", "{"]).encode()
-    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-    for each in slow:
-        each.sendall(head)
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(HEAD)
+        started = time.monotonic()
+        assert ask(server[0], BLACK).status_code == 200
+        assert time.monotonic() - started < 5
     assert ask(server[0], BLACK).status_code == 200
-    for each in slow:
-        each.close()
-    assert ask(server[0], BLACK).status_code == 200
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_hundreds_of_slow_clients_stop_no_other_and_fill_no_log(finished: Path, tmp_path: Path) -> None:
+    """With few files, as in a container: 100 clients trickle, 200 say nothing, and then the server is stopped."""
+    port = free_port()
+    command = f"ulimit -n 128; exec {sys.executable} -m pipeline.serve --port {port}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(finished)}
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            ["sh", "-c", command], cwd=finished, env=environment, stdout=subprocess.PIPE, stderr=file
+        ) as process,
+        ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
+        assert process.stdout is not None
+        assert b"is served at" in b"".join(itertools.islice(process.stdout, 2))
+        trickling, silent = ([stack.enter_context(connection(port)) for _ in range(count)] for count in (100, 200))
+        before, started = psutil.Process(process.pid).cpu_times(), time.monotonic()
+        for _ in range(10):
+            for each in trickling:
+                with suppress(OSError):  # the server has closed it, for a newer one
+                    each.sendall(HEAD[:1] if each is trickling[0] else HEAD)
+            asked = time.monotonic()
+            assert ask(f"http://127.0.0.1:{port}", BLACK).status_code == 200
+            assert time.monotonic() - asked < 5
+            time.sleep(0.2)
+        after, seconds = psutil.Process(process.pid).cpu_times(), time.monotonic() - started
+        assert after.user + after.system - before.user - before.system < 0.7 * seconds
+        process.terminate()
+        assert process.wait(15) == 128 + signal.SIGTERM
+        assert silent
+    assert log.stat().st_size < 10_000, log.read_text()[:2000]
+
+
+def connection(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+@pytest.mark.faults
+def test_a_connection_that_sends_no_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that says nothing nor one whose head comes byte by byte, also after an answer."""
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT", 0.5)
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def clients(port: int) -> None:
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for beginning in (b"", request):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(beginning)
+            started = time.monotonic()
+            with suppress(ConnectionError):
+                while not reader.at_eof() and time.monotonic() - started < 5:
+                    writer.write(b"G" if beginning == request else b"")
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(reader.read(1000), 0.1)
+            assert 0.4 < time.monotonic() - started < 3
+            writer.close()
+
+    async def both() -> None:
+        with http_server.listen("127.0.0.1", 0) as listening:
+            server = http_server.server(answer)
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            await clients(listening.getsockname()[1])
+            server.should_exit = True
+            await serving
+
+    asyncio.run(both())
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(finished: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = run_command("serve", "--port", str(port), folder=finished)
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        f"error: 127.0.0.1:{port} cannot be listened at (Address already in use): choose another --port\n"
+    )
+    assert b"served" not in done.stdout
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
