@@ -33,7 +33,7 @@ def published() -> Params:
 
 def as_yaml(values: Mapping[str, object]) -> str:
     """A params.yaml with the default of every parameter, except for some values by their dotted paths."""
-    return with_values("", {**Params().model_dump(mode="json"), **values})
+    return with_values(b"", {**Params().model_dump(mode="json"), **values}).decode()
 
 
 def as_words(overrides: Mapping[str, object]) -> list[str]:

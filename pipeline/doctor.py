@@ -181,6 +181,10 @@ def _tracking() -> Lines:
     if not _connect():
         yield f"none yet: {WRITE}"
         return
+    database = store.sqlite_path(store.configured())
+    if database and (damage := sqlite_files.damage(database)):
+        yield Problem(f"{database} is damaged ({damage}): restore a copy, or try `sqlite3 {database.name} .recover`")
+        return
     dead = runs.stale_runs()
     if dead:
         yield Problem(f"{len(dead)} runs are open although their processes have died; to close them: {WRITE}")

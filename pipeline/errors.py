@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 NO_MEMORY = re.compile(
     r"(can't|cannot|could not) allocate|out of memory|not enough memory|bad_alloc|could not create a", re.I
 )
+PATIENCE = 2.0  # seconds within which another Ctrl-C is taken for the same one
 MAX_NAME_LENGTH = 300  # characters of a name
 # In a URL all before the last @ of its host, also if somebody has not escaped an @ or a slash in the password. What
 # follows the first colon of a host without them is its port.
@@ -41,7 +43,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, _exit_143)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # set by a script's `&`, to last
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _Interrupt())
     try:
         command()
         sys.stdout.flush()
@@ -91,6 +93,21 @@ def check_class_names(names: Sequence[object]) -> None:
         known.add(name)
     if not known:
         raise ValueError("there are no classes")
+
+
+class _Interrupt:
+    """The first Ctrl-C ends the command in order. Others that come at once change nothing; a later one ends it now."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._first > PATIENCE:
+            os.write(2, b"interrupted\n")
+            os._exit(128 + signal_number)
 
 
 def _stop(code: int, line: str) -> NoReturn:

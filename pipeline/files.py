@@ -91,7 +91,11 @@ def write(path: Path, content: bytes) -> None:
 def check_writable(folder: Path) -> None:
     """Raises Fault if ``folder`` is not writable: better before an hour of training than after it."""
     _remove_leftovers(root())  # of a process that tried it before the folder existed
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if not there.exists():
+        raise Fault(
+            f"{there} is a link to {there.readlink()}, which does not exist: make that folder, or remove the link"
+        )
     probe = there / f".writable.{os.getpid()}{UNFINISHED}"
     write(probe, b"")
     probe.unlink()

@@ -4,6 +4,7 @@ A parameter's type, bounds and default are here; its value and a comment are in 
 published Keras MNIST convnet (https://keras.io/examples/vision/mnist_convnet/).
 """
 
+import codecs
 import copy
 import difflib
 import functools
@@ -303,21 +304,23 @@ def check_model(values: Mapping[str, object]) -> None:
         raise ValueError(_explained(error)) from None
 
 
-def with_values(content: str, values: Mapping[str, object]) -> str:
-    """The text of a params.yaml with other values at some dotted paths, added where it leaves them out.
+def with_values(content: bytes, values: Mapping[str, object]) -> bytes:
+    """A params.yaml with other values at some dotted paths, added where it leaves them out.
 
-    Everything else stays as it is, comments included.
+    Everything else stays as it is: comments, the ends of lines, a byte order mark.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = MAX_FILE_SIZE  # lines are not wrapped
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    tree = yaml.load(content) or {}
+    tree = yaml.load(content.decode("utf-8-sig").replace("\r\n", "\n")) or {}
     for path, value in values.items():
         _put(tree, path, value)
     text = io.StringIO()
     yaml.dump(tree, text)
-    return text.getvalue()
+    line_end = b"\r\n" if b"\r\n" in content else b"\n"
+    mark = codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b""
+    return mark + text.getvalue().encode().replace(b"\n", line_end)
 
 
 def parse_yaml(content: bytes, path: Path) -> object:

@@ -23,6 +23,7 @@ from pipeline.tracking import registry, store
 from pipeline.tracking.registry import Loaded
 
 STDIN = "-"
+MAX_STDIN = 200_000_000  # bytes; a picture of the most pixels, uncompressed
 CLOSE = 0.1  # the probability from which the second guess is shown
 BATCH_SIZE = 250  # pictures
 
@@ -75,11 +76,18 @@ def _readable(paths: Iterable[str], loaded: Loaded) -> Iterator[tuple[str, NDArr
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
     name = printable(path)
-    picture = image_files.read(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else Path(path), name)
+    picture = image_files.read(_from_stdin() if path == STDIN else Path(path), name)
     dataset = sources.DATASETS.get(loaded.data_name)
     if dataset and dataset.centred_strokes:
         return image_files.centred_strokes(picture, loaded.image_shape, name).numpy()
     return image_files.fitted(picture, loaded.image_shape).numpy()
+
+
+def _from_stdin() -> io.BytesIO:
+    content = sys.stdin.buffer.read(MAX_STDIN + 1)
+    if len(content) > MAX_STDIN:
+        raise UserError(f"standard input has more than {MAX_STDIN:,} bytes, which no picture needs")
+    return io.BytesIO(content)
 
 
 def _as_line(path: str, probabilities: Mapping[str, float]) -> str:

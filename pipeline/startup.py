@@ -40,6 +40,12 @@ def _unsupported() -> str | None:
         return "this project needs Linux or another Unix; on Windows, run it in WSL"
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         return "NUMBA_DISABLE_JIT is set, and the loops of this project need Numba to compile them: unset it"
+    if sys.flags.optimize > 1:
+        return (
+            f"PYTHONOPTIMIZE is {sys.flags.optimize}, and MLflow does not work without docstrings: unset it, or set 1"
+        )
+    if any(option.startswith("error") for option in sys.warnoptions):
+        return "PYTHONWARNINGS makes the warnings of libraries errors: unset it"
     return None
 
 

@@ -183,11 +183,11 @@ def _apply(study: Study, verdict: Verdict, run: studies.StudyRun, force: bool) -
     if not (verdict.is_real or force):
         print(f"{PARAMS} is unchanged; --force writes the winner's values")
         return
-    before = PARAMS.read_text()
+    before = PARAMS.read_bytes()
     after = with_values(before, winner.values)
-    lines = before.splitlines(True), after.splitlines(True)
-    print(*difflib.unified_diff(*lines, str(PARAMS), str(PARAMS), n=0), sep="", end="")
-    files.write(PARAMS, after.encode())
+    old, new = (content.decode("utf-8-sig").splitlines(True) for content in (before, after))
+    print(*difflib.unified_diff(old, new, str(PARAMS), str(PARAMS), n=0), sep="", end="")
+    files.write(PARAMS, after)
     run.log_applied(study.optuna.study_name, winner.trial, winner.values)
     print(f"{PARAMS} has the values of {winner.name}: `dvc repro` trains with them")
 

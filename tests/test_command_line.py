@@ -83,6 +83,7 @@ def test_fault_39_a_reader_that_goes_away_is_not_an_error(finished: Path) -> Non
             "os.environ['NUMBA_DISABLE_JIT'] = '1'",
             "error: NUMBA_DISABLE_JIT is set, and the loops of this project need",
         ),
+        ("sys.warnoptions.append('error')", "error: PYTHONWARNINGS makes the warnings of libraries errors: unset it\n"),
     ],
 )
 def test_what_no_command_can_run_with_is_said_before_anything_is_loaded(before: str, line: str, tmp_path: Path) -> None:
@@ -91,6 +92,23 @@ def test_what_no_command_can_run_with_is_said_before_anything_is_loaded(before: 
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
+    assert done.returncode == 2
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("PYTHONOPTIMIZE", "2", "error: PYTHONOPTIMIZE is 2, and MLflow does not work without docstrings: "),
+        ("PYTHONWARNINGS", "error", "error: PYTHONWARNINGS makes the warnings of libraries errors: "),
+    ],
+)
+def test_settings_of_python_that_libraries_do_not_survive_are_refused(name: str, value: str, line: str) -> None:
+    environment = os.environ | {name: value}
+    command = [sys.executable, "-m", "pipeline.results"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1

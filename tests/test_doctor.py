@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import asdict
@@ -231,6 +232,17 @@ def _store(folder: Path) -> None:
     (folder / "mlflow.db").write_bytes(b"no database" * 1000)
 
 
+def _page_of_the_store(folder: Path) -> None:
+    """One that no query of this project reads, so that only SQLite's own check finds it."""
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        of_metrics = "SELECT rootpage FROM sqlite_master WHERE type = 'index' AND tbl_name = 'latest_metrics'"
+        (page,) = database.execute(of_metrics).fetchone()
+    with (folder / "mlflow.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(bytes(size))
+
+
 def _champion(folder: Path) -> None:
     shutil.rmtree(folder / "mlruns")
 
@@ -308,6 +320,7 @@ def _flip(path: Path) -> None:
         ),
         (_run, "tracking store", "1 runs are open although their processes have died; to close them: `dvc repro`"),
         (_store, "tracking store", "mlflow.db failed: "),
+        (_page_of_the_store, "tracking store", "mlflow.db is damaged ("),
         (_champion, "registry", "cannot be read"),
         (_changed_champion, "registry", "(another SHA-256): `dvc repro -f -s evaluate`"),
         (_another_model_here, "registry", "(another SHA-256): `python -m pipeline.models 2 --rollback`"),

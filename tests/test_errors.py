@@ -2,20 +2,26 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import Fault, UserError, run_command, without_password
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
 def _signal_handler() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -47,6 +53,67 @@ def test_every_end_has_its_exit_code_and_its_line(
         run_command(command)
     assert end.value.code == code
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("pause", [0.0, 0.003, 0.05])
+def test_fault_2_rapid_interrupts_are_one(tmp_path: Path, pause: float) -> None:
+    """It still ends in order: what it does at its end takes a moment."""
+    code = """
+import sys, time
+from pipeline.errors import run_command
+def command():
+    try:
+        print("waits", flush=True)
+        while True:
+            time.sleep(0.01)
+    finally:
+        time.sleep(0.5)
+        open("ended", "w").close()
+run_command(command)
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        for _ in range(50):
+            process.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        assert process.communicate(timeout=30)[1] == b"interrupted\n"
+    assert process.returncode == 130
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.faults
+def test_fault_2_an_interrupt_after_a_while_ends_what_does_not_end(tmp_path: Path) -> None:
+    code = """
+import time
+from pipeline import errors
+errors.PATIENCE = 0.2
+def command():
+    try:
+        print("waits", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleans up", flush=True)
+        time.sleep(60)
+errors.run_command(command)
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdout is not None
+        for line in (b"waits\n", b"cleans up\n"):
+            assert process.stdout.readline() == line
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10)[1] == b"interrupted\n"
+    assert process.returncode == 130
 
 
 def test_a_defect_keeps_its_traceback() -> None:

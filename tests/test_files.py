@@ -108,6 +108,13 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_write(tmp_pa
 
 
 @pytest.mark.faults
+def test_a_folder_that_is_a_link_to_nothing_is_said_before_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "gone")
+    with pytest.raises(Fault, match=r"checkpoints is a link to .*gone, which does not exist: make that folder"):
+        files.check_writable(tmp_path / "checkpoints")
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("there", [True, False])  # else it tries the folder above
 @pytest.mark.parametrize("step", [1, 2])
 def test_fault_46_what_a_process_left_that_was_killed_while_it_tried_a_folder_goes_with_the_next(

@@ -127,7 +127,7 @@ def repro(folder: Path, parameters: dict[str, object], until: str) -> str:
     values = json.dumps(ONE_EPOCH | parameters)
     code = (
         "import json, sys; from pathlib import Path; from pipeline.params import with_values; "
-        "path = Path('params.yaml'); path.write_text(with_values(path.read_text(), json.loads(sys.argv[1])))"
+        "path = Path('params.yaml'); path.write_bytes(with_values(path.read_bytes(), json.loads(sys.argv[1])))"
     )
     succeed(sys.executable, "-c", code, values, folder=folder)  # the copy's params.py knows the new parameter
     return succeed("dvc", "repro", until, folder=folder)

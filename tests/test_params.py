@@ -205,9 +205,17 @@ def test_every_range_that_does_not_fit_is_named() -> None:
     assert "model.padding" not in str(error.value)
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_the_ends_of_lines_and_the_byte_order_mark_stay(mark: bytes, line_end: bytes) -> None:
+    """As editors on Windows write them."""
+    content = mark + b"# gr\xc3\xbcn\ntrain:\n  epochs: 3  # few\n".replace(b"\n", line_end)
+    assert with_values(content, {"train.epochs": 4}) == content.replace(b"3", b"4")
+
+
 def test_values_are_written_and_nothing_else_changes() -> None:
     values = {"model.filters.1": 128, "model.dropout": 0.35, "train.optimizer": "adamw", "train.threads": 2}
-    written = with_values(COMMITTED, values)
+    written = with_values(COMMITTED.encode(), values).decode()
     before, after = COMMITTED.splitlines(), written.splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert [new.split("#")[0].strip() for _, new in changed] == [
@@ -217,14 +225,14 @@ def test_values_are_written_and_nothing_else_changes() -> None:
         "threads: 2",
     ]
     assert all(old.split("#")[1] == new.split("#")[1] for old, new in changed)  # the comments, in their places
-    assert with_values(COMMITTED, {}) == COMMITTED
+    assert with_values(COMMITTED.encode(), {}).decode() == COMMITTED
     with pytest.raises(ValueError, match=r"^model\.filters\.2 is not a parameter"):
-        with_values(COMMITTED, {"model.filters.2": 1})
+        with_values(COMMITTED.encode(), {"model.filters.2": 1})
 
 
 def test_a_value_that_the_file_leaves_out_is_added(tmp_path: Path) -> None:
     values = {"model.filters.1": 128, "train.epochs": 3, "evaluate.promotion.alpha": 0.05}
-    written = with_values("# mine\ntrain:\n  max_shift: 1  # pixel\n", values)
+    written = with_values(b"# mine\ntrain:\n  max_shift: 1  # pixel\n", values).decode()
     assert written.startswith("# mine\ntrain:\n  max_shift: 1  # pixel\n  epochs: 3\n")
     assert read(tmp_path, written) == Params().changed(values | {"train.max_shift": 1})
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from pipeline import predict
 from pipeline.data import image_files
 from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry, store
+from tests import forked
 from tests.conftest import run_command
 from tests.drawn import all_of_them, drawn
 
@@ -72,6 +75,21 @@ def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> Non
     labels = [line.split("  ")[1] for line in done.stdout.decode().splitlines()]
     predicted = [line.split(",")[2] for line in Path("reports/predictions.csv").read_text().splitlines()[1:101]]
     assert sum(a == b for a, b in zip(labels, predicted, strict=True)) >= 97
+
+
+@pytest.mark.faults
+def test_endless_standard_input_is_refused(folder: Path) -> None:
+    code = "from pipeline import predict; predict.MAX_STDIN = 1000; from pipeline.errors import run_command; " + (
+        "run_command(predict.main)"
+    )
+    environment = os.environ | {"DVC_ROOT": str(folder)}
+    with Path("/dev/zero").open("rb") as endless:
+        process = forked.Popen(
+            [sys.executable, "-c", code, "-"], cwd=folder, env=environment, stdin=endless, stderr=subprocess.PIPE
+        )
+    first, *_ = process.communicate()[1].decode().splitlines()
+    assert first == "error: standard input has more than 1,000 bytes, which no picture needs"
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize(

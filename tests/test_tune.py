@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline import tune
 from pipeline.data.splits import read_dataset
-from pipeline.errors import UserError
+from pipeline.errors import Fault, UserError
 from pipeline.params import read_params
 from pipeline.tracking import store, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
@@ -552,6 +552,25 @@ def test_fault_16_half_a_line_in_the_journal_is_cut_off_and_a_stale_lock_is_not_
     JOURNAL.with_name(JOURNAL.name + ".lock").symlink_to(JOURNAL)  # as Optuna makes it
     run()
     check_that_nothing_is_lost(done, total=4)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", [b"\0\0\0\0", b"garbage", b"[1]", b"\xff"])
+def test_fault_16_a_damaged_line_of_the_journal_is_named(study_folder: Path, damage: bytes) -> None:
+    small_study()
+    content = JOURNAL.read_bytes()
+    first, rest = content.split(b"\n", 1)
+    for lines in (first + b"\n" + damage + b"\n" + rest, first + b"\n" + damage + b"\n"):
+        JOURNAL.write_bytes(lines)
+        with pytest.raises(Fault, match=r"tuning/study\.journal: line 2 is damaged \(.*\): restore a copy of the file"):
+            open_storage()
+
+
+def test_an_empty_journal_is_said(study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    JOURNAL.parent.mkdir()
+    JOURNAL.touch()
+    open_storage()
+    assert capsys.readouterr().out == "tuning/study.journal is empty: the study begins anew\n"
 
 
 @pytest.mark.slow

@@ -29,6 +29,15 @@ def _first_row(path: Path, query: str, *values: str) -> tuple[str | None, ...] |
         return row
 
 
+def damage(path: Path) -> str | None:
+    """What SQLite finds wrong with the file itself; None if it is whole."""
+    try:
+        row = _first_row(path, "PRAGMA integrity_check(1)")
+    except sqlite3.Error as error:
+        return str(error)
+    return " ".join(str(row[0]).split()) if row and row[0] != "ok" else None
+
+
 def copy(path: Path, target: Path) -> None:
     """Copy a database that others may be writing. Raises sqlite3.Error."""
     with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:

@@ -1,5 +1,6 @@
 """The storage of the study: a journal in a folder, or a database that several machines share."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -71,17 +72,20 @@ def storage_faults() -> Iterator[None]:
     try:
         yield
     except STORAGE_ERRORS as error:
-        raise Fault(without_password(f"the study's storage failed: {_reason(error)}")) from error
+        raise Fault(
+            without_password(f"the study's storage failed: {_reason(error) or type(error).__name__}")
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The database's first error: later ones only say that an earlier statement failed."""
+    """The database's first error that says something: later ones only say that an earlier statement failed."""
     earlier = error.__cause__ or error.__context__
     # Only the storage's own: this may have happened while something else was handled, such as an interrupt.
     of_the_storage = isinstance(earlier, STORAGE_ERRORS) or earlier is getattr(error, "orig", None)
-    if earlier is not None and of_the_storage:
-        return _reason(earlier)
-    return str(error).splitlines()[0]
+    if earlier is not None and of_the_storage and (reason := _reason(earlier)):
+        return reason
+    text = str(error).partition("\n")[0]
+    return text if any(map(str.isalnum, text)) else ""  # psycopg's of a lost connection is "()"
 
 
 @contextmanager
@@ -111,6 +115,7 @@ def open_storage() -> BaseStorage:
     url = os.environ.get(STORAGE)
     if url is None:
         FOLDER.mkdir(exist_ok=True)
+        _check_journal()
         return JournalStorage(Journal(str(JOURNAL), NoLock()))
     with storage_faults(), expected_warnings(), _driver_needed():
         return RDBStorage(
@@ -120,6 +125,22 @@ def open_storage() -> BaseStorage:
             grace_period=GRACE,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
+
+
+def _check_journal() -> None:
+    """Raises Fault if a line of the journal is damaged. An incomplete last line is removed before the next is added."""
+    if not JOURNAL.exists():
+        return
+    content = JOURNAL.read_bytes()
+    if not content:
+        print(f"{JOURNAL} is empty: the study begins anew")
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise Fault(
+                f"{JOURNAL}: line {number} is damaged ({error}): restore a copy of the file, or delete it to begin anew"
+            ) from error
 
 
 def _options(url: str) -> dict[str, Any]:

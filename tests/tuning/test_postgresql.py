@@ -1,6 +1,7 @@
 """A study in PostgreSQL, which several machines share: a real server, started here, and a folder for each machine."""
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -295,6 +296,22 @@ def test_a_locked_table_is_reported_in_one_line(machines: list[Path], database: 
     with start(machines[0], database) as again:
         ended(again)
     assert sum(map(counts, trials(database))) == 3
+
+
+@pytest.mark.faults
+def test_a_server_that_goes_away_is_reported_in_one_line(machines: list[Path], database: str) -> None:
+    """As when it is stopped: it closes all connections, and takes no new ones."""
+    with start(machines[0], database) as process:
+        wait_until_running(database)
+        name = database.rpartition("/")[2]
+        with connection(database.replace(name, "postgres")) as administrator:
+            administrator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+            administrator.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = complaint.splitlines()
+    assert re.match(r"error: the study's storage failed: \w", line)
+    assert PASSWORD not in line
 
 
 @pytest.mark.faults
