@@ -18,6 +18,10 @@ import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _all_tables_exist
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+from packaging.version import InvalidVersion, Version
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -29,6 +33,7 @@ from pipeline.tracking import sqlite_files
 EXPERIMENT = "convtrack"
 # OSError comes from the disk with the artifacts, and from a server that refuses a file.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+MIN_SERVER = 3  # before it, a server cannot log models apart from runs
 CONNECT_TIMEOUT = 8  # seconds, for a database on a server
 LOCK_NOTICE, LOCK_TIMEOUT = 2, 600  # seconds; scoring a champion on many test images takes minutes
 NEW_DATABASE_BYTES = 8 << 20  # an empty database, a copy of it and SQLite's own files beside it
@@ -121,8 +126,10 @@ def connect() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
     # mlflow lets several processes create the tables of an empty database at once, and then all but one fail.
     with short_timeouts(), exclusive_lock("connect") if _may_lack_tables(uri) else nullcontext():
+        _check_server(uri)
         _check_database_server(uri)
         _create_database(uri)
+        _migrate(uri)
         _update_locations()
         experiment = mlflow.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
@@ -153,12 +160,76 @@ def short_timeouts() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _check_server(uri: str) -> None:
+    """Raises Fault for an MLflow server that is too old: it would fail after the training. Not if it does not say."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    answer = http_request(get_default_host_creds(uri), "/version", "GET")
+    try:
+        found = Version(answer.text.strip()) if answer.ok else None
+    except InvalidVersion:
+        return
+    if found is not None and found.major < MIN_SERVER:
+        raise Fault(
+            f"the MLflow server {address()} is version {found}, and takes models from version {MIN_SERVER} on: "
+            "upgrade it, or use another store"
+        )
+
+
 def _check_database_server(uri: str) -> None:
-    """Give up within seconds on a database server that does not respond; mlflow itself tries for two minutes."""
-    if uri.startswith(("postgresql", "mysql")):
-        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_TIMEOUT})
-        engine.connect().close()
+    """Give up within seconds on a database server that does not respond; mlflow itself tries for two minutes.
+
+    Raises Fault for a database of an older MLflow, which mlflow would migrate without asking.
+    """
+    if not uri.startswith(("postgresql", "mysql")):
+        return
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_TIMEOUT})
+    try:
+        if _is_older(engine):
+            raise Fault(
+                f"{address()} is a database of an older MLflow, which cannot read it after a migration: if all who use "
+                f"it have MLflow {mlflow.__version__}, `mlflow db upgrade` with its address migrates it"
+            )
+    finally:
         engine.dispose()
+
+
+def _is_older(engine: sqlalchemy.Engine) -> bool:
+    """Whether the database has MLflow's tables, but not all that this version of it has: then mlflow migrates it."""
+    return sqlalchemy.inspect(engine).has_table("experiments") and not _all_tables_exist(engine)
+
+
+def _migrate(uri: str) -> None:
+    """Let mlflow migrate an SQLite file of an older version, which it does anyway, with a copy and a word first."""
+    path = sqlite_path(uri)
+    if path is None or not path.exists():
+        return
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        if not _is_older(engine):
+            return
+        with exclusive_lock("migration"):
+            if _is_older(engine):
+                kept = _keep_copy(path, "before-migration")
+                MlflowClient().search_experiments(max_results=1)
+                print(
+                    f"{path.name} was of an older MLflow, and has been migrated to {mlflow.__version__}; older "
+                    f"versions cannot read it any more: the database as it was is in {kept.name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    finally:
+        engine.dispose()
+
+
+def _keep_copy(path: Path, suffix: str) -> Path:
+    """Copy an SQLite file that is in use; where the copy is. Raises OSError and sqlite3.Error."""
+    kept = path.with_name(f"{path.name}.{suffix}")
+    unfinished = kept.with_name(f"{kept.name}{files.UNFINISHED}")
+    unfinished.unlink(missing_ok=True)
+    sqlite_files.copy(path, unfinished)
+    unfinished.replace(kept)
+    return kept
 
 
 def _may_lack_tables(uri: str) -> bool:
@@ -212,12 +283,8 @@ def _update_locations() -> None:
         before = sqlite_files.other_repository(path, EXPERIMENT)
         if before is None:
             return  # another process has updated them
-        kept = path.with_name(f"{path.name}.before-move")
         try:
-            unfinished = kept.with_name(f"{kept.name}{files.UNFINISHED}")
-            unfinished.unlink(missing_ok=True)
-            sqlite_files.copy(path, unfinished)
-            unfinished.replace(kept)
+            kept = _keep_copy(path, "before-move")
             sqlite_files.move_locations(path, before, files.root())
         except (OSError, sqlite3.Error) as error:
             reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"

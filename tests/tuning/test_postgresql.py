@@ -31,6 +31,7 @@ from pipeline.tuning.study import counts, open_study
 from tests import forked
 from tests.conftest import free_port, write_params
 from tests.test_tune import PRESENT, SMALL, command, environment_tags
+from tests.tracking.test_versions import OLDER, make_older_database
 
 PASSWORD = "not to be seen"
 
@@ -296,6 +297,21 @@ def test_a_locked_table_is_reported_in_one_line(machines: list[Path], database: 
     with start(machines[0], database) as again:
         ended(again)
     assert sum(map(counts, trials(database))) == 3
+
+
+@pytest.mark.faults
+def test_fault_36_the_older_tracking_database_of_a_team_is_not_migrated(
+    workspace: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_older_database(database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    with pytest.raises(
+        Fault, match="is a database of an older MLflow, which cannot read it after a migration: "
+    ) as said:
+        store.connect()
+    assert PASSWORD not in str(said.value)
+    with connection(database) as looking:
+        assert looking.execute("SELECT version_num FROM alembic_version").fetchone() == (OLDER,)
 
 
 @pytest.mark.faults
