@@ -22,8 +22,9 @@ FOLDER = Path("tuning")
 JOURNAL = FOLDER / "study.journal"
 STORAGE = "OPTUNA_STORAGE"
 HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a trial is requeued
-LOCK_TIMEOUT = 30  # seconds
-IDLE_TIMEOUT = 20  # seconds; less, so that a process that stands still with the lock does not end those that wait
+LOCK_TIMEOUT = 30  # seconds, for tables
+IDLE_TIMEOUT = 40  # seconds, of who has the lock; more, so that what waits for a table is told so
+WAIT_TIMEOUT = 60  # seconds, for the lock; more, so that a process that stands still with it does not end the others
 ADVISORY_LOCK = 0xC0117ACC  # an arbitrary number
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
@@ -103,6 +104,7 @@ def database_lock() -> Iterator[None]:
             engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_options(url))
             connection = stack.enter_context(engine.connect())
             connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}s'"))
+            connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = '{WAIT_TIMEOUT}s'"))
             connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
         yield
         with storage_faults():
