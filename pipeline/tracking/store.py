@@ -277,18 +277,17 @@ def _create_database(uri: str) -> None:
 def _update_locations() -> None:
     """If this repository was moved or copied, point its store, which has absolute paths, at the artifacts here."""
     uri, path = mlflow.get_tracking_uri(), files.root() / "mlflow.db"
-    if not _is_own(uri) or sqlite_files.other_repository(path, EXPERIMENT) is None:
+    if not _is_own(uri) or (before := sqlite_files.other_repository(path, EXPERIMENT)) is None:
         return
-    with exclusive_lock("locations"):
-        before = sqlite_files.other_repository(path, EXPERIMENT)
-        if before is None:
-            return  # another process has updated them
-        try:
+    try:
+        with exclusive_lock("locations"):
+            if sqlite_files.other_repository(path, EXPERIMENT) is None:
+                return  # another process has updated them
             kept = _keep_copy(path, "before-move")
             sqlite_files.move_locations(path, before, files.root())
-        except (OSError, sqlite3.Error) as error:
-            reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"
-            raise Fault(f"{reason}: make its folder writable, and room on that disk, then run again") from error
+    except (OSError, sqlite3.Error) as error:
+        reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"
+        raise Fault(f"{reason}: make its folder writable, and room on that disk, then run again") from error
     how = "copied from {}, which keeps its own" if (before / path.name).exists() else "moved from {}"
     print(
         f"this repository was {how.format(before)}: the locations in {path.name} are now those of {files.root()}; "

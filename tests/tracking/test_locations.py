@@ -1,7 +1,11 @@
 """Where a store keeps its files: after its repository was moved or copied, and when it is outside the repository."""
 
+import itertools
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from mlflow import MlflowClient
 from pipeline import doctor
 from pipeline.errors import Fault
 from pipeline.tracking import promotion, registry, sqlite_files, store
+from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, needs_own_mounts
+from tests.drawn import drawn
 from tests.tracking.registering import NAME
 
 
@@ -99,6 +105,58 @@ def test_fault_48_locations_that_cannot_be_updated_are_one_line_and_stay(
     with pytest.raises(Fault, match=r"the locations in .* are those of .*, and cannot be updated .*: make its folder"):
         store.connect()
     assert locations(folder) == before
+
+
+READ_ONLY = 'mount --bind "$PWD" "$PWD" && mount -o remount,ro,bind "$PWD" && cd "$PWD" && exec "$@"'
+
+
+def on_a_read_only_disk(folder: Path, *command: str) -> "subprocess.Popen[str]":
+    """`python -m pipeline.<command>` in ``folder``, which nobody can write, not even root."""
+    return subprocess.Popen(
+        [*OWN_MOUNTS, "sh", "-c", READ_ONLY, "sh", sys.executable, "-m", f"pipeline.{command[0]}", *command[1:]],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@needs_own_mounts
+@pytest.mark.faults
+@pytest.mark.slow
+def test_fault_35_the_champion_of_a_store_that_can_only_be_read_is_used(good: Path, tmp_path: Path) -> None:
+    drawn(7, 20).save(tmp_path / "7.png")
+    before = contents(good)
+    for command in (
+        ("predict", str(tmp_path / "7.png")),
+        ("models",),
+        ("models", "--history"),
+        ("export", "--format", "pt2", "--out", str(tmp_path / "model.pt2")),
+    ):
+        with on_a_read_only_disk(good, *command) as process:
+            _, errors = process.communicate()
+        assert (process.returncode, errors) == (0, ""), command
+    with on_a_read_only_disk(good, "serve", "--port", str(free_port())) as process:
+        assert process.stdout is not None
+        assert "is served at" in "".join(itertools.islice(process.stdout, 2))
+        process.terminate()
+    assert contents(good) == before
+
+
+@needs_own_mounts
+@pytest.mark.faults
+@pytest.mark.slow
+def test_fault_48_a_copy_that_can_only_be_read_says_what_it_lacks(good: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(good, copied)
+    with on_a_read_only_disk(copied, "models") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert line.startswith(
+        f"error: the locations in {copied / 'mlflow.db'} are those of {good}, and cannot be updated ("
+    )
 
 
 @pytest.mark.faults
