@@ -1,6 +1,9 @@
 """Bad input by the hundred, generated: each is refused in one line or is harmless, and nothing is half-written."""
 
+import gzip
 import json
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,14 +134,26 @@ def test_fault_19_two_hundred_damaged_published_files(
         publish(patch, published)
         write_params(tmp_path, {"data.offline_fallback": None})
         name = data.draw(st.sampled_from(sorted(published)))
-        put(tmp_path / "data/raw/mnist", published | {name: data.draw(damaged(published[name]))})
+        content = data.draw(damaged(published[name]))
+        put(tmp_path / "data/raw/mnist", published | {name: content})
         there = sorted(tmp_path.rglob("*"))
         code, line = ends(prepare.main, capsys)
+        if unpacked(content) == unpacked(published[name]):  # a date in its header, say
+            assert code == 0, line
+            shutil.rmtree(tmp_path / "data/prepared")
+            return
         assert code == 2
         assert name in line
         assert "delete it and run again" in line
         assert is_one_line(line)
         assert sorted(tmp_path.rglob("*")) == there
+
+
+def unpacked(content: bytes) -> bytes | None:
+    try:
+        return gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return None
 
 
 @pytest.mark.slow
