@@ -1,5 +1,6 @@
 """How every command ends: an exit code and, after an error, one line that says what is wrong and what to do."""
 
+import atexit
 import gc
 import os
 import re
@@ -44,6 +45,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, _exit_143)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # set by a script's `&`, to last
         signal.signal(signal.SIGINT, _Interrupt())
+        # Python would then handle it as the system does, and one that comes late would change the exit code.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         command()
         sys.stdout.flush()
