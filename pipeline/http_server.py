@@ -9,7 +9,7 @@ import logging
 import resource
 import socket
 import time
-from typing import Any
+from typing import cast
 
 import psutil
 import uvicorn
@@ -86,8 +86,8 @@ class _Protocol(H11Protocol):
         """Whether it waits, or has sent a part of a request."""
         return self._waits or self.cycle.more_body
 
-    def connection_made(self, transport: Any) -> None:  # noqa: ANN401  # uvicorn narrows what asyncio declares
-        super().connection_made(transport)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))  # what TCP has
         self._wait_for_head()
         assert self.limit_concurrency is not None
         there = [each for each in self.connections if isinstance(each, _Protocol) and not each.transport.is_closing()]

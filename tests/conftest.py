@@ -48,18 +48,21 @@ needs_bfloat16 = pytest.mark.skipif(
 OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")  # before a command: it may mount, and nobody else sees it
 
 
-def _can_mount() -> bool:
-    small = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+CONTAINER = (*OWN_MOUNTS, "--pid", "--fork", "--mount-proc")  # the same, and it is number 1 and sees no other process
+
+
+def _has_namespaces() -> bool:
+    small = [*CONTAINER, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     return bool(shutil.which("unshare")) and subprocess.run(small, capture_output=True, check=False).returncode == 0
 
 
-# A disk cannot be full or read-only on demand without mounting one, and some systems (macOS, containers without the
-# right to mount) have no way to do that for one process. The limits and permissions that every system has are tested
-# everywhere beside it. CI is not let through without it (.ci/run).
-needs_own_mounts = pytest.mark.skipif(
-    not _can_mount(),
-    reason="sets off a full or a read-only disk by mounting one that only the test's own process sees; this system has "
-    "no namespaces of mounts, or does not let this user make one: on Linux, run the tests as root",
+# A disk cannot be full or read-only on demand without mounting one, and processes that do not see each other are in two
+# containers. Some systems (macOS, containers without these rights) have neither for a single process. The limits,
+# permissions and rules that every system has are tested everywhere beside it. CI is not let through without (.ci/run).
+needs_namespaces = pytest.mark.skipif(
+    not _has_namespaces(),
+    reason="sets off a full or a read-only disk, or a second container, for the test's own process alone; this system "
+    "has no namespaces of mounts and processes, or does not let this user make one: on Linux, run the tests as root",
 )
 
 

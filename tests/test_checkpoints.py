@@ -23,7 +23,7 @@ from pipeline.model.training import Epoch
 from pipeline.params import read_params
 from pipeline.tracking import runs, store
 from tests import forked
-from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_own_mounts, run_command, write_params
+from tests.conftest import OWN_MOUNTS, QUICK, REPOSITORY, needs_namespaces, run_command, write_params
 
 EPOCHS = 12
 LONG = QUICK | {"model.filters": [16, 32], "train.epochs": EPOCHS}
@@ -308,7 +308,7 @@ def test_checkpoints_that_nobody_continues_are_removed_after_a_month(workspace: 
 
 
 @pytest.mark.faults
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["models", "reports", "checkpoints"])
 def test_fault_4_unwritable_outputs_are_reported_before_training(workspace: Path, folder: str) -> None:

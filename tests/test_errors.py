@@ -72,11 +72,7 @@ def command():
         open("ended", "w").close()
 run_command(command)
 """
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe
-    ) as process:
+    with start(code, tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"waits\n"
         for _ in range(50):
@@ -102,11 +98,7 @@ def command():
         time.sleep(60)
 errors.run_command(command)
 """
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe
-    ) as process:
+    with start(code, tmp_path) as process:
         assert process.stdout is not None
         for line in (b"waits\n", b"cleans up\n"):
             assert process.stdout.readline() == line
@@ -114,6 +106,16 @@ errors.run_command(command)
             process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=10)[1] == b"interrupted\n"
     assert process.returncode == 130
+
+
+def start(code: str, folder: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_defect_keeps_its_traceback() -> None:

@@ -31,7 +31,7 @@ from tests.conftest import (
     QUICK,
     REPOSITORY,
     make_ui,
-    needs_own_mounts,
+    needs_namespaces,
     run_command,
     run_stage,
     tracking_server,
@@ -128,7 +128,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.slow
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.parametrize(
     ("stage", "folder", "file"),
     [
@@ -159,7 +159,7 @@ def test_fault_3_a_full_folder_is_one_line_and_keeps_what_it_held(
 
 
 @pytest.mark.slow
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_fault_3_a_full_temporary_folder_is_passed_over(
     finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -176,7 +176,7 @@ def test_fault_3_a_full_temporary_folder_is_passed_over(
 
 
 @pytest.mark.slow
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_fault_3_a_temporary_folder_with_little_room_is_one_line_that_names_it(finished_copy: Path, stage: str) -> None:
     """`train` makes the tracking store there; the library that exports the model would abort `evaluate`."""

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import files
 from pipeline.errors import Fault, UserError
-from tests.conftest import OWN_MOUNTS, REPOSITORY, needs_own_mounts
+from tests.conftest import OWN_MOUNTS, REPOSITORY, needs_namespaces
 
 
 def _can_trace() -> bool:
@@ -24,7 +24,7 @@ def _can_trace() -> bool:
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param("a full disk", marks=needs_own_mounts),
+        pytest.param("a full disk", marks=needs_namespaces),
         "a file-size limit",
         "a folder that only others may write",
     ],

@@ -1,4 +1,5 @@
-"""The data sets by name, and how their images are loaded. No other module refers to a data set by name.
+"""The data sets by name, and how their images are loaded. Those that torchvision reads are in published.py; no other
+module refers to a data set by name.
 
 A new data set is a function that returns a Source, and a line in DATASETS.
 """

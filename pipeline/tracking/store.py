@@ -1,4 +1,4 @@
-"""The tracking store: connect to it, create it if it does not exist, and report its errors in one line."""
+"""The tracking store: connect to it, create or migrate it if need be, and report its errors in one line."""
 
 import errno
 import fcntl
@@ -210,7 +210,13 @@ def _migrate(uri: str) -> None:
             return
         with exclusive_lock("migration"):
             if _is_older(engine):
-                kept = _keep_copy(path, "before-migration")
+                try:
+                    kept = _keep_copy(path, "before-migration")
+                except (OSError, sqlite3.Error) as error:
+                    reason = f"{path} is of an older MLflow, and cannot be copied before it is migrated"
+                    raise Fault(
+                        f"{reason} ({one_line(error)}): make its folder writable, and room on that disk"
+                    ) from error
                 MlflowClient().search_experiments(max_results=1)
                 print(
                     f"{path.name} was of an older MLflow, and has been migrated to {mlflow.__version__}; older "

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from pipeline import doctor
 from pipeline.errors import Fault
 from pipeline.tracking import promotion, registry, sqlite_files, store
-from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, needs_own_mounts
+from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, needs_namespaces
 from tests.drawn import drawn
 from tests.tracking.registering import NAME
 
@@ -122,7 +122,7 @@ def on_a_read_only_disk(folder: Path, *command: str) -> "subprocess.Popen[str]":
     )
 
 
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.faults
 @pytest.mark.slow
 def test_fault_35_the_champion_of_a_store_that_can_only_be_read_is_used(good: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_fault_35_the_champion_of_a_store_that_can_only_be_read_is_used(good: Pa
     assert contents(good) == before
 
 
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.faults
 @pytest.mark.slow
 def test_fault_48_a_copy_that_can_only_be_read_says_what_it_lacks(good: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.conftest import (
     OWN_MOUNTS,
     QUICK,
     REPOSITORY,
-    needs_own_mounts,
+    needs_namespaces,
     run_stage,
     tracking_server,
     write_params,
@@ -370,7 +370,7 @@ def test_a_damaged_file_of_updates_stops_nothing_and_stays(
     assert path.read_bytes() == content
 
 
-@needs_own_mounts
+@needs_namespaces
 @pytest.mark.faults
 @pytest.mark.slow
 def test_fault_3_a_full_disk_with_the_artifacts_costs_the_live_images_and_no_number(workspace: Path) -> None:
