@@ -60,15 +60,37 @@ def test_the_champion_answers_the_test_images_as_the_predictions_say() -> None:
 
 def test_digits_that_no_data_set_has_seen_come_out_right(tmp_path: Path) -> None:
     """In nine fonts and with pens of all widths; by the commands of the clone, as its user types them."""
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    for command in (["tests.drawn", str(tmp_path)], ["pipeline.predict", str(tmp_path)]):
-        done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=CLONE, env=environment, capture_output=True, text=True, check=True
-        )
-    answers = [re.search(r"-(\d)\.png  (\d)  ", line) for line in done.stdout.splitlines()]
+    lines = predicted("tests.drawn", tmp_path)
+    answers = [re.search(r"-(\d)\.png  (\d)  ", line) for line in lines]
     right = [answer for answer in answers if answer and answer[1] == answer[2]]
     assert len(answers) == 220
     assert len(right) >= 0.97 * len(answers)
+    assert share_marked(lines) < 0.04
+
+
+def predicted(made_by: str, folder: Path) -> list[str]:
+    """What the clone's `predict` prints for the pictures that a module of its tests writes into a folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    for module in (made_by, "pipeline.predict"):
+        command = [sys.executable, "-m", module, str(folder)]
+        done = subprocess.run(command, cwd=CLONE, env=environment, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()
+
+
+def share_marked(lines: list[str]) -> float:
+    return sum(line.endswith("does not look like the training images") for line in lines) / len(lines)
+
+
+def test_pictures_of_other_things_are_marked_and_test_images_are_not(tmp_path: Path) -> None:
+    marked = {
+        kind: share_marked([line for line in predicted("tests.unlike", tmp_path) if f"/{kind}/" in line])
+        for kind in ("noise", "photograph", "word", "two_digits", "three_digits")
+    }
+    assert marked["noise"] >= 0.75
+    assert marked["photograph"] >= 0.65
+    assert marked["word"] >= 0.9
+    assert min(marked["two_digits"], marked["three_digits"]) >= 0.95
+    assert json.loads((CLONE / "reports/metrics.json").read_text())["test"]["unlike_training"] < 0.015
 
 
 def test_what_the_network_takes_for_a_class_looks_like_one() -> None:

@@ -10,7 +10,7 @@ from pipeline.data.splits import TEST, VALIDATION, Dataset, LabelledImages, read
 from pipeline.errors import UserError, run_command
 from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
-from pipeline.model import metrics, model_file
+from pipeline.model import metrics, model_file, novelty
 from pipeline.model.cnn import CNN, parameter_count
 from pipeline.model.model_file import TrainedModel
 from pipeline.params import Evaluate, Params, check_model, differences, read_params
@@ -30,8 +30,11 @@ def main() -> None:
     test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
 
     print(f"scoring {len(test):,} test images", flush=True)
-    logits = metrics.finite(metrics.predict_logits(trained.cnn, test.images))
+    outputs = novelty.outputs(trained.cnn, test.images)
+    logits = metrics.finite(outputs.logits)
     scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
+    if trained.novelty:
+        scores["unlike_training"] = trained.novelty.found_in(outputs).double().mean().item()
     report = {
         "test": scores,
         "validation": _basic_scores(metrics.finite(metrics.predict_logits(trained.cnn, validation.images)), validation),

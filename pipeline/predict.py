@@ -2,8 +2,9 @@
 
     python -m pipeline.predict FILE_OR_FOLDER... [--model MODEL] [--json]
 
-Prints a line for each picture: the file, its label, the probability, and the second guess if it is close. `-` reads a
-picture from standard input. A picture that cannot be read gives a line on standard error and does not stop the others.
+Prints a line for each picture: the file, its label, the probability, the second guess if it is close, and whether it
+does not look like the images that the model was trained on. `-` reads a picture from standard input. A picture that
+cannot be read gives a line on standard error and does not stop the others.
 """
 
 import io
@@ -41,8 +42,8 @@ def main() -> None:
         count, unread = count + len(batch), unread + len(batch) - len(images)
         if images:
             answers = loaded.classify(np.stack([image for _, image in images]))
-            for (path, _), probabilities in zip(images, answers, strict=True):
-                print(line(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True))))
+            for (path, _), probabilities, unlike in zip(images, *answers, strict=True):
+                print(line(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike))
     if unread:
         raise UserError(f"{unread} of {count} pictures could not be read")
 
@@ -90,16 +91,24 @@ def _from_stdin() -> io.BytesIO:
     return io.BytesIO(content)
 
 
-def _as_line(path: str, probabilities: Mapping[str, float]) -> str:
+def _as_line(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> str:
     (label, first), *others = sorted(probabilities.items(), key=lambda each: -each[1])
     doubt = "".join(f"  (or {printable(other)}, {second:.1%})" for other, second in others[:1] if second >= CLOSE)
-    return f"{printable(path)}  {printable(label)}  {first:.1%}{doubt}"
+    warning = "  does not look like the training images" if unlike_training else ""
+    return f"{printable(path)}  {printable(label)}  {first:.1%}{doubt}{warning}"
 
 
-def _as_json(path: str, probabilities: Mapping[str, float]) -> str:
+def _as_json(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> str:
     label = max(probabilities, key=lambda name: probabilities[name])
-    content = {"file": path, "label": label, "probability": probabilities[label], "probabilities": probabilities}
-    return json.dumps(content)
+    return json.dumps(
+        {
+            "file": path,
+            "label": label,
+            "probability": probabilities[label],
+            "unlike_training": unlike_training,
+            "probabilities": probabilities,
+        }
+    )
 
 
 if __name__ == "__main__":

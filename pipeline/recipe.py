@@ -7,10 +7,11 @@ import torch
 
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
-from pipeline.model import training
+from pipeline.model import novelty, training
 from pipeline.model.augment import AUGMENTATIONS
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, Architecture, layers
+from pipeline.model.model_file import TrainedModel
 from pipeline.params import Params
 
 
@@ -41,6 +42,15 @@ def settings(params: Params) -> training.Settings:
     own = {each.name for each in fields(training.Settings)}
     augmentations = {name: given[name] for name in AUGMENTATIONS}
     return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=augmentations)
+
+
+def trained(
+    cnn: CNN, train: LabelledImages, validation: LabelledImages, params: Params, dataset: Dataset
+) -> TrainedModel:
+    """What the model file holds, after ``fit``."""
+    generator = torch.Generator().manual_seed(params.seed)
+    found = novelty.fit(cnn, train.images, train.labels, validation.images, generator)
+    return TrainedModel(cnn, dataset.tags, params.recipe, found)
 
 
 def fit(

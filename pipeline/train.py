@@ -43,7 +43,7 @@ def main() -> None:
         with runs.training_run(params, dataset, device, fingerprint, continues) as run:
             history = _fit(cnn, train, validation, params, run, fingerprint, interrupted)
             inputs.check_unchanged()
-            model = model_file.to_bytes(cnn, dataset.tags, params.recipe)
+            model = model_file.to_bytes(recipe.trained(cnn, train, validation, params, dataset))
             files.write(files.MODEL, model)
             files.write_table(files.HISTORY, [_row(epoch) for epoch in history])
             run.describe_model(cnn, dataset, files.sha256(model))

@@ -14,7 +14,7 @@ from pipeline import predict
 from pipeline.data import image_files
 from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry, store
-from tests import forked
+from tests import forked, unlike
 from tests.conftest import run_command
 from tests.drawn import all_of_them, drawn
 
@@ -33,7 +33,7 @@ def test_digits_from_outside_come_out_right(folder: Path) -> None:
     answers = []
     for name, digit, picture in all_of_them():
         image = image_files.centred_strokes(picture, model.image_shape, name)
-        answers.append(int(model.classify(image[None].numpy()).argmax()) == digit)
+        answers.append(int(model.classify(image[None].numpy()).probabilities.argmax()) == digit)
     assert sum(answers) >= 0.85 * len(answers)
 
 
@@ -147,7 +147,17 @@ def test_a_picture_given_twice_is_listed_twice(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_second_guess_is_shown_if_it_is_close() -> None:
-    close = predict._as_line("x.png", {"3": 0.8, "5": 0.15, "8": 0.05})
+    close = predict._as_line("x.png", {"3": 0.8, "5": 0.15, "8": 0.05}, unlike_training=None)
     assert close == "x.png  3  80.0%  (or 5, 15.0%)"
-    assert predict._as_line("x.png", {"3": 0.95, "5": 0.05}) == "x.png  3  95.0%"
-    assert predict._as_line("x.png", {"the only class": 1.0}) == "x.png  the only class  100.0%"
+    assert predict._as_line("x.png", {"3": 0.95, "5": 0.05}, unlike_training=False) == "x.png  3  95.0%"
+    assert predict._as_line("x.png", {"the only class": 1.0}, unlike_training=None) == "x.png  the only class  100.0%"
+
+
+def test_a_picture_that_does_not_look_like_the_training_images_is_marked(folder: Path, tmp_path: Path) -> None:
+    drawn(3, 20).save(tmp_path / "three.png")
+    next(unlike.pictures("two_digits")).save(tmp_path / "two digits.png")
+    table, json_lines = (run_command("predict", str(tmp_path), *more, folder=folder) for more in ([], ["--json"]))
+    three, two = table.stdout.decode().splitlines()
+    assert "look" not in three
+    assert two.endswith("  does not look like the training images")
+    assert [json.loads(line)["unlike_training"] for line in json_lines.stdout.splitlines()] == [False, True]

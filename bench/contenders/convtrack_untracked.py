@@ -32,7 +32,7 @@ def main() -> None:
 
     for epoch in recipe.fit(cnn, train, validation, params, save_checkpoint=save):
         history.append(epoch)
-    files.write(files.MODEL, model_file.to_bytes(cnn, dataset.tags, params.recipe))
+    files.write(files.MODEL, model_file.to_bytes(recipe.trained(cnn, train, validation, params, dataset)))
     files.write_table(files.HISTORY, [asdict(epoch) for epoch in history])
     checkpoints.remove(fingerprint)
 

@@ -63,6 +63,7 @@ def _scores(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
         ("accuracy", f"{test['accuracy']:.2%}", _interval(count - test["error_count"], count)),
         ("cross-entropy", f"{test['loss']:.4f} nats", ""),
         ("expected calibration error", f"{test['ece']:.4f}", ""),
+        *_novelty(test, count),
         *(
             (f"accuracy, {change.replace('_', ' ')}", f"{accuracy:.2%}", _interval(round(accuracy * count), count))
             for change, accuracy in test["robustness"].items()
@@ -85,6 +86,15 @@ def _scores(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _novelty(test: Mapping[str, Any], count: int) -> list[tuple[str, str, str]]:
+    """The row of test images that are taken for unlike the training images; none where the model cannot tell."""
+    if (share := test.get("unlike_training")) is None:
+        return []
+    return [
+        ("test images taken for unlike the training images", f"{share:.2%}", _interval(round(share * count), count))
+    ]
+
+
 def _interval(right: int, count: int) -> str:
     low, high = wilson_interval(right, count)
     return f"{low:.2%} ... {high:.2%}"
@@ -92,7 +102,8 @@ def _interval(right: int, count: int) -> str:
 
 def _limits(dataset: Dataset) -> str:
     lines = [
-        "It knows only these classes: any other image is assigned to one of them too, often with high confidence.",
+        "It knows only these classes: any other image is assigned to one of them too, often with high confidence. "
+        "`predict` and `serve` say which pictures do not look like the training images; they miss some.",
         "It expects images like those it was trained on, in size, framing and contrast; the rows above that begin with "
         "*accuracy,* show how much it loses on others.",
         "It comes from one training run; with another seed it would make different mistakes.",

@@ -90,7 +90,7 @@ class CNN(nn.Module):
         Raises ValueError where the layers do not fit the images, these are too large, or classes have no good names.
         """
         super().__init__()
-        channels, height, width = _output_shape(architecture)
+        channels, height, width = output_shape(architecture)
         self.architecture = architecture
         self.blocks = _blocks(architecture)
         self.flatten = Flatten()
@@ -145,7 +145,7 @@ def _blocks(architecture: Architecture) -> nn.Sequential:
 
 
 @functools.cache
-def _output_shape(architecture: Architecture) -> tuple[int, int, int]:
+def output_shape(architecture: Architecture) -> tuple[int, int, int]:
     """(C, H, W) of the last block's maps, computed without any data. Raises ValueError as CNN does."""
     check_class_names(architecture.class_names)
     height, width, channels = architecture.image_shape
@@ -172,7 +172,7 @@ def _seen_side(blocks: nn.Sequential, axis: int, architecture: Architecture) -> 
     All of them if there is a layer that uses the right and bottom edge, such as a convolution with padding, or the
     whole image, such as batch normalisation.
     """
-    side = _output_shape(architecture)[1 + axis]
+    side = output_shape(architecture)[1 + axis]
     for layer in reversed([layer for block in blocks for layer in block.children()]):
         match layer:
             case nn.ReLU():

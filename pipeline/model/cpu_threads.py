@@ -57,9 +57,16 @@ def thread_pool(network: nn.Module, device: torch.device) -> Iterator[ThreadPool
     if device.type != "cpu" or normalises:
         yield ThreadPool(1, None)
         return
+    with single_thread(), ThreadPoolExecutor(threads) as others:
+        yield ThreadPool(threads, others)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for each operation, whose sums then do not depend on the number of threads."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(threads) as others:
-        try:
-            yield ThreadPool(threads, others)
-        finally:
-            torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

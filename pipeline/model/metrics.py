@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
 CHUNK = 250  # images that are scored together
+Result = TypeVar("Result")
 
 
 def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
@@ -24,11 +25,16 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
         logits: Tensor = cnn(chunk)
         return logits
 
+    return torch.cat(in_chunks(cnn, images, predict))
+
+
+def in_chunks(cnn: CNN, images: Tensor, function: Callable[[Tensor], Result]) -> list[Result]:
+    """What ``function`` gives for each chunk of images (N, H, W, C), with ``cnn`` in evaluation mode."""
     was_training = cnn.training
     cnn.eval()
     try:
         with cpu_threads.thread_pool(cnn, images.device) as pool:
-            return torch.cat(list(pool.map(predict, torch.split(images, CHUNK))))
+            return list(pool.map(function, torch.split(images, CHUNK)))
     finally:
         cnn.train(was_training)
 

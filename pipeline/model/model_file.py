@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors
@@ -13,33 +13,43 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Fault, printable
+from pipeline.model import novelty
 from pipeline.model.cnn import CNN, Architecture
+from pipeline.model.novelty import Novelty
 
 METADATA, DIGEST = "cnn", "sha256"
+CENTRES = "novelty.centres"  # the tensor that is not one of the CNN
 MAX_HEADER_SIZE = 1_000_000  # bytes; most of them are class names
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # of the tensors in a CNN, as safetensors names them
 OF_THE_DATA = ("image_shape", "class_names")  # in an Architecture; the others are parameters of `model`
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The contents of a model file: the CNN in evaluation mode, and what it was trained on and how."""
+    """The contents of a model file: the CNN in evaluation mode, and what it was trained on and how.
+
+    ``novelty`` finds images that do not look like the training images; None in files that have none.
+    """
 
     cnn: CNN
-    data: Mapping[str, str]
-    recipe: Mapping[str, object]
+    data: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    novelty: Novelty | None = None
 
 
-def to_bytes(cnn: CNN, data: Mapping[str, str] = NOTHING, recipe: Mapping[str, object] = NOTHING) -> bytes:
+def to_bytes(trained: TrainedModel) -> bytes:
     """The weights, with the architecture in the metadata, so that the file can rebuild its own network.
 
-    ``data`` and ``recipe`` say what it was trained on and how. The same contents give the same bytes: all the metadata
-    is under one key, because safetensors writes several keys in no fixed order.
+    The same contents give the same bytes: all the metadata is under one key, because safetensors writes several keys in
+    no fixed order.
     """
-    weights = {name: tensor.contiguous() for name, tensor in cnn.cpu().state_dict().items()}
-    facts = {"architecture": asdict(cnn.architecture), "data": dict(data), "recipe": dict(recipe)}
-    return safetensors.torch.save(weights, {METADATA: json.dumps(facts | {DIGEST: _digest(facts, weights)})})
+    tensors = {name: tensor.contiguous() for name, tensor in trained.cnn.cpu().state_dict().items()}
+    architecture = asdict(trained.cnn.architecture)
+    facts: dict[str, Any] = {"architecture": architecture, "data": dict(trained.data), "recipe": dict(trained.recipe)}
+    if trained.novelty:
+        tensors[CENTRES] = trained.novelty.centres.contiguous()
+        facts["novelty"] = {key: getattr(trained.novelty, key) for key in ("distance", "logit", "threshold")}
+    return safetensors.torch.save(tensors, {METADATA: json.dumps(facts | {DIGEST: _digest(facts, tensors)})})
 
 
 def from_bytes(
@@ -63,15 +73,16 @@ def from_bytes(
         architecture = Architecture(**layers)
         if any(not isinstance(value, str) or printable(value) != value for value in dict(facts["data"]).values()):
             raise ValueError("what it says of its data is not printable text")
-        _check_tensors(header, architecture)
-        weights = safetensors.torch.load(content)
-        if facts.pop(DIGEST) != _digest(facts, weights):
+        _check_tensors(header, architecture, has_novelty="novelty" in facts)
+        tensors = safetensors.torch.load(content)
+        if facts.pop(DIGEST) != _digest(facts, tensors):
             raise ValueError("its SHA-256 does not match")
-        if bad := [key for key, weight in weights.items() if not weight.isfinite().all()]:
+        if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{bad[0]} has values that are not finite")
+        found = _novelty(facts["novelty"], tensors.pop(CENTRES)) if "novelty" in facts else None
         cnn = CNN(architecture, torch.Generator())
-        cnn.load_state_dict(weights)
-        return TrainedModel(cnn.eval(), dict(facts["data"]), dict(facts["recipe"]))
+        cnn.load_state_dict(tensors)
+        return TrainedModel(cnn.eval(), dict(facts["data"]), dict(facts["recipe"]), found)
     except (
         KeyError,
         TypeError,
@@ -101,15 +112,30 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_tensors(header: Mapping[str, Any], architecture: Architecture) -> None:
+def _check_tensors(header: Mapping[str, Any], architecture: Architecture, has_novelty: bool) -> None:
     """Raises ValueError where these are not the tensors, shapes and types of such a network, which takes no memory."""
     with torch.device("meta"):
-        expected = CNN(architecture, None).state_dict()
+        expected: dict[str, Tensor] = CNN(architecture, None).state_dict()
+        if has_novelty:
+            most = novelty.CENTRES * len(architecture.class_names)
+            count = min(int(header[CENTRES]["shape"][0]), most)
+            expected[CENTRES] = torch.empty(count, novelty.feature_count(architecture))
     found = {key: (each["dtype"], tuple(each["shape"])) for key, each in header.items()}
     for key in expected | found:
         wanted = (DTYPES[expected[key].dtype], tuple(expected[key].shape)) if key in expected else None
         if found.get(key) != wanted:
             raise ValueError(f"its tensor {key} is {found.get(key)}; the architecture's is {wanted}")
+
+
+def _novelty(facts: Mapping[str, Any], centres: Tensor) -> Novelty:
+    """What the metadata and the centres say. Raises ValueError where they cannot be."""
+    read = Novelty(centres, tuple(facts["distance"]), tuple(facts["logit"]), facts["threshold"])
+    numbers = [*read.distance, *read.logit, read.threshold]
+    if len(numbers) != 5 or any(type(number) is not float or not math.isfinite(number) for number in numbers):
+        raise ValueError("its novelty statistics are not five finite numbers")
+    if min(read.distance[1], read.logit[1]) <= 0 or len(centres) == 0:
+        raise ValueError("its novelty statistics have a deviation that is not above 0, or no centres")
+    return read
 
 
 def _as_tuples(value: object) -> object:

@@ -125,7 +125,7 @@ def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> N
     if loaded.image_shape != dataset.image_shape:
         raise _CannotCompareError(f"takes images of {' x '.join(map(str, loaded.image_shape))}")
     try:
-        probabilities = loaded.classify(test.images.numpy())
+        probabilities = loaded.classify(test.images.numpy()).probabilities
     except Fault as error:
         raise _CannotCompareError(f"cannot be scored: {error}") from error
     correct: NDArray[np.bool_] = probabilities.argmax(axis=1) == test.labels.numpy()

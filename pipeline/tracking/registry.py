@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.data.splits import TEST, Dataset, read_dataset
 from pipeline.errors import UserError, printable
-from pipeline.model import metrics
+from pipeline.model import metrics, novelty
 from pipeline.model.cnn import CNN
+from pipeline.model.model_file import TrainedModel
 from pipeline.tracking import models, runs
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.lineage import RECIPE
@@ -221,12 +222,26 @@ def default_name() -> str:
     return registered[0]
 
 
+class Answers(NamedTuple):
+    """A model's answers for N images: probabilities (N, classes), and whether each does not look like the training
+    images; None where the model cannot tell.
+    """
+
+    probabilities: NDArray[np.float32]
+    unlike_training: list[bool] | list[None]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A registered model in memory, and the name of the data set that it was trained on."""
 
-    cnn: CNN
+    trained: TrainedModel
     data_name: str
+
+    @property
+    def cnn(self) -> CNN:
+        """The network alone."""
+        return self.trained.cnn
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -238,13 +253,15 @@ class Loaded:
         """(H, W, C) of the images that it takes."""
         return self.cnn.architecture.image_shape
 
-    def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (N, classes) of images (N, H, W, C), the same as in `evaluate`. In one thread at a time.
+    def classify(self, images: NDArray[np.uint8]) -> Answers:
+        """The answers for images (N, H, W, C), the same as in `evaluate`. In one thread at a time.
 
-        Raises Fault where the answer is not a number.
+        Raises Fault where they are not numbers.
         """
-        logits = metrics.finite(metrics.predict_logits(self.cnn, torch.from_numpy(images)))
-        return cast(NDArray[np.float32], logits.softmax(dim=1).numpy())
+        outputs = novelty.outputs(self.cnn, torch.from_numpy(images))
+        probabilities = metrics.finite(outputs.logits).softmax(dim=1).numpy()
+        found = self.trained.novelty
+        return Answers(probabilities, found.found_in(outputs).tolist() if found else [None] * len(images))
 
 
 def require(version: ModelVersion, *tags: str) -> None:
@@ -260,7 +277,7 @@ def require(version: ModelVersion, *tags: str) -> None:
 def load(version: ModelVersion) -> Loaded:
     """The model of a version, from the store into memory; see models.read."""
     require(version, MODEL_SHA256, DATA_NAME)
-    return Loaded(models.read(_uri(version), version.tags[MODEL_SHA256]).cnn, version.tags[DATA_NAME])
+    return Loaded(models.read(_uri(version), version.tags[MODEL_SHA256]), version.tags[DATA_NAME])
 
 
 def _uri(version: ModelVersion) -> str:

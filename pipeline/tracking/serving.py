@@ -27,7 +27,7 @@ from starlette.routing import Route
 from pipeline.errors import Fault
 from pipeline.model.cnn import MAX_IMAGES
 from pipeline.tracking import registry
-from pipeline.tracking.registry import Loaded
+from pipeline.tracking.registry import Answers, Loaded
 from pipeline.tracking.store import store_faults
 
 ALL_ADDRESSES = ("0.0.0.0", "::")  # listens on every address of the machine, under any host name
@@ -102,9 +102,10 @@ class Predictor:
 
     def _predictions(self, body: IO[bytes]) -> Response:
         body.seek(0)
-        return JSONResponse({"predictions": self.classify(images_from(body.read(), self.loaded.image_shape)).tolist()})
+        answers = self.classify(images_from(body.read(), self.loaded.image_shape))
+        return JSONResponse({"predictions": answers.probabilities.tolist(), "unlike_training": answers.unlike_training})
 
-    def classify(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def classify(self, images: NDArray[np.uint8]) -> Answers:
         """One batch at a time, on all cores: a CNN cannot score two at once."""
         with self.cnn_lock:
             return self.loaded.classify(images)

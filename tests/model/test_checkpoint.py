@@ -43,7 +43,7 @@ def fit(digits: dict[str, LabelledImages], resumed: bytes | None, architecture: 
         save_checkpoint=save_checkpoint,
     )
     history = list(epochs)
-    return model_file.to_bytes(cnn), history, kept
+    return model_file.to_bytes(model_file.TrainedModel(cnn)), history, kept
 
 
 @pytest.mark.parametrize(

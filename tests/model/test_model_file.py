@@ -3,7 +3,7 @@
 import json
 import resource
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pipeline.errors import Fault
 from pipeline.model import model_file
 from pipeline.model.cnn import CNN, Architecture
+from pipeline.model.model_file import TrainedModel
+from pipeline.model.novelty import Novelty, feature_count
 from pipeline.params import check_model
 from tests import forked
 
@@ -26,16 +28,27 @@ ARCHITECTURE = Architecture(
 )
 
 
+NOVELTY = Novelty(torch.eye(3, feature_count(ARCHITECTURE)), (0.25, 0.5), (8.0, 2.0), 3.5)
+
+
 def network(seed: int) -> CNN:
     return CNN(ARCHITECTURE, torch.Generator().manual_seed(seed))
 
 
+def to_bytes(cnn: CNN) -> bytes:
+    return model_file.to_bytes(TrainedModel(cnn))
+
+
 def test_the_file_holds_all_that_the_network_is() -> None:
     cnn = network(0)
-    saved = model_file.from_bytes(model_file.to_bytes(cnn, {"data.name": "pets"}, {"model.filters": [4, 6]}))
+    trained = TrainedModel(cnn, {"data.name": "pets"}, {"model.filters": [4, 6]}, NOVELTY)
+    saved = model_file.from_bytes(model_file.to_bytes(trained))
     read = saved.cnn
     assert read.architecture == ARCHITECTURE
-    assert (saved.data, saved.recipe) == ({"data.name": "pets"}, {"model.filters": [4, 6]})
+    assert (saved.data, saved.recipe) == (trained.data, trained.recipe)
+    assert saved.novelty is not None
+    assert torch.equal(saved.novelty.centres, NOVELTY.centres)
+    assert replace(saved.novelty, centres=NOVELTY.centres) == NOVELTY
     images = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(read(images), cnn.eval()(images), rtol=0, atol=0)
 
@@ -47,15 +60,15 @@ def test_a_new_field_of_the_architecture_may_be_a_tuple(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model_file, "Architecture", Wider)
     architecture = Wider(**asdict(ARCHITECTURE) | {"strides": ((1, 2), (2, 2))})
-    content = model_file.to_bytes(CNN(architecture, torch.Generator().manual_seed(0)))
+    content = to_bytes(CNN(architecture, torch.Generator().manual_seed(0)))
     assert model_file.from_bytes(content).cnn.architecture == architecture
 
 
 def test_the_same_weights_give_the_same_bytes() -> None:
-    assert model_file.to_bytes(network(0)) == model_file.to_bytes(network(0)) != model_file.to_bytes(network(1))
+    assert to_bytes(network(0)) == to_bytes(network(0)) != to_bytes(network(1))
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 200, model_file.to_bytes(network(0))[:-5]])
+@pytest.mark.parametrize("content", [b"", b"x" * 200, to_bytes(network(0))[:-5]])
 def test_a_damaged_file_is_refused_with_the_remedy(content: bytes) -> None:
     with pytest.raises(Fault, match=r"the model file is damaged .* run `dvc repro -f train`"):
         model_file.from_bytes(content)
@@ -65,14 +78,25 @@ WEIGHTS = {name: each.contiguous() for name, each in network(0).state_dict().ite
 MEMORY = 100_000_000  # bytes that judging a file may take, besides those of the file
 
 
-def made(weights: Mapping[str, Tensor] = WEIGHTS, data: object = None, **architecture: Any) -> bytes:
+STATISTICS = {"distance": [0.25, 0.5], "logit": [8.0, 2.0], "threshold": 3.5}
+
+
+def made(
+    weights: Mapping[str, Tensor] = WEIGHTS, data: object = None, novelty: object = None, **architecture: Any
+) -> bytes:
     """A model file with other facts and weights than its network's, whose own SHA-256 is right."""
     facts: dict[str, Any] = {"architecture": asdict(ARCHITECTURE) | architecture, "data": data or {}, "recipe": {}}
+    if novelty:
+        facts["novelty"] = novelty
     facts[model_file.DIGEST] = model_file._digest(facts, weights)
     return safetensors.torch.save(dict(weights), {model_file.METADATA: json.dumps(facts)})
 
 
-GOOD = made()
+def with_novelty(centres: Tensor = NOVELTY.centres, **changed: Any) -> bytes:
+    return made(WEIGHTS | {model_file.CENTRES: centres.contiguous()}, novelty=STATISTICS | changed)
+
+
+GOOD = with_novelty()
 
 
 def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -127,6 +151,17 @@ def hostile() -> dict[str, bytes]:
         "a header of objects": with_header(f"[{'{},' * 300_000}1]", b""),
         "a header longer than the file": (2**63).to_bytes(8, "little") + b"{}",
         "no metadata": safetensors.torch.save(WEIGHTS),
+        "centres without statistics": made(WEIGHTS | {model_file.CENTRES: NOVELTY.centres}),
+        "statistics without centres": made(novelty=STATISTICS),
+        "no centres": with_novelty(NOVELTY.centres[:0]),
+        "more centres than the classes can have": with_novelty(NOVELTY.centres.repeat(9, 1)),
+        "centres of other features": with_novelty(NOVELTY.centres[:, :-1]),
+        "a centre that is not a number": with_novelty(NOVELTY.centres * float("nan")),
+        "statistics that are text": with_novelty(threshold="3.5"),
+        "statistics that are infinite": with_novelty(threshold=float("inf")),
+        "a statistic less": with_novelty(distance=[0.25]),
+        "a statistic more": with_novelty(logit=[8.0, 2.0, 1.0]),
+        "a deviation of nothing": with_novelty(logit=[8.0, 0.0]),
     }
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def _met(register: Callable[..., Any], meeting_point: Path, number: int, side: i
 
 def change_model(saved: model_file.TrainedModel, seed: int, noise: float = 0.5) -> None:
     """Another model in place of the trained one, with more errors the more noise there is on its biases."""
-    other = model_file.from_bytes(model_file.to_bytes(saved.cnn, saved.data, saved.recipe)).cnn
+    other = model_file.from_bytes(model_file.to_bytes(saved)).cnn
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         other.dense.bias.add_(noise * torch.randn(other.dense.bias.shape, generator=generator))
-    files.write(files.MODEL, model_file.to_bytes(other, saved.data, saved.recipe))
+    files.write(files.MODEL, model_file.to_bytes(replace(saved, cnn=other)))
 
 
 def kill(what: str, step: int, when: str) -> None:

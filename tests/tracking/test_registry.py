@@ -105,12 +105,12 @@ def test_a_version_is_found_by_alias_and_number(candidates: Candidates) -> None:
 def test_a_model_comes_back_and_answers_as_before(finished: Path) -> None:
     loaded = registry.load(version(1))
     test: LabelledImages = read_split(read_dataset(), TEST)
-    probabilities = loaded.classify(test.images.numpy())
+    probabilities = loaded.classify(test.images.numpy()).probabilities
     assert loaded.class_names == tuple("0123456789")
     assert loaded.image_shape == (28, 28, 1)
     rows = files.read_table(files.PREDICTIONS, made_by="evaluate")
     assert [str(label) for label in probabilities.argmax(axis=1)] == [row["predicted"] for row in rows]
-    alone = np.concatenate([loaded.classify(test.images[[index]].numpy()) for index in range(20)])
+    alone = np.concatenate([loaded.classify(test.images[[index]].numpy()).probabilities for index in range(20)])
     np.testing.assert_allclose(alone, probabilities[:20], atol=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_fault_26_a_model_file_that_is_not_the_registered_one_is_refused(finishe
         case "pickle":
             path.write_bytes(pickle.dumps(Attack()))
         case "another model":
-            path.write_bytes(model_file.to_bytes(model_file.from_bytes(content).cnn))
+            path.write_bytes(model_file.to_bytes(model_file.TrainedModel(model_file.from_bytes(content).cnn)))
         case "a changed weight":
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         case "none":
@@ -188,7 +188,7 @@ def other_model(change: str) -> bytes:
     else:
         with torch.no_grad():
             cnn.dense.weight.fill_(3e38)
-    return model_file.to_bytes(cnn, trained.data, trained.recipe)
+    return model_file.to_bytes(replace(trained, cnn=cnn))
 
 
 def replace_model(content: bytes) -> None:
