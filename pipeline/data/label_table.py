@@ -77,8 +77,8 @@ def _csv_rows(content: bytes, name: str) -> Iterator[Row]:
             where = f"line {lines.line_num}"
             if any(values[len(header) :]) or (any(values) and len(values) <= max(columns.values())):
                 raise UserError(
-                    f"{name}: {where} has {len(values)} values for {len(header)} columns: put quotes around a value "
-                    f"with {'a tab' if separator == chr(9) else repr(separator)} in it"
+                    f"{name}: {where} has not as many values ({len(values)}) as the header ({len(header)}): put quotes "
+                    f"around a value with {'a tab' if separator == chr(9) else repr(separator)} in it"
                 )
             if any(values):
                 yield Row(where, **{column: values[number] for column, number in columns.items()})

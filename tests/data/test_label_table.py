@@ -91,9 +91,12 @@ def test_a_number_is_text_and_quoted_values_hold_anything() -> None:
         ("path,label\n,cat\n", "it: line 2 has no path"),
         (
             "path,label\n1.png,cat\na,b.png,cat\n",
-            "it: line 3 has 3 values for 2 columns: put quotes around a value with ',' in it",
+            "it: line 3 has not as many values (3) as the header (2): put quotes around a value with ',' in it",
         ),
-        ("path\tlabel\n1.png\n", "it: line 2 has 1 values for 2 columns: put quotes around a value with a tab in it"),
+        (
+            "path\tlabel\n1.png\n",
+            "it: line 2 has not as many values (1) as the header (2): put quotes around a value with a tab in it",
+        ),
         ('path,label\n"1.png,cat\n', "it: line 2 cannot be read (unexpected end of data): check its quotes"),
     ],
 )
