@@ -81,32 +81,24 @@ class Folder:
         waiting, links = [""], list[str]()
         while waiting or links:
             relative = waiting.pop() if waiting else heapq.heappop(links)
-            folder = self._folder / relative
-            try:
-                status = folder.stat()
-                if (status.st_dev, status.st_ino) in seen:
-                    found.skip(LINK_TO_SEEN, relative)
-                    continue
-                seen.add((status.st_dev, status.st_ino))
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        path = f"{relative}/{entry.name}" if relative else entry.name
-                        match _kind(entry):
-                            case "file":
-                                found.files.append(path)
-                            case "folder":
-                                waiting.append(path)
-                            case "link":
-                                heapq.heappush(links, path)
-                            case reason:
-                                found.skip(reason, path)
-            except OSError as error:
-                raise UserError(
-                    f"the folder {printable(str(folder))} cannot be read ({error.strerror}): make it readable, "
-                    "or move it elsewhere"
-                ) from error
+            identity, entries = _scan(self._folder / relative)
+            if identity in seen:
+                found.skip(LINK_TO_SEEN, relative)
+                continue
+            seen.add(identity)
             if relative:
                 found.folders.append(relative)
+            for name, kind in entries:
+                path = f"{relative}/{name}" if relative else name
+                match kind:
+                    case "file":
+                        found.files.append(path)
+                    case "folder":
+                        waiting.append(path)
+                    case "link":
+                        heapq.heappush(links, path)
+                    case reason:
+                        found.skip(reason, path)
         return found
 
     def open(self, path: str) -> IO[bytes]:
@@ -123,6 +115,19 @@ class Folder:
 
     def close(self) -> None:
         """Nothing stays open."""
+
+
+def _scan(folder: Path) -> tuple[tuple[int, int], list[tuple[str, str]]]:
+    """What tells the folder from all others, and the name and kind of each entry. Raises UserError."""
+    try:
+        status = folder.stat()
+        with os.scandir(folder) as entries:
+            return (status.st_dev, status.st_ino), [(entry.name, _kind(entry)) for entry in entries]
+    except OSError as error:
+        raise UserError(
+            f"the folder {printable(str(folder))} cannot be read ({error.strerror}): make it readable, or move it "
+            "elsewhere"
+        ) from error
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -163,7 +168,7 @@ def _check_size(name: str, size: int) -> None:
 
 
 class Zip:
-    """A .zip, read in place. Not for several processes at once: each opens its own."""
+    """A .zip, read in place. Threads may share it; each process opens its own."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError for what is no zip."""
@@ -182,22 +187,23 @@ class Zip:
     def contents(self) -> Contents:
         """See FileTree. Encrypted files and rare methods of compression are a UserError."""
         found, folders = Contents(self._name), set[str]()
-        self._members = {}
+        members: dict[str, zipfile.ZipInfo] = {}
         for path, member in self._safe_members(found):
-            folder = path if member.is_dir() else path.rpartition("/")[0]
+            folder = path.rpartition("/")[0]
             while folder and folder not in folders:
                 folders.add(folder)
                 folder = folder.rpartition("/")[0]
-            if not member.is_dir():
+            if not path.endswith("/"):
                 self._check(member, path)
-                if path in self._members:
+                if path in members:
                     found.skip(REPEATED, path)
-                self._members[path] = member
-        found.files, found.folders = list(self._members), list(folders)
+                members[path] = member
+        self._members = members
+        found.files, found.folders = list(members), list(folders)
         return found
 
     def _safe_members(self, found: Contents) -> Iterator[tuple[str, zipfile.ZipInfo]]:
-        """The files and folders with their paths. What is left out is added to ``found``."""
+        """The files and folders with their paths, which end in a slash for folders. ``found`` gets what is left out."""
         for member in self._zip.infolist():
             name = _decoded(member).replace("\\", "/")
             parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -209,7 +215,7 @@ class Zip:
             elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 found.skip(NOT_REGULAR, name)
             else:
-                yield "/".join(parts), member
+                yield "/".join(parts) + ("/" if name.endswith("/") else ""), member
 
     def _check(self, member: zipfile.ZipInfo, path: str) -> None:
         if member.flag_bits & ENCRYPTED:
@@ -221,12 +227,15 @@ class Zip:
             )
 
     def open(self, path: str) -> IO[bytes]:
-        """See FileTree. Only for paths of ``contents``."""
-        member, name = self._members[path], f"{printable(path)} in {self._name}"
-        _check_size(name, member.file_size)
+        """See FileTree. ``contents`` comes first."""
+        name = f"{printable(path)} in {self._name}"
         try:
+            member = self._members[path]
+            _check_size(name, member.file_size)
             with self._zip.open(member) as file:
                 return io.BytesIO(file.read(MAX_BYTES))  # never more than the size that was checked
+        except KeyError as error:
+            raise UserError(f"{name} does not exist") from error
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
         except DAMAGED as error:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, NamedTuple, Self
 
 from pipeline.data import label_table
-from pipeline.data.file_trees import Contents, FileTree, Folder, Zip
+from pipeline.data.file_trees import BROKEN_LINK, NOT_UTF8, Contents, FileTree, Folder, Zip
 from pipeline.data.splits import SPLITS, TEST, TRAIN, VALIDATION
 from pipeline.errors import UserError, check_class_names, printable
 
@@ -75,12 +75,13 @@ class _Labelled:
 
 
 class Pictures:
-    """The pictures in a folder or a .zip of one, to be used in a ``with``. Each process opens its own."""
+    """The pictures in a folder or a .zip of one, for a ``with``. Threads may share it; each process opens its own."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where ``path``, which is data.path of params.yaml, is neither."""
         self._tree = _tree(path)
-        self._top = ""  # the folder that holds all files of a zip, with a slash
+        # The folder that holds all files of a zip, with a slash; None while that is not known.
+        self._top = None if isinstance(self._tree, Zip) else ""
 
     def __enter__(self) -> Self:
         return self
@@ -110,21 +111,27 @@ class Pictures:
             labelled.entries = _grouped(labelled, group)
         entries = _with_classes(labelled, contents.name)
         labelled.warnings += _group_warnings(entries)
+        labelled.warnings += [
+            f"left out, {reason} ({len(paths):,}): {_some(sorted(paths))}"
+            for reason in (BROKEN_LINK, NOT_UTF8)
+            if (paths := contents.skipped.get(reason))
+        ]
         skipped = {reason: tuple(sorted(paths)) for reason, paths in sorted(contents.skipped.items())}
         return Listing(labelled.form, tuple(sorted(entries)), skipped, tuple(labelled.warnings))
 
     def open(self, path: str) -> IO[bytes]:
-        """The file of an Entry of ``listing``, seekable. Raises UserError where it cannot be read or is too large."""
-        return self._tree.open(self._top + path)
+        """The file of an Entry, seekable. Raises UserError where it cannot be read, is damaged or too large."""
+        if self._top is None:
+            self._contents()
+        return self._tree.open(f"{self._top}{path}")
 
     def _contents(self) -> Contents:
         """What there is. If one folder holds all files of a zip, paths are relative to it."""
         contents = self._tree.contents()
-        if isinstance(self._tree, Zip):
-            self._top = _single_folder(contents.files)
-            contents.files = [path.removeprefix(self._top) for path in contents.files]
-            contents.folders = [path.removeprefix(self._top) for path in contents.folders if f"{path}/" != self._top]
-        contents.files.sort()
+        top = _single_folder(contents.files) if isinstance(self._tree, Zip) else ""
+        contents.files = sorted(path.removeprefix(top) for path in contents.files)
+        contents.folders = [path.removeprefix(top) for path in contents.folders if f"{path}/" != top]
+        self._top = top
         return contents
 
     def _by_table(self, contents: Contents, labels: str) -> _Labelled:

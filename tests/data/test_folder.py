@@ -3,7 +3,7 @@
 import os
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,18 @@ def test_the_same_pictures_in_every_form_have_the_same_labels_and_bytes(tmp_path
         assert {(each.form, each.entries, each.warnings) for each in found} == {
             (found[0].form, found[0].entries, found[0].warnings)
         }
+
+
+@pytest.mark.parametrize("put", [fill, zipped])
+def test_a_process_that_did_not_list_the_pictures_opens_them_too(
+    tmp_path: Path, put: Callable[[Path, Mapping[str, bytes]], Path]
+) -> None:
+    with Pictures(put(tmp_path / "pictures", ANIMALS)) as pictures:
+        assert pictures.open("cat/2.JPG").read() == b"cat 2"
+        assert refusal(lambda: pictures.open("cat/3.png")).startswith("cat/3.png ")
+    inside = {f"top/{path}": content for path, content in ANIMALS.items()}
+    with Pictures(zipped(tmp_path / "inside.zip", inside)) as pictures:
+        assert pictures.open("cat/2.JPG").read() == b"cat 2"
 
 
 def test_nothing_in_the_folder_is_written(tmp_path: Path) -> None:
@@ -201,6 +213,16 @@ def test_an_empty_class_folder_is_a_warning(tmp_path: Path) -> None:
     found = listed(tmp_path, ["ant/notes.txt"])
     assert found.class_names == ("cat", "dog")
     assert found.warnings == ("folders without pictures are no classes (2): ant, emu",)
+
+
+def test_what_may_be_a_lost_class_is_a_warning(tmp_path: Path) -> None:
+    top = fill(tmp_path / "pictures", ANIMALS)
+    (top / "emu").symlink_to(tmp_path / "a disk that is not there")
+    (top / os.fsdecode(b"d\xf6g")).mkdir()
+    assert listing(top).warnings == (
+        "left out, a link that cannot be followed (1): emu",
+        "left out, the name is not UTF-8 (1): d\\udcf6g",
+    )
 
 
 def test_an_empty_class_folder_of_a_split_is_a_warning(tmp_path: Path) -> None:
