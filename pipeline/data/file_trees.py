@@ -52,8 +52,8 @@ class Contents:
     skipped: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def skip(self, reason: str, path: str) -> None:
-        """Count ``path`` as left out. It is kept in a printable form."""
-        self.skipped[reason].add(printable(path))
+        """Count ``path`` as left out."""
+        self.skipped[reason].add(path)
 
 
 class FileTree(Protocol):

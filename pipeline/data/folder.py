@@ -116,7 +116,7 @@ class Pictures:
             for reason in (BROKEN_LINK, NOT_UTF8)
             if (paths := contents.skipped.get(reason))
         ]
-        skipped = {reason: tuple(sorted(paths)) for reason, paths in sorted(contents.skipped.items())}
+        skipped = {reason: tuple(map(printable, sorted(paths))) for reason, paths in sorted(contents.skipped.items())}
         return Listing(labelled.form, tuple(sorted(entries)), skipped, tuple(labelled.warnings))
 
     def open(self, path: str) -> IO[bytes]:
@@ -350,7 +350,7 @@ def _listed(rows: list[label_table.Row], table: str, finder: _Finder, name: str)
     if missing := [row.path for row, path in zip(rows, best, strict=True) if path is None]:
         raise UserError(
             f"{_short(table)} lists pictures that are not in {name} ({len(missing):,}): {_some(missing)}: paths are "
-            "relative to it, and hidden files do not count"
+            "relative to it and have suffixes; hidden files do not count"
         )
     return [path for path in best if path is not None]
 
@@ -384,7 +384,7 @@ def _with_classes(labelled: _Labelled, name: str) -> list[Entry]:
     if len(classes) < 2:
         raise UserError(
             f"{name} has one class, {_short(classes[0])}, where two are needed (found: {labelled.form}); "
-            "if the classes are folders inside a folder, name that folder in data.path"
+            "if the classes are folders inside a folder, name that folder in data.path, or zip it alone"
         )
     if len(classes) > MAX_CLASSES:
         raise UserError(

@@ -58,7 +58,7 @@ def _columns(header: Sequence[str], name: str) -> dict[str, int]:
             found[column] = numbers[0]
         elif column in REQUIRED:
             there = printable(", ".join(header))[:100] or "none"
-            raise UserError(f"{name} has no column {column} (it has: {there}): name the columns in its first line")
+            raise UserError(f"{name} has no column {column} (it has: {there}): its first line must name path and label")
     return found
 
 

@@ -223,6 +223,7 @@ def test_what_may_be_a_lost_class_is_a_warning(tmp_path: Path) -> None:
         "left out, a link that cannot be followed (1): emu",
         "left out, the name is not UTF-8 (1): d\\udcf6g",
     )
+    assert listing(top).skipped["the name is not UTF-8"] == ("d\\udcf6g",)
 
 
 def test_an_empty_class_folder_of_a_split_is_a_warning(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_names_that_differ_only_in_spaces_around_them_are_one_class(tmp_path: Pa
 def test_one_class_is_too_few(tmp_path: Path) -> None:
     assert refused(tmp_path, ["photos/cat/1.png", "photos/dog/1.png"]) == (
         "HERE has one class, photos, where two are needed (found: class folders); if the classes are folders inside a "
-        "folder, name that folder in data.path"
+        "folder, name that folder in data.path, or zip it alone"
     )
 
 
@@ -416,7 +417,7 @@ def test_a_repeated_row_is_a_warning(tmp_path: Path) -> None:
         (
             "path,label\ncat/1.png,a\nemu/1.png,b\nemu/2.png,b\nemu/3.png,b\n",
             "labels.csv lists pictures that are not in HERE (3): emu/1.png, emu/2.png and 1 more: paths are relative "
-            "to it, and hidden files do not count",
+            "to it and have suffixes; hidden files do not count",
         ),
         (
             "path,label\ncat/1.png,a\ndog/1.png,b\ncat\\1.png,b\n",
@@ -443,7 +444,7 @@ def test_a_repeated_row_is_a_warning(tmp_path: Path) -> None:
         (
             "path,label\ncat/1.png,a\n",
             "HERE has one class, a, where two are needed (found: table labels.csv); if the classes are folders inside "
-            "a folder, name that folder in data.path",
+            "a folder, name that folder in data.path, or zip it alone",
         ),
     ],
 )

@@ -77,12 +77,15 @@ def test_a_number_is_text_and_quoted_values_hold_anything() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "it has no column path (it has: none): name the columns in its first line"),
-        ("\n", "it has no column path (it has: none): name the columns in its first line"),
+        ("", "it has no column path (it has: none): its first line must name path and label"),
+        ("\n", "it has no column path (it has: none): its first line must name path and label"),
         ("path,label\n", "it has no rows"),
         ("path,label\n,\n \n", "it has no rows"),
-        ("file,id\n1.png,1\n", "it has no column label (it has: file, id): name the columns in its first line"),
-        ("1.png,cat\n2.png,dog\n", "it has no column path (it has: 1.png, cat): name the columns in its first line"),
+        ("file,id\n1.png,1\n", "it has no column label (it has: file, id): its first line must name path and label"),
+        (
+            "1.png,cat\n2.png,dog\n",
+            "it has no column path (it has: 1.png, cat): its first line must name path and label",
+        ),
         ("file,image,label\n", "it has several columns for the path (file, image): call the right one path"),
         ("path,class,target\n", "it has several columns for the label (class, target): call the right one label"),
         ("path,label,Label\n", "it has several columns for the label (label, Label): call the right one label"),
@@ -136,7 +139,7 @@ def test_a_parquet_table_is_read_like_one_in_csv() -> None:
         ({"path": ["1.png"], "label": [None]}, "it: row 1 has no label"),
         ({"path": ["1.png"], "label": [["cat"]]}, "it: row 1 has a value that is neither text nor a number: ['cat']"),
         ({"path": [b"1.png"], "label": [1]}, "it: row 1 has a value that is neither text nor a number: b'1.png'"),
-        ({"path": ["1.png"]}, "it has no column label (it has: path): name the columns in its first line"),
+        ({"path": ["1.png"]}, "it has no column label (it has: path): its first line must name path and label"),
         ({"path": pyarrow.array([], "string"), "label": pyarrow.array([], "string")}, "it has no rows"),
     ],
 )
