@@ -34,7 +34,7 @@ from PIL import (
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
-)  # fmt: skip
+)
 
 from pipeline.errors import UserError, printable
 
@@ -56,7 +56,8 @@ DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, ArithmeticError,
     AssertionError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
-ORIENTATION, ROWS_PER_STRIP, BITS_PER_SAMPLE = 274, 278, 258  # tags of EXIF and TIFF
+# Tags of EXIF and TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP = 258, 262, 274, 277, 278
 MAX_PIXELS = 300_000_000
 MAX_MEMORY = 1_250_000_000  # bytes that decoding may take
 TILE = 1024  # pixels; a larger picture is converted in parts, so that there is no second copy of it
@@ -105,9 +106,9 @@ class Picture(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Pillow's names of a file's format and mode, its upright size, and how many frames or pages it has.
+    """Pillow's names of a file's format and mode, its size upright, and how many frames or pages it has.
 
-    ``lowest`` and ``highest`` value only where a value has more than 8 bits.
+    ``lowest`` and ``highest`` are the range of its values, if these have more than 8 bits.
     """
 
     format: str
@@ -202,7 +203,7 @@ class Upright:
     def _reduced(self, factors: Size) -> Image.Image:
         """The stored picture in L or RGB, each pixel the mean of as many pixels as ``factors`` say."""
         picture, preprocessing = self._picture, self.preprocessing
-        values = (preprocessing.value_range or _value_range(picture)) if _is_deep(picture.mode) else None
+        values = _black_and_white(picture, preprocessing.value_range) if _is_deep(picture.mode) else None
         sides = max(1, TILE // factors[0]) * factors[0], max(1, TILE // factors[1]) * factors[1]
         if picture.width <= sides[0] and picture.height <= sides[1]:
             return _converted(picture, preprocessing, values).reduce(factors)
@@ -294,7 +295,7 @@ def _identified(content: IO[bytes], name: str) -> ImageFile.ImageFile:
     found = HEIF if _is_heif(start) else next((each for each in FORMATS if _accepts(each, start)), None)
     if found is None:
         raise UserError(f"{name} is not a picture; allowed: {ALLOWED}")
-    if found == HEIF:
+    if found == HEIF and HEIF not in Image.OPEN:
         _register_heif(name)
     picture = Image.open(content, formats=[found])
     if picture.tile and picture.tile[0].args == "RGB;16B" and "transparency" in picture.info:
@@ -311,15 +312,14 @@ def _identified(content: IO[bytes], name: str) -> ImageFile.ImageFile:
 
 @functools.cache
 def _set_up_pillow() -> None:
-    """Not at import, and not for each picture: a filter for a while would be one for all threads."""
+    """Not at import, and not for each picture: a filter that one thread sets for a while holds for all of them."""
     Image.preinit()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # twice as many are an error
     warnings.filterwarnings("ignore", module=r"PIL\b")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    with suppress(AttributeError):  # where Pillow contains libtiff, or has none
-        ctypes.CDLL(importlib.import_module("PIL._imaging").__file__).TIFFSetErrorHandler(
-            None
-        )  # which writes to standard error
+    libraries = ctypes.CDLL(importlib.import_module("PIL._imaging").__file__)
+    with suppress(AttributeError):  # where Pillow has no libtiff of its own, or none at all
+        libraries.TIFFSetErrorHandler(None)  # else it writes to standard error
 
 
 def _accepts(picture_format: str, start: bytes) -> bool:
@@ -351,7 +351,8 @@ def _bytes_per_pixel(picture: ImageFile.ImageFile) -> float:
         return own + 2 * picture.layers  # the coefficients
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         rows = min(picture.height, picture.tag_v2.get(ROWS_PER_STRIP, picture.height))
-        strip = 4 * rows / picture.height if picture.use_load_libtiff else 0
+        samples = picture.tag_v2.get(SAMPLES_PER_PIXEL, 1) * picture.tag_v2.get(BITS_PER_SAMPLE, (1,))[0] / 8
+        strip = max(4, samples) * rows / picture.height if picture.use_load_libtiff else 0
         turned = own if picture.tag_v2.get(ORIENTATION, 1) != 1 else 0  # by Pillow, as a whole
         return own + max(float(strip), turned)
     return own
@@ -395,7 +396,7 @@ def _converted(picture: Image.Image, preprocessing: Preprocessing, values: tuple
     if values:
         black, white = values
         levels = np.asarray(picture, dtype=np.float64)
-        grey = np.nan_to_num((levels - black) * (255 / (white - black))).clip(0, 255).round().astype(np.uint8)
+        grey = np.nan_to_num((levels - black) * (255 / (white - black or 1))).clip(0, 255).round().astype(np.uint8)
         image = Image.fromarray(grey).convert(preprocessing.mode)
         if isinstance(clear, int):
             image = Image.composite(preprocessing.plain(picture.size), image, Image.fromarray(levels == clear))
@@ -409,15 +410,18 @@ def _converted(picture: Image.Image, preprocessing: Preprocessing, values: tuple
     return (picture if picture.mode in ("1", "L") else picture.convert("RGB")).convert(preprocessing.mode)
 
 
-def _value_range(picture: ImageFile.ImageFile) -> tuple[float, float]:
-    """The values of black and white in a picture of more than 8 bits."""
-    if picture.mode.startswith("I;16"):
-        tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
-        return 0, 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
-    lowest, highest = _extremes(picture)
-    if picture.mode == "F" and lowest >= 0 and highest <= 1:
-        return 0, 1
-    return lowest, highest if highest > lowest else lowest + 1
+def _black_and_white(picture: ImageFile.ImageFile, given: tuple[float, float] | None) -> tuple[float, float]:
+    """The values that are black and white in a picture of more than 8 bits, where ``given`` are those of a folder."""
+    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+    if given:
+        lowest, highest = given
+    elif picture.mode.startswith("I;16"):
+        lowest, highest = 0, 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    else:
+        lowest, highest = _extremes(picture)
+        if picture.mode == "F" and lowest >= 0 and highest <= 1:
+            lowest, highest = 0, 1
+    return (highest, lowest) if tags.get(PHOTOMETRIC) == 0 else (lowest, highest)  # Pillow inverts 8 bits only
 
 
 def _extremes(picture: Image.Image) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.drawn import drawn
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\b")  # pytest undoes after each test what read() sets
 DIGIT = (28, 28, 1)
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "TIFF", "WEBP")
 BEST: dict[str, dict[str, Any]] = {
@@ -111,9 +112,9 @@ def png(size: tuple[int, int], depth: int, colour: int, rows: bytes, *chunks: by
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def tiff(size: tuple[int, int], bits: int, pixels: bytes) -> bytes:
-    """An uncompressed grey TIFF file by hand."""
-    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: size[1]}
+def tiff(size: tuple[int, int], bits: int, pixels: bytes, zero: int = 1) -> bytes:
+    """An uncompressed grey TIFF file by hand. ``zero`` is 1 where 0 is black, 0 where it is white."""
+    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: zero, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: size[1]}
     tags[279] = len(pixels)
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
@@ -186,6 +187,10 @@ def test_stretch_changes_the_proportions() -> None:
     assert deviation(image[:, 7:], np.array([0, 0, 255])) <= 2
 
 
+def test_every_name_for_resizing_has_a_function() -> None:
+    assert set(image_files.RESIZE) == set(get_args(Resize))
+
+
 def test_strokes_are_what_mnist_has() -> None:
     assert np.array_equal(resized(drawn(5, 20), "strokes", 28, 28, 1), as_mnist(drawn(5, 20)).numpy())
     in_colour = resized(drawn(5, 20), "strokes", 28, 28, 3)
@@ -248,6 +253,7 @@ HEIC = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100)
 
 def test_heic_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     assert refusal(HEIC) == "it is a HEIC picture, which needs another package: pip install pillow-heif"
     read(encoded(scene(8, 8), "AVIF"))
 
@@ -303,6 +309,19 @@ def test_a_value_range_given_for_a_folder_keeps_its_pictures_comparable() -> Non
 def test_12_bits_that_the_file_names_are_not_black() -> None:
     pairs = bytes([0x80, 0x0F, 0xFF]) * 8  # the values 0x800 and 0xFFF
     assert read(tiff((2, 8), 12, pairs), channels=1)[..., 0].tolist() == [[128, 255]] * 8
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_zero_is_white_is_not_a_negative(bits: int) -> None:
+    pixels = b"".join((value * (257 if bits == 16 else 1)).to_bytes(bits // 8, "little") for value in range(256))
+    content = tiff((16, 16), bits, pixels, zero=0)
+    assert np.array_equal(read(content, channels=1)[..., 0], 255 - GREY)
+
+
+def test_a_range_of_one_value_is_black_and_no_error() -> None:
+    flat = encoded(Image.fromarray(np.full((2, 2), 7, "<i4")), "TIFF")
+    assert not read(flat).any()
+    assert not read(flat, value_range=(7, 7)).any()
 
 
 def test_values_that_are_no_numbers_are_black_and_nothing_else_is_refused() -> None:
