@@ -24,7 +24,7 @@ from pipeline.tracking import registry, store
 from pipeline.tracking.registry import Loaded
 
 STDIN = "-"
-MAX_STDIN = 200_000_000  # bytes; a picture of the most pixels, uncompressed
+MAX_STDIN = 200_000_000  # bytes, which are held in memory beside the pixels
 CLOSE = 0.1  # the probability from which the second guess is shown
 BATCH_SIZE = 250  # pictures
 
@@ -77,17 +77,16 @@ def _readable(paths: Iterable[str], loaded: Loaded) -> Iterator[tuple[str, NDArr
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
     name = printable(path)
-    picture = image_files.read(_from_stdin() if path == STDIN else Path(path), name)
     dataset = sources.DATASETS.get(loaded.data_name)
-    if dataset and dataset.centred_strokes:
-        return image_files.centred_strokes(picture, loaded.image_shape, name).numpy()
-    return image_files.fitted(picture, loaded.image_shape).numpy()
+    resize: image_files.Resize = "strokes" if dataset and dataset.centred_strokes else "crop"
+    preprocessing = image_files.Preprocessing(resize, loaded.image_shape)
+    return image_files.read(_from_stdin() if path == STDIN else Path(path), name, preprocessing).image
 
 
 def _from_stdin() -> io.BytesIO:
     content = sys.stdin.buffer.read(MAX_STDIN + 1)
     if len(content) > MAX_STDIN:
-        raise UserError(f"standard input has more than {MAX_STDIN:,} bytes, which no picture needs")
+        raise UserError(f"standard input has more than {MAX_STDIN:,} bytes; name the file instead")
     return io.BytesIO(content)
 
 

@@ -37,8 +37,8 @@ class Source:
 class DataSource:
     """How a data set is loaded, and how other pictures are preprocessed for its models.
 
-    ``centred_strokes``: its images are light strokes on black, and pictures are converted with
-    image_files.centred_strokes; otherwise they are scaled and cropped with image_files.fitted.
+    ``centred_strokes``: its images are light strokes on black, and pictures are resized by "strokes" of
+    image_files.RESIZE; otherwise by "crop".
     """
 
     load: Callable[[], Source]
