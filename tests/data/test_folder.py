@@ -554,6 +554,7 @@ REGEX_PARTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error")
 @two_hundred
 @example(pattern="(?P<label>" + "(" * 5000 + ")" * 5001)
 @example(pattern="(?P<label>[[a]|.)")  # Python warns
