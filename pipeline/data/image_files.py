@@ -168,7 +168,8 @@ class Upright:
 
     def __init__(self, picture: ImageFile.ImageFile, name: str, preprocessing: Preprocessing) -> None:
         self._picture, self.name, self.preprocessing = picture, name, preprocessing
-        if not isinstance(picture, JpegImagePlugin.JpegImageFile):  # only JPEG can be decoded at a smaller size
+        self._is_jpeg = isinstance(picture, JpegImagePlugin.JpegImageFile)
+        if not self._is_jpeg:  # only JPEG can be decoded at a smaller size
             picture.load()
         self._orientation = _orientation(picture)
         self.size: Size = _turned(picture.size, self._orientation)
@@ -182,7 +183,7 @@ class Upright:
         picture, stored, part = self._picture, self._picture.size, middle or self.size
         shrink = _turned((part[0] / size[0], part[1] / size[1]), self._orientation)
         enough = [max(1, int(gap * whole / each)) for whole, each in zip(stored, shrink, strict=True)]
-        drafted = picture.draft(None, (enough[0], enough[1]))
+        drafted = picture.draft(None, (enough[0], enough[1])) if self._is_jpeg else None
         decoded = drafted[1][2:] if drafted else stored  # may be fractions: the last pixels stand for less
         picture.load()
         factors = [

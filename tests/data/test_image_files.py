@@ -260,15 +260,17 @@ def test_heic_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -
 
 def test_heic_is_read_where_pillow_heif_is_installed() -> None:
     heif = pytest.importorskip("pillow_heif", reason="reads HEIC pictures: pip install pillow-heif")
-    content = io.BytesIO()
-    heif.from_pillow(scene(40, 30)).save(content, quality=95)
-    found = image_files.read(content, "it", Preprocessing("fit", (30, 40, 3)))
-    assert (found.format, found.size) == ("HEIF", (40, 30))
-    assert np.abs(found.image.astype(int) - np.asarray(scene(40, 30))).mean() < 5
+    heif.register_heif_opener()
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation  # becomes a rotation of the format itself
+        whole = encoded(stored(scene(40, 30), orientation), "HEIF", exif=exif.tobytes(), quality=95)
+        found = image_files.read(io.BytesIO(whole), "it", Preprocessing("fit", (30, 40, 3)))
+        assert (found.format, found.size) == ("HEIF", (40, 30))
+        assert np.abs(found.image.astype(int) - np.asarray(scene(40, 30))).mean() < 5
     assert refusal(HEIC).startswith("it cannot be read: ")
-    truncated = content.getvalue()
-    for length in range(0, len(truncated), 10):
-        assert refusal(truncated[:length]).startswith("it ")
+    for length in range(0, len(whole), 10):
+        assert refusal(whole[:length]).startswith("it ")
 
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
