@@ -7,11 +7,12 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import Fault, UserError
-from pipeline.params import flat, parse_yaml
+from pipeline.params import flat, parse_yaml, read_params
 
 LOCK, PIPELINE = Path("dvc.lock"), Path("dvc.yaml")
 ROOT = Path(__file__).parents[1]  # of this code; in a temporary copy of the repository that of the copy
 CODE = "pipeline/"
+OWN_PICTURES = "${data.path}"  # in dvc.yaml, where DVC puts the parameter in its place
 KEPT_LOCK = Path(".dvc/tmp/dvc.lock")
 
 
@@ -55,7 +56,7 @@ def definition(stage: str) -> dict[str, Any]:
     content: Any = parse_yaml((ROOT / PIPELINE).read_bytes(), PIPELINE)
     try:
         found = dict(content["stages"][stage])
-        return found | {"deps": [str(dep) for dep in found["deps"]]}
+        return found | {"deps": [str(dep).replace(OWN_PICTURES, read_params().data.path) for dep in found["deps"]]}
     except (TypeError, KeyError, ValueError) as error:
         raise Fault(f"{PIPELINE} has no stage {stage} with its deps: `git restore {PIPELINE}`") from error
 

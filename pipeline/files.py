@@ -24,6 +24,7 @@ METRICS = Path("reports/metrics.json")
 PREDICTIONS = Path("reports/predictions.csv")
 PROMOTION = Path("reports/promotion.json")
 CARD = Path("reports/model_card.md")
+IMAGES = Path("reports/images.csv")
 FIGURES = Path("reports/figures")
 PLOTS = Path("reports/plots")
 UNFINISHED = ".tmp"

@@ -40,14 +40,26 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Score = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Level = Annotated[int, Field(ge=0, le=255)]
 FilterCount = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Data(Section):
-    """The data set, and how it is split."""
+    """The data set, how pictures become images, and how they are split."""
 
     dataset: str = "mnist"
     offline_fallback: str | None = "mnist-5k"
+    path: str = Field("data/own", min_length=1)
+    labels: str | None = None
+    label_pattern: str | None = None
+    group: str | None = None
+    image_size: Literal["auto"] | Side | Annotated[tuple[Side, Side], Field(strict=False)] = "auto"
+    channels: Literal["auto", 1, 3] = "auto"
+    resize: Literal["fit", "crop", "stretch", "strokes"] = "fit"
+    background: Annotated[tuple[Level, Level, Level], Field(strict=False)] = (255, 255, 255)
+    near_duplicates: int | None = Field(6, ge=0, le=16)
+    max_bad_fraction: Share = 0.01
     validation_fraction: SplitFraction = 0.1
     test_fraction: SplitFraction = 0.2
     split_seed: Seed = 0
@@ -187,8 +199,11 @@ class Params(Section):
 
     @property
     def recipe(self) -> dict[str, object]:
-        """The parameters that decide the trained model, by their dotted paths."""
-        rest: Any = {"evaluate": True, "visualize": True, "tune": True, "train": set(MACHINE_PARAMETERS)}
+        """The parameters that decide the trained model, by their dotted paths.
+
+        Not those of data: the SHA-256 of the prepared images, which stands beside the recipe, says all of them.
+        """
+        rest: Any = {"data": True, "evaluate": True, "visualize": True, "tune": True, "train": set(MACHINE_PARAMETERS)}
         return flat(self.model_dump(mode="json", exclude=rest))
 
     @property

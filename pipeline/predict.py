@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import command_line
-from pipeline.data import image_files, sources
+from pipeline.data import image_files
 from pipeline.errors import UserError, printable, run_command
 from pipeline.tracking import registry, store
 from pipeline.tracking.registry import Loaded
@@ -77,10 +77,7 @@ def _readable(paths: Iterable[str], loaded: Loaded) -> Iterator[tuple[str, NDArr
 def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
     """A picture as the model takes it, (H, W, C)."""
     name = printable(path)
-    dataset = sources.DATASETS.get(loaded.data_name)
-    resize: image_files.Resize = "strokes" if dataset and dataset.centred_strokes else "crop"
-    preprocessing = image_files.Preprocessing(resize, loaded.image_shape)
-    return image_files.read(_from_stdin() if path == STDIN else Path(path), name, preprocessing).image
+    return image_files.read(_from_stdin() if path == STDIN else Path(path), name, loaded.preprocessing).image
 
 
 def _from_stdin() -> io.BytesIO:

@@ -1,18 +1,54 @@
-"""Stage `prepare`: download and verify the images, split them, and write the splits to data/prepared."""
+"""Stage `prepare`: download and verify the images, or read your own, split them, and write them to data/prepared."""
 
 import sys
+from dataclasses import dataclass
 
 from pipeline import files
-from pipeline.data import sources, splits
+from pipeline.data import own_pictures, sources, splits
+from pipeline.data.image_files import Preprocessing
+from pipeline.data.splits import TRAIN, LabelledImages
 from pipeline.errors import run_command
-from pipeline.params import read_params
+from pipeline.params import Data, read_params
 from pipeline.stage_inputs import StageInputs
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Images that are split, and what dataset.json says of them."""
+
+    splits: dict[str, LabelledImages]
+    name: str
+    requested: str
+    source: str
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
 def main() -> None:
-    """Read params.yaml and the published files; write data/prepared."""
+    """Read params.yaml and the published files, or a folder of pictures; write data/prepared."""
     inputs = StageInputs("prepare")
     params = read_params().data
+    prepared = _own_pictures(params) if params.dataset == sources.FOLDER else _published(params)
+    for warning in splits.check(prepared.splits, prepared.name, prepared.class_names):
+        print(f"warning: {prepared.name}: {warning}", file=sys.stderr)
+    inputs.check_unchanged()
+    dataset = splits.write_splits(
+        prepared.splits,
+        files.PREPARED,
+        name=prepared.name,
+        requested=prepared.requested,
+        source=prepared.source,
+        class_names=prepared.class_names,
+        preprocessing=prepared.preprocessing,
+    )
+    inputs.check_unchanged()
+    counts = ", ".join(f"{facts.count:,} {split}" for split, facts in dataset.splits.items())
+    shape = " x ".join(str(side) for side in dataset.image_shape)
+    print(f"{dataset.name}: {counts} images of {shape}, {len(dataset.class_names)} classes -> {files.PREPARED}")
+
+
+def _published(params: Data) -> Prepared:
+    """A data set of the table DATASETS."""
     name, source = sources.load(params.dataset, params.offline_fallback)
     cut = splits.cut(
         source.train,
@@ -21,21 +57,19 @@ def main() -> None:
         test_fraction=params.test_fraction,
         seed=params.split_seed,
     )
-    for warning in splits.check(cut, name, source.class_names):
-        print(f"warning: {name}: {warning}", file=sys.stderr)
-    inputs.check_unchanged()
-    dataset = splits.write_splits(
-        cut,
-        files.PREPARED,
-        name=name,
-        requested=params.dataset,
-        source=source.origin,
-        class_names=source.class_names,
-    )
-    inputs.check_unchanged()
-    counts = ", ".join(f"{facts.count:,} {split}" for split, facts in dataset.splits.items())
-    shape = " x ".join(str(side) for side in dataset.image_shape)
-    print(f"{dataset.name}: {counts} images of {shape}, {len(dataset.class_names)} classes -> {files.PREPARED}")
+    height, width, channels = cut[TRAIN].images.shape[1:]
+    preprocessing = Preprocessing(sources.DATASETS[name].resize, (height, width, channels))
+    return Prepared(cut, name, params.dataset, source.origin, source.class_names, preprocessing)
+
+
+def _own_pictures(params: Data) -> Prepared:
+    """The folder that params.yaml names. Writes a table of its pictures, and prints what a person should know."""
+    own = own_pictures.prepare(params)
+    files.write_table(files.IMAGES, [row._asdict() for row in own.rows])
+    for line in own.warnings:
+        print(f"warning: {own.name}: {line}", file=sys.stderr)
+    source = f"own pictures, {own.form}"
+    return Prepared(own.splits, own.name, own.name, source, own.class_names, own.preprocessing)
 
 
 if __name__ == "__main__":

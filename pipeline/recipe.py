@@ -1,7 +1,7 @@
 """Build and train the network as params.yaml describes, for the stages and for the tuning study."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
@@ -50,7 +50,7 @@ def trained(
     """What the model file holds, after ``fit``."""
     generator = torch.Generator().manual_seed(params.seed)
     found = novelty.fit(cnn, train.images, train.labels, validation.images, generator)
-    return TrainedModel(cnn, dataset.tags, params.recipe, found)
+    return TrainedModel(cnn, dataset.tags, params.recipe, asdict(dataset.preprocessing), found)
 
 
 def fit(

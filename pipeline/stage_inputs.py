@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import dvc_files, files
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.params import differences, flat, read_params
 
 
@@ -21,6 +21,7 @@ class StageInputs:
         self._stage, self._definition = stage, dvc_files.definition(stage)
         self._params = self._params_now()
         self._stats, self._digests = _stats(self._files_now()), dvc_files.digests(self._files_now())
+        self._pictures = _stats(self._pictures_now())
 
     def check_unchanged(self) -> None:
         """Raises UserError, naming what has changed since then. After that DVC notes nothing for the stage."""
@@ -30,6 +31,9 @@ class StageInputs:
             now = dvc_files.digests(found)
             names = sorted({*now, *self._digests})
             changes += [f"{name} has changed" for name in names if now.get(name) != self._digests.get(name)]
+        pictures = _stats(self._pictures_now())
+        if changed := [name for name, _ in sorted(pictures.items() ^ self._pictures.items())]:
+            changes.append(f"{printable(changed[0])} has changed")
         if changes:
             raise UserError(
                 f"`{self._stage}` began with other inputs than are here now ({'; '.join(changes)}): "
@@ -46,6 +50,11 @@ class StageInputs:
         """The files of code and data that the stage depends on and that exist, by their names in messages."""
         data = {dep: Path(dep) for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)}
         return {name: path for name, path in (dvc_files.code_files(self._definition) | data).items() if path.is_file()}
+
+    def _pictures_now(self) -> dict[str, Path]:
+        """The files in the folder of a person's pictures. They are too large to be hashed once more."""
+        folders = [dep for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)]
+        return {str(path): path for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:

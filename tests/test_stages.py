@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipeline import dvc_files, evaluate, files, prepare, results, train, visualize
 from pipeline.data import downloads, published, splits
+from pipeline.data.image_files import Preprocessing
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.explain import corruptions, report
 from pipeline.model import model_file
@@ -437,7 +438,13 @@ def test_colour_images_of_other_sizes_go_all_the_way(workspace: Path, monkeypatc
     images[labels == 1, :, :, 0] += 100  # the second class is redder
     cut = splits.cut(splits.LabelledImages(images, labels), None, validation_fraction=0.1, test_fraction=0.2, seed=0)
     splits.write_splits(
-        cut, files.PREPARED, name="toys", requested="toys", source="a test", class_names=("pale", "long & <red>, név")
+        cut,
+        files.PREPARED,
+        name="toys",
+        requested="toys",
+        source="a test",
+        class_names=("pale", "long & <red>, név"),
+        preprocessing=Preprocessing("fit", (24, 20, 3)),
     )
     for stage in (train, evaluate, visualize):
         stage.main()

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib
 import itertools
+import json
 import logging
 import math
 import stat
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, TypeVar
+from typing import IO, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from PIL import (
     UnidentifiedImageError,
     WebPImagePlugin,
 )
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError, printable
 
@@ -65,6 +67,7 @@ REDUCING_GAP = 3  # the result is within a few grey levels of that without reduc
 MAX_STROKE_PIXELS = 16_000_000  # larger pictures are reduced before the character is looked for
 BOX = 20 / 28  # the part of the image's side that a digit of MNIST fills
 INK = 0.3  # of the darkest stroke; anything fainter counts as paper
+GREY_MODES = ("1", "L", "LA", "La")  # and those of more than 8 bits
 Resize = Literal["fit", "crop", "stretch", "strokes"]
 Size = tuple[int, int]  # width, height in pixels
 Number = TypeVar("Number", int, float)
@@ -84,6 +87,15 @@ class Preprocessing:
     image_shape: tuple[int, int, int]
     background: tuple[int, int, int] = (255, 255, 255)
     value_range: tuple[float, float] | None = None
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, object]) -> Self:
+        """The one whose fields, as JSON has them, are ``facts``. Raises ValueError where it cannot be."""
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(facts), strict=True, extra="forbid")
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     @property
     def mode(self) -> Literal["L", "RGB"]:
@@ -152,7 +164,7 @@ def inspect(file: Path | IO[bytes], name: str) -> Facts:
 def has_colour(file: Path | IO[bytes], name: str) -> bool:
     """Whether a pixel is not grey, over a white background. Raises UserError as ``read`` does."""
     with _opened(file, name) as picture:
-        if picture.mode in ("1", "L", "LA", "La") or _is_deep(picture.mode):
+        if picture.mode in GREY_MODES or _is_deep(picture.mode):
             return False
         picture.load()
         in_colour = Preprocessing("stretch", (1, 1, 3))

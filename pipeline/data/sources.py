@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from pipeline.data.downloads import NoMirrorError
+from pipeline.data.image_files import Resize
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import UserError, without_password
 
 FALLBACK = "mnist-5k"
+FOLDER = "folder"  # data.dataset for a person's own pictures, which own_pictures.py reads
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,13 @@ class Source:
 
 @dataclass(frozen=True)
 class DataSource:
-    """How a data set is loaded, and how other pictures are preprocessed for its models.
+    """How a data set is loaded, and how other pictures are resized for its models: a name in image_files.RESIZE.
 
-    ``centred_strokes``: its images are light strokes on black, and pictures are resized by "strokes" of
-    image_files.RESIZE; otherwise by "crop".
+    "strokes" is for images of light strokes on black.
     """
 
     load: Callable[[], Source]
-    centred_strokes: bool = False
+    resize: Resize = "crop"
 
 
 def load(name: str, offline_fallback: str | None = None) -> tuple[str, Source]:
@@ -53,7 +54,7 @@ def load(name: str, offline_fallback: str | None = None) -> tuple[str, Source]:
     damaged file in ``data/raw``.
     """
     if name not in DATASETS:
-        raise UserError(f"params.yaml: data.dataset is {name!r}; allowed: {', '.join(DATASETS)}")
+        raise UserError(f"params.yaml: data.dataset is {name!r}; allowed: {', '.join(DATASETS)}, {FOLDER}")
     if offline_fallback not in (FALLBACK, None):
         raise UserError(f"params.yaml: data.offline_fallback is {offline_fallback!r}; allowed: {FALLBACK} or null")
     try:
@@ -103,9 +104,9 @@ def _warn_loudly(name: str, error: NoMirrorError) -> None:
 
 
 DATASETS = {
-    "mnist": DataSource(functools.partial(_published, "mnist"), centred_strokes=True),
+    "mnist": DataSource(functools.partial(_published, "mnist"), "strokes"),
     "fashion-mnist": DataSource(functools.partial(_published, "fashion-mnist")),
     "kmnist": DataSource(functools.partial(_published, "kmnist")),
     "cifar10": DataSource(functools.partial(_published, "cifar10")),
-    FALLBACK: DataSource(_mnist_5k, centred_strokes=True),
+    FALLBACK: DataSource(_mnist_5k, "strokes"),
 }

@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import files
+from pipeline.data.image_files import Preprocessing
 from pipeline.errors import Fault, UserError, check_class_names, printable
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
@@ -51,17 +52,23 @@ class Dataset:
     """The content of ``dataset.json``.
 
     ``name`` is the data set that was actually used and ``requested`` the one that params.yaml names; they differ after
-    the offline fallback. ``mean`` and ``std`` are those of the training pixels in [0, 1], one value per channel.
+    the offline fallback. ``preprocessing`` is how other pictures become images like these. ``mean`` and ``std`` are
+    those of the training pixels in [0, 1], one value per channel.
     """
 
     name: str
     requested: str
     source: str
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # (H, W, C)
+    preprocessing: Preprocessing
     mean: tuple[float, ...]
     std: tuple[float, ...]
     splits: dict[str, SplitFacts]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.preprocessing.image_shape
 
     @property
     def label(self) -> str:
@@ -148,19 +155,19 @@ def write_splits(
     requested: str,
     source: str,
     class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
 ) -> Dataset:
     """Write one safetensors file per split, then ``dataset.json``. The same splits give the same bytes."""
     facts = {
         split: _write_split(images, folder / f"{split}.safetensors", class_names) for split, images in splits.items()
     }
     pixels = splits[TRAIN].images.reshape(-1, splits[TRAIN].images.shape[-1]).double() / 255
-    height, width, channels = splits[TRAIN].images.shape[1:]
     dataset = Dataset(
         name=name,
         requested=requested,
         source=source,
         class_names=class_names,
-        image_shape=(height, width, channels),
+        preprocessing=preprocessing,
         mean=_rounded(pixels.mean(dim=0)),
         std=_rounded(pixels.std(dim=0)),
         splits=facts,

@@ -28,12 +28,14 @@ OF_THE_DATA = ("image_shape", "class_names")  # in an Architecture; the others a
 class TrainedModel:
     """The contents of a model file: the CNN in evaluation mode, and what it was trained on and how.
 
-    ``novelty`` finds images that do not look like the training images; None in files that have none.
+    ``preprocessing`` says how pictures become images for it; empty in older files. ``novelty`` finds images that do not
+    look like the training images; None in older files.
     """
 
     cnn: CNN
     data: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, object] = field(default_factory=dict)
+    preprocessing: Mapping[str, object] = field(default_factory=dict)
     novelty: Novelty | None = None
 
 
@@ -46,6 +48,8 @@ def to_bytes(trained: TrainedModel) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in trained.cnn.cpu().state_dict().items()}
     architecture = asdict(trained.cnn.architecture)
     facts: dict[str, Any] = {"architecture": architecture, "data": dict(trained.data), "recipe": dict(trained.recipe)}
+    if trained.preprocessing:
+        facts["preprocessing"] = dict(trained.preprocessing)
     if trained.novelty:
         tensors[CENTRES] = trained.novelty.centres.contiguous()
         facts["novelty"] = {key: getattr(trained.novelty, key) for key in ("distance", "logit", "threshold")}
@@ -82,7 +86,8 @@ def from_bytes(
         found = _novelty(facts["novelty"], tensors.pop(CENTRES)) if "novelty" in facts else None
         cnn = CNN(architecture, torch.Generator())
         cnn.load_state_dict(tensors)
-        return TrainedModel(cnn.eval(), dict(facts["data"]), dict(facts["recipe"]), found)
+        preprocessing = dict(facts.get("preprocessing", {}))
+        return TrainedModel(cnn.eval(), dict(facts["data"]), dict(facts["recipe"]), preprocessing, found)
     except (
         KeyError,
         TypeError,

@@ -14,8 +14,10 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from pipeline import files
+from pipeline.data.image_files import Preprocessing
+from pipeline.data.sources import DATASETS
 from pipeline.data.splits import TEST, Dataset, read_dataset
-from pipeline.errors import UserError, printable
+from pipeline.errors import Fault, UserError, printable
 from pipeline.model import metrics, novelty
 from pipeline.model.cnn import CNN
 from pipeline.model.model_file import TrainedModel
@@ -233,10 +235,10 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A registered model in memory, and the name of the data set that it was trained on."""
+    """A registered model in memory, and how pictures become images for it."""
 
     trained: TrainedModel
-    data_name: str
+    preprocessing: Preprocessing
 
     @property
     def cnn(self) -> CNN:
@@ -277,7 +279,25 @@ def require(version: ModelVersion, *tags: str) -> None:
 def load(version: ModelVersion) -> Loaded:
     """The model of a version, from the store into memory; see models.read."""
     require(version, MODEL_SHA256, DATA_NAME)
-    return Loaded(models.read(_uri(version), version.tags[MODEL_SHA256]), version.tags[DATA_NAME])
+    trained = models.read(_uri(version), version.tags[MODEL_SHA256])
+    return Loaded(trained, _preprocessing(trained, version))
+
+
+def _preprocessing(trained: TrainedModel, version: ModelVersion) -> Preprocessing:
+    """How pictures become images for a model; in older model files the data set's name says it."""
+    shape = trained.cnn.architecture.image_shape
+    if not trained.preprocessing:
+        dataset = DATASETS.get(version.tags[DATA_NAME])
+        return Preprocessing(dataset.resize if dataset else "crop", shape)
+    try:
+        found = Preprocessing.from_facts(trained.preprocessing)
+        if found.image_shape != shape:
+            raise ValueError(f"for images of {found.image_shape}, and the network takes {shape}")
+    except ValueError as error:
+        raise Fault(
+            f"{version.name} version {version.version} does not say how pictures become images: {error}"
+        ) from error
+    return found
 
 
 def _uri(version: ModelVersion) -> str:

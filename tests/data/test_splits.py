@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from pipeline.data import splits
+from pipeline.data.image_files import Preprocessing
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError
 
@@ -82,6 +83,7 @@ def write(folder: Path, count: int = 600) -> splits.Dataset:
         requested="letters",
         source="a test",
         class_names=("a", "b", "c"),
+        preprocessing=Preprocessing("fit", (4, 4, 1), (9, 8, 7), (10.0, 4000.0)),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline import files
+from pipeline.data.image_files import Preprocessing
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.explain import report
 from pipeline.explain.class_images import nearest_images
@@ -41,7 +42,9 @@ def untrained(architecture: Architecture, count: int, right: float, **params: ob
     changes = {f"visualize.{name}": value for name, value in ({"maximisation.steps": 3} | params).items()}
     changed = Params().changed(changes)
     split = LabelledImages(images, labels)
-    dataset = Dataset("noise", "noise", "a test", names, architecture.image_shape, (0.5,), (0.3,), {})
+    dataset = Dataset(
+        "noise", "noise", "a test", names, Preprocessing("fit", architecture.image_shape), (0.5,), (0.3,), {}
+    )
     bins = changed.evaluate.calibration_bins
     return ReportInputs(cnn, dataset, split, split, HISTORY, rows, changed.visualize, bins)
 

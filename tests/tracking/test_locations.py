@@ -74,7 +74,7 @@ def test_fault_48_a_copied_and_then_moved_repository_keeps_its_runs_and_writes_i
     for place in locations(moved):
         assert place.startswith(((moved / "mlruns").as_uri(), "models:/")), place
     champion = registry.find("champion")
-    assert registry.load(champion).data_name == "mnist-5k"
+    assert registry.load(champion).preprocessing.resize == "strokes"
     assert promotion._logged_predictions(champion) is not None
     assert not copied.exists()
     assert contents(finished) == before

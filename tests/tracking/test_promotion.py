@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import evaluate, files
+from pipeline.data.image_files import Preprocessing
 from pipeline.data.splits import TEST
 from pipeline.errors import UserError
 from pipeline.model import model_file
@@ -222,7 +223,7 @@ def test_two_rollbacks_go_back_two_champions(candidates: Candidates) -> None:
 
 def test_a_champion_for_images_of_another_size_cannot_be_compared(candidates: Candidates) -> None:
     candidates.register("1", 50)
-    others = replace(candidates.dataset, image_shape=(32, 32, 1))
+    others = replace(candidates.dataset, preprocessing=Preprocessing("fit", (32, 32, 1)))
     others = replace(others, splits=others.splits | {TEST: replace(others.splits[TEST], sha256="b" * 64)})
     assert candidates.register("2", 0, others).decision.reason == "version 1, the champion, takes images of 28 x 28 x 1"
 

@@ -74,7 +74,7 @@ def test_a_server_holds_the_whole_story_too(workspace: Path, tmp_path: Path, mon
         assert figures == {path.name for path in files.FIGURES.glob("*.png")}
         champion = registry.find("champion")
         assert champion.tags[runs.MODEL_SHA256] == files.sha256(files.MODEL.read_bytes())
-        assert registry.load(champion).data_name == "mnist-5k"
+        assert registry.load(champion).preprocessing == read_dataset().preprocessing
         assert not (workspace / "mlruns").exists()
 
 
