@@ -20,7 +20,7 @@ from pipeline.data import downloads, published, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, kernel_cache, model_file
 from pipeline.params import check_model, differences, read_params
-from pipeline.tracking import delivery, promotion, registry, runs, sqlite_files, store
+from pipeline.tracking import addresses, delivery, promotion, registry, runs, sqlite_files, store
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import REGISTER
 
@@ -182,14 +182,14 @@ def _tracking() -> Lines:
     if not _connect():
         yield f"none yet: {WRITE}"
         return
-    database = store.sqlite_path(store.configured())
+    database = addresses.sqlite_path(addresses.configured())
     if database and (damage := sqlite_files.damage(database)):
         yield Problem(f"{database} is damaged ({damage}): restore a copy, or try `sqlite3 {database.name} .recover`")
         return
     dead = runs.stale_runs()
     if dead:
         yield Problem(f"{len(dead)} runs are open although their processes have died; to close them: {WRITE}")
-    yield store.address()
+    yield addresses.address()
 
 
 def _connect() -> bool:
@@ -201,7 +201,7 @@ def _connect() -> bool:
 
 
 def _has_runs() -> bool:
-    path = store.sqlite_path(store.configured())
+    path = addresses.sqlite_path(addresses.configured())
     if path is None:
         return True
     if not path.exists():

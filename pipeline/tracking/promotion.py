@@ -23,7 +23,7 @@ from pipeline import files
 from pipeline.data.splits import TEST, Dataset, LabelledImages
 from pipeline.errors import Fault, UserError
 from pipeline.params import Promotion
-from pipeline.tracking import gate, registry, store
+from pipeline.tracking import gate, locks, registry
 from pipeline.tracking.gate import CHALLENGER, CHAMPION, Decision, ScoredModel
 from pipeline.tracking.registry import CLASS_NAMES, PARAMETERS, PREDICTIONS_SHA256, TEST_SHA256, Entry
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
@@ -58,7 +58,7 @@ def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promot
     completes it.
     """
     name = registry.model_name(dataset)
-    with store.exclusive_lock("gate"):  # MLflow cannot compare an alias and set it in one step
+    with locks.exclusive_lock("gate"):  # MLflow cannot compare an alias and set it in one step
         _complete_records(name)
         while True:
             champion = registry.champion(name)
@@ -232,7 +232,7 @@ def roll_back(reference: str | None) -> ModelVersion:
     loaded never becomes champion.
     """
     client = MlflowClient()
-    with store.exclusive_lock("gate"):
+    with locks.exclusive_lock("gate"):
         referred = registry.find(reference or CHAMPION)
         _complete_records(referred.name)
         version = referred if reference else _champion_before(referred)

@@ -29,17 +29,11 @@ from pipeline.model.model_file import TrainedModel
 from pipeline.model.training import Epoch
 from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
+from pipeline.tracking.addresses import configured, sqlite_path
 from pipeline.tracking.delivery import FAILURE, PendingUpdates
+from pipeline.tracking.faults import STORE_ERRORS
 from pipeline.tracking.lineage import PARAMS_SHA256
-from pipeline.tracking.store import (
-    STORE_ERRORS,
-    configured,
-    equals,
-    experiment_id,
-    short_timeouts,
-    sqlite_path,
-    store_faults,
-)
+from pipeline.tracking.store import equals, experiment_id, short_timeouts, store_faults
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote

@@ -44,6 +44,16 @@ def copy(path: Path, target: Path) -> None:
         source.backup(copy)  # including what is still in the write-ahead log
 
 
+def keep_copy(path: Path, suffix: str) -> Path:
+    """Copy an SQLite file that is in use; where the copy is. Raises OSError and sqlite3.Error."""
+    kept = path.with_name(f"{path.name}.{suffix}")
+    unfinished = kept.with_name(f"{kept.name}{files.UNFINISHED}")
+    unfinished.unlink(missing_ok=True)
+    copy(path, unfinished)
+    unfinished.replace(kept)
+    return kept
+
+
 def other_repository(path: Path, experiment: str) -> Path | None:
     """The repository that a store's artifacts are in, if it is not this one."""
     try:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline import doctor
 from pipeline.errors import Fault
-from pipeline.tracking import promotion, registry, sqlite_files, store
+from pipeline.tracking import addresses, promotion, registry, sqlite_files, store
 from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, needs_namespaces
 from tests.drawn import drawn
 from tests.tracking.registering import NAME
@@ -189,7 +189,7 @@ def test_fault_49_two_clones_keep_the_files_of_a_common_database_beside_it(
     for name in ("one", "other"):
         shutil.copytree(workspace, tmp_path / name)
         enter(tmp_path / name, monkeypatch)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_address(shared / "team.db"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", addresses.sqlite_address(shared / "team.db"))
         store.connect()
         with mlflow.start_run() as run:
             mlflow.log_text("text", "a.txt")
@@ -202,8 +202,8 @@ def test_an_address_names_the_file_that_it_was_made_of(name: str, tmp_path: Path
     folder = tmp_path / name
     folder.mkdir()
     shutil.copy(migrated_database, folder / "mlflow.db")
-    address = store.sqlite_address(folder / "mlflow.db")
-    assert store.sqlite_path(address) == folder / "mlflow.db"
+    address = addresses.sqlite_address(folder / "mlflow.db")
+    assert addresses.sqlite_path(address) == folder / "mlflow.db"
     client = MlflowClient(address)
     client.create_experiment("here")
     assert sqlite_files.finds_row(folder / "mlflow.db", "SELECT 1 FROM experiments WHERE name = ?", "here")

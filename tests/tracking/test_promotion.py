@@ -18,7 +18,7 @@ from pipeline import evaluate, files
 from pipeline.data.splits import TEST
 from pipeline.errors import UserError
 from pipeline.model import model_file
-from pipeline.tracking import gate, promotion, registry, store
+from pipeline.tracking import gate, locks, promotion, registry, store
 from pipeline.tracking.gate import Decision
 from tests.conftest import QUICK, write_params
 from tests.tracking.evaluating import change_model
@@ -235,7 +235,7 @@ def test_a_champion_that_another_machine_sets_in_the_meantime_is_the_one_to_comp
 
     def and_meanwhile_elsewhere(*arguments: Any) -> Decision:
         monkeypatch.setattr(gate, "decide", decide)
-        monkeypatch.setattr(store, "exclusive_lock", nullcontext)  # its lock is not known on another machine
+        monkeypatch.setattr(locks, "exclusive_lock", nullcontext)  # its lock is not known on another machine
         candidates.register("2", 10)
         return decide(*arguments)
 
@@ -273,14 +273,14 @@ def test_two_clones_on_one_machine_wait_for_each_other_at_the_same_store(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.connect()
-    assert store._lock_file("gate") == workspace / "mlruns/.gate.lock"
+    assert locks._lock_file("gate") == workspace / "mlruns/.gate.lock"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}?timeout=20")
-    locks = set()
+    paths = set()
     for clone in ("one", "other"):
         monkeypatch.setenv("DVC_ROOT", str(tmp_path / clone))
         store.connect()
-        locks.add(store._lock_file("gate"))
-    assert len(locks) == 1
+        paths.add(locks._lock_file("gate"))
+    assert len(paths) == 1
 
 
 def test_the_limits_of_params_yaml_are_those_of_the_gate(finished_copy: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.errors import Fault
 from pipeline.model import model_file
 from pipeline.model.cnn import Classifier
 from pipeline.params import read_params
-from pipeline.tracking import delivery, models, registry, runs, store
+from pipeline.tracking import addresses, delivery, models, registry, runs, store
 from pipeline.tracking.runs import TrainingRun
 from tests.conftest import (
     OWN_MOUNTS,
@@ -446,7 +446,7 @@ def test_a_run_from_before_a_restart_is_closed_where_no_other_machine_has_the_st
     tags = {"process.host": socket.gethostname(), "process": "1 since 1 in 0b0c2b6e-0000 pid:[1]"}
     run = MlflowClient().create_run(store.experiment_id(), tags=tags)
     runs.close_stale_runs()
-    is_file = store.address().startswith("sqlite")
+    is_file = addresses.address().startswith("sqlite")
     assert MlflowClient().get_run(run.info.run_id).info.status == ("FAILED" if is_file else "RUNNING")
 
 
