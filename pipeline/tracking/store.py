@@ -3,7 +3,6 @@
 import logging
 import os
 import sqlite3
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -17,8 +16,8 @@ from mlflow.exceptions import MlflowException
 from pipeline import files
 from pipeline.errors import Fault
 from pipeline.private_folders import temporary_folder
-from pipeline.tracking import sqlite_files, versions
-from pipeline.tracking.addresses import address, artifact_location, configured, is_own, sqlite_address, sqlite_path
+from pipeline.tracking import locations, sqlite_files, versions
+from pipeline.tracking.addresses import address, artifact_location, configured, sqlite_address, sqlite_path
 from pipeline.tracking.faults import STORE_ERRORS, one_line
 from pipeline.tracking.locks import exclusive_lock
 
@@ -52,8 +51,8 @@ def equals(key: str, value: str) -> str:
 def connect() -> None:
     """Point mlflow at ``MLFLOW_TRACKING_URI``, else at mlflow.db and mlruns/ in the repository's root.
 
-    `mlflow ui` looks in the same two places when it is started there without a flag. A store that was moved or copied
-    with its repository gets the locations of its artifacts here. Raises Fault.
+    `mlflow ui` looks in the same two places when it is started there without a flag. See locations.update
+    and versions.migrate for what is changed in a store that is there. Raises Fault.
     """
     uri = configured()
     mlflow.set_tracking_uri(uri)
@@ -66,7 +65,7 @@ def connect() -> None:
         versions.check_database_server(uri)
         _create_database(uri)
         versions.migrate(uri)
-        _update_locations()
+        locations.update(uri, EXPERIMENT)
         experiment = mlflow.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             _create_experiment(artifact_location(uri))
@@ -125,29 +124,6 @@ def _create_database(uri: str) -> None:
         with closing(sqlite3.connect(copied)) as database, database:  # mlflow's own experiment would be in this folder
             database.execute("UPDATE experiments SET artifact_location = ?", (f"{artifact_location(uri)}/0",))
         files.write(path, copied.read_bytes())
-
-
-def _update_locations() -> None:
-    """If this repository was moved or copied, point its store, which has absolute paths, at the artifacts here."""
-    uri, path = mlflow.get_tracking_uri(), files.root() / "mlflow.db"
-    if not is_own(uri) or (before := sqlite_files.other_repository(path, EXPERIMENT)) is None:
-        return
-    try:
-        with exclusive_lock("locations"):
-            if sqlite_files.other_repository(path, EXPERIMENT) is None:
-                return  # another process has updated them
-            kept = sqlite_files.keep_copy(path, "before-move")
-            sqlite_files.move_locations(path, before, files.root())
-    except (OSError, sqlite3.Error) as error:
-        reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"
-        raise Fault(f"{reason}: make its folder writable, and room on that disk, then run again") from error
-    how = "copied from {}, which keeps its own" if (before / path.name).exists() else "moved from {}"
-    print(
-        f"this repository was {how.format(before)}: the locations in {path.name} are now those of {files.root()}; "
-        f"the database as it was is in {kept.name}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _create_experiment(artifact_location: str | None) -> None:
