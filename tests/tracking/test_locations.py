@@ -75,7 +75,7 @@ def test_fault_48_a_copied_and_then_moved_repository_keeps_its_runs_and_writes_i
         assert place.startswith(((moved / "mlruns").as_uri(), "models:/")), place
     champion = registry.find("champion")
     assert registry.load(champion).data_name == "mnist-5k"
-    assert promotion._logged_predictions(champion) is not None
+    assert promotion._logged_predictions(champion, champion.tags["predictions.sha256"]) is not None
     assert not copied.exists()
     assert contents(finished) == before
 
