@@ -3,8 +3,8 @@
     python -m pipeline.doctor
 
 Prints a line for each check. Nothing is changed, except that the experiment is created on an MLflow server or in
-PostgreSQL if it does not exist, that a repository that was moved or copied gets its own locations in its store, and
-that mlflow.db is migrated to the installed MLflow, with a copy first.
+PostgreSQL if it does not exist, that the locations in an SQLite store are updated (after a move, or where new files
+would get lost), and that it is migrated to the installed MLflow, both with a copy first.
 Exits 1 if something is wrong.
 """
 
