@@ -3,8 +3,8 @@
     python -m pipeline.doctor
 
 Prints a line for each check. Nothing is changed, except that the experiment is created on an MLflow server or in
-PostgreSQL if it does not exist, that a repository that was moved or copied gets its own locations in its store, and
-that mlflow.db is migrated to the installed MLflow, with a copy first.
+PostgreSQL if it does not exist, that the locations in an SQLite store are updated (after a move, or where new files
+would get lost), and that it is migrated to the installed MLflow, both with a copy first.
 Exits 1 if something is wrong.
 """
 
@@ -20,7 +20,7 @@ from pipeline.data import downloads, published, splits
 from pipeline.errors import Fault, UserError, run_command, without_password
 from pipeline.model import checkpoint, kernel_cache, model_file
 from pipeline.params import check_model, differences, read_params
-from pipeline.tracking import delivery, promotion, registry, runs, sqlite_files, store
+from pipeline.tracking import addresses, delivery, promotion, registry, runs, sqlite_files, store
 from pipeline.tracking.gate import CHAMPION
 from pipeline.tracking.registry import REGISTER
 
@@ -182,14 +182,14 @@ def _tracking() -> Lines:
     if not _connect():
         yield f"none yet: {WRITE}"
         return
-    database = store.sqlite_path(store.configured())
+    database = addresses.sqlite_path(addresses.configured())
     if database and (damage := sqlite_files.damage(database)):
         yield Problem(f"{database} is damaged ({damage}): restore a copy, or try `sqlite3 {database.name} .recover`")
         return
     dead = runs.stale_runs()
     if dead:
         yield Problem(f"{len(dead)} runs are open although their processes have died; to close them: {WRITE}")
-    yield store.address()
+    yield addresses.address()
 
 
 def _connect() -> bool:
@@ -201,7 +201,7 @@ def _connect() -> bool:
 
 
 def _has_runs() -> bool:
-    path = store.sqlite_path(store.configured())
+    path = addresses.sqlite_path(addresses.configured())
     if path is None:
         return True
     if not path.exists():

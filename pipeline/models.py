@@ -7,7 +7,6 @@
 MODEL is an alias or a version, with or without its name: champion (the default), challenger, 3, NAME@champion, NAME/3.
 """
 
-import json
 from collections.abc import Mapping
 
 from pipeline import command_line, files, machine, recipe
@@ -42,25 +41,27 @@ def main() -> None:
             print(f"{record.since}  version {record.version}: {record.reason}")
     else:
         registry.require(version, *NEEDED)
+        accuracy = registry.read_tag(version, "test.accuracy", float)
+        trained_with = registry.read_tag(version, lineage.RECIPE, lineage.json_object)
         print(f"{version.name} version {version.version}\n")
-        print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags).items()))
+        print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags, accuracy, trained_with).items()))
         print()
         print("\n".join(_verdict(version.tags)))
 
 
-def _facts(tags: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a version as text; "unknown" for missing ones."""
+def _facts(tags: Mapping[str, str], accuracy: float, trained_with: Mapping[str, object]) -> dict[str, str]:
+    """The tags of a version as text; "unknown" for missing ones that are not NEEDED."""
     known = {key: tags.get(key, "unknown") for key in (*machine.FACTS, "git.commit", "gate.decision", "gate.reason")}
     dirty = " with uncommitted changes" if tags.get("git.dirty") == "true" else ""
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
     return {
         "model": f"SHA-256 {tags['model.sha256']}",
-        "test": f"{float(tags['test.accuracy']):.2%} accuracy, {tags['test.error_count']} errors",
+        "test": f"{accuracy:.2%} accuracy, {tags['test.error_count']} errors",
         "gate": f"{known['gate.decision']}: {known['gate.reason']}",
         "commit": f"{known['git.commit']}{dirty}{experiment}",
         "data": f"{tags['data.name']}, SHA-256 {tags['data.sha256']}",
         "parameters": f"SHA-256 {tags['params.sha256']}",
-        **{f"  {name}": str(value) for name, value in json.loads(tags[lineage.RECIPE]).items()},
+        **{f"  {name}": str(value) for name, value in trained_with.items()},
         "machine": ", ".join(f"{key} {known[key]}" for key in machine.FACTS),
     }
 
@@ -71,8 +72,9 @@ def _verdict(tags: Mapping[str, str]) -> list[str]:
     differences = [f"  {kind}: {what}" for kind, what in lineage.differences(tags, params.recipe, _prepared_sha256())]
     if differences:
         return ["This checkout would train a different model:", *differences]
-    if lineage.CODE not in tags:
-        return ["It is unknown whether this checkout would train the same model: DVC restored it from a cache."]
+    if lineage.code_of(tags) is None:
+        why = f"its tag {lineage.CODE} cannot be read" if lineage.CODE in tags else "DVC restored it from a cache"
+        return [f"It is unknown whether this checkout would train the same model: {why}."]
     others = [f"  {what}" for what in lineage.other_machine(tags, recipe.device_for(params))]
     if others:
         return [

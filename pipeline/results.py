@@ -1,4 +1,7 @@
-"""Prints the results of the last `dvc repro`: the data set that was used, the test metrics, where to look."""
+"""Prints the results of the last `dvc repro`: the data set that was used, the test metrics, where to look.
+
+Exits 3 where the store lacks some of them: then `make repro` runs the stages again that log them.
+"""
 
 import sys
 
@@ -6,6 +9,8 @@ from pipeline import dvc_files, files
 from pipeline.data.splits import TEST, TRAIN, read_dataset
 from pipeline.errors import Fault, run_command, without_password
 from pipeline.tracking import registry, store
+
+LACKING = 3  # the exit code where the store lacks results
 
 
 def main() -> None:
@@ -26,10 +31,17 @@ def main() -> None:
     try:
         store.connect()
         model = dvc_files.evaluated_model()
-        if model and (lacking := registry.lacking(model)):
-            raise Fault(lacking)
+        lacking = registry.lacking(model) if model else None
     except Fault as fault:  # what was trained is here all the same
-        print(f"warning: {without_password(str(fault))}", file=sys.stderr)
+        _warn(str(fault))
+    else:
+        if lacking:
+            _warn(lacking)
+            sys.exit(LACKING)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {without_password(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -206,10 +206,14 @@ def test_nothing_happens_at_import(tmp_path: Path) -> None:
         tmp_path,
         f"""
 import gc, random, signal, torch
+from numba.core import config, registry
 
 def state():
     handlers = {{each: signal.getsignal(each) for each in signal.valid_signals()}}
-    return torch.get_rng_state().tolist(), random.getstate(), torch.get_num_threads(), gc.get_threshold(), handlers
+    settings = {{name: value for name, value in vars(config).items() if name.isupper()}}
+    of_numba = settings, dict(vars(registry.cpu_target))  # what is compiled later is compiled for that target
+    of_torch = torch.get_rng_state().tolist(), torch.get_num_threads()
+    return of_torch, of_numba, random.getstate(), gc.get_threshold(), handlers
 
 before = state()
 {"; ".join(f"import {name_of(module)}" for module in MODULES)}

@@ -5,7 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import asdict
@@ -21,7 +24,7 @@ from pipeline.model import model_file
 from pipeline.model.training import Epoch
 from pipeline.tracking import delivery, runs, store
 from tests.conftest import REPOSITORY, change_dataset_json, change_training_images
-from tests.test_clone import succeed
+from tests.test_clone import environment, succeed
 from tests.tracking.evaluating import change_model
 
 LINES = (
@@ -394,6 +397,45 @@ def test_the_suggested_commands_fix_the_problem(
             succeed("bash", "-c", command, folder=under_dvc)
     code, lines = diagnosis(capsys)
     assert code == 0, lines
+
+
+def _killed_in_a_new_store(folder: Path) -> None:
+    (folder / "mlflow.db").unlink()
+    shutil.rmtree(folder / "mlruns")
+    with subprocess.Popen(
+        ["dvc", "repro", "-f", "-s", "evaluate"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as evaluating:
+        assert evaluating.stdout is not None
+        assert any(line.startswith("logging the model") for line in evaluating.stdout)
+        os.killpg(evaluating.pid, signal.SIGKILL)
+
+
+def make_repro(folder: Path) -> str:
+    """What it prints, in this environment, whatever the date of its lock file."""
+    makefile = ["--file", str(REPOSITORY / "Makefile"), "--old-file", f"{sys.prefix}/.installed"]
+    return succeed("make", *makefile, "repro", f"VENV={sys.prefix}", folder=folder)
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [_killed_in_a_new_store, _some_figures])
+def test_fault_47_make_repro_logs_what_the_store_lacks_though_dvc_finds_it_up_to_date(
+    under_dvc: Path, damage: Callable[[Path], None]
+) -> None:
+    lock = (under_dvc / "dvc.lock").read_bytes()
+    damage(under_dvc)
+    printed = make_repro(under_dvc)
+    assert printed.index("Data and pipelines are up to date.") < printed.index("Running stage 'evaluate'")
+    assert "Running stage 'visualize'" in printed
+    assert printed.count("\ntest loss  ") == 2
+    assert (under_dvc / "dvc.lock").read_bytes() == lock
+    assert "Running stage" not in make_repro(under_dvc)
+    succeed(sys.executable, "-m", "pipeline.doctor", folder=under_dvc)  # this process has the first store open
 
 
 def test_an_interrupted_training_is_reported(

@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from pipeline.data.splits import TEST, read_dataset, read_split
+from pipeline.errors import Fault
+from pipeline.export import WRITERS
+from pipeline.model.cnn import CNN
 from pipeline.tracking import registry
 from tests.conftest import run_command
 
@@ -25,6 +30,22 @@ def test_onnx_gives_the_same_probabilities(finished: Path, tmp_path: Path) -> No
     for count in (1, 1000):
         (probabilities,) = session.run(["probabilities"], {"images": images[:count]})
         np.testing.assert_allclose(probabilities, expected[:count], atol=1e-4)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("answered", ["black", "white"])
+def test_fault_43_a_network_whose_answers_overflow_is_not_exported(
+    learned: CNN, write: Callable[[CNN], bytes], answered: str
+) -> None:
+    with torch.no_grad():
+        learned.dense.weight.fill_(3e38)
+        for name, weight in learned.named_parameters():
+            if name.endswith("convolution.bias"):  # what a black image has of the features
+                weight.fill_(1 if answered == "black" else 0)
+    assert all(weight.isfinite().all() for weight in learned.state_dict().values())
+    with pytest.raises(Fault, match="the model's answer is not a number"):
+        write(learned)
 
 
 @pytest.mark.slow

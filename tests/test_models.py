@@ -78,9 +78,30 @@ def test_a_version_that_somebody_registered_by_hand_is_one_line(finished_copy: P
     client.create_model_version("mnist-5k-cnn", str(finished_copy))
     done = run_command("models", "1", folder=finished_copy)
     assert done.returncode == 2
-    assert (
-        done.stderr.decode() == "error: mnist-5k-cnn version 1 has no tag recipe: it was not registered by `evaluate`\n"
+    line = (
+        "error: mnist-5k-cnn version 1 has no tag recipe: it was not registered by `evaluate`, or somebody has deleted"
     )
+    assert done.stderr.decode().startswith(line)
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.faults
+def test_fault_36_a_tag_that_somebody_has_changed_is_one_line_and_evaluate_writes_it_again(finished_copy: Path) -> None:
+    evaluate.main()
+    before = _champion_tags()
+    client = mlflow.MlflowClient()
+    for tag, value in {"recipe": "garbage", "test.accuracy": "abc"}.items():
+        client.set_model_version_tag("mnist-5k-cnn", "1", tag, value)
+        done = run_command("models", folder=finished_copy)
+        line = f"error: mnist-5k-cnn version 1 has the tag {tag} '{value}', which cannot be read: somebody has changed"
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+        assert done.stderr.decode().startswith(line)
+        assert b"with `dvc repro -f -s evaluate`" in done.stderr
+    client.delete_model_version_tag("mnist-5k-cnn", "1", "params.sha256")
+    client.set_model_version_tag("mnist-5k-cnn", "1", "code", "[]")
+    evaluate.main()
+    assert _champion_tags() == before | {"code": "[]"}  # which only the run can know
+    assert output(finished_copy).endswith("would train the same model: its tag code cannot be read.\n")
 
 
 @pytest.mark.slow

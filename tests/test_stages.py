@@ -117,11 +117,16 @@ def test_fault_47_results_name_the_command_where_the_store_lacks_what_dvc_has_no
     md5s = {path: dvc_files.md5(path.read_bytes()) for path in (files.MODEL, files.PREDICTIONS)}
     outs = [f"{{path: {path}, md5: {md5}}}" for path, md5 in md5s.items()]
     Path("dvc.lock").write_text(f"schema: '2.0'\nstages: {{train: {{outs: [{', '.join(outs)}]}}}}\n")
-    results.main()
+    with pytest.raises(SystemExit) as end:
+        results.main()
+    assert end.value.code == results.LACKING
     line = (
         "the store lacks any version of models/model.safetensors, which DVC finds up to date: `dvc repro -f -s evaluate"
     )
     assert f"warning: {line} visualize`\n" in capsys.readouterr().err
+    files.MODEL.unlink()
+    results.main()  # what is not here, as in a fresh clone, is not missed in the store
+    assert capsys.readouterr().err == ""
 
 
 def test_training_without_a_terminal_prints_the_table_and_a_line_an_epoch(

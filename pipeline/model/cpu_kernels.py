@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeline.model import kernel_cache
 
 Loop = Callable[..., None]
+Transform = Callable[..., tuple[np.float32, ...]]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
@@ -49,14 +50,14 @@ def _cached_build(factory: Factory) -> Factory:
 def _compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"})) -> Loop:
     # Without the interpreter's lock, so that threads can run it at the same time. A multiplication and the addition
     # after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same bits.
-    kernel_cache.allow_512_bit_vectors()
+    kernel_cache.target_context()
     loop = njit(nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
     loop._cache = kernel_cache.KernelCache(function, SOURCE)
     return cast(Loop, loop)
 
 
 def _called_in_loops(function: Factory) -> Factory:
-    kernel_cache.allow_512_bit_vectors()
+    kernel_cache.target_context()
     return cast(Factory, njit(function))
 
 
@@ -168,6 +169,29 @@ DEPTH = 8  # products that are summed up at once; more would not fit into the re
 IMAGES = 2  # images at a time, so that the data stays in the core's cache
 
 
+@functools.cache
+def _winograd_transforms() -> tuple[Transform, Transform, Transform, Transform]:
+    """Winograd's transforms along one dimension, of four inputs and of four products; and both of columns."""
+
+    def input_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
+        return a - c, b + c, c - b, b - d
+
+    def output_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
+        return a + b + c, b - c - d
+
+    inwards, outwards = _called_in_loops(input_transform), _called_in_loops(output_transform)
+
+    def input_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
+        return inwards(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
+
+    def output_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
+        return outwards(
+            products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
+        )
+
+    return inwards, outwards, _called_in_loops(input_column), _called_in_loops(output_column)
+
+
 @_cached_build
 def winograd(channels: int, filters: int, sign: int) -> Loop:
     """Convolution by 3 x 3 filters without padding, pooling by 2 x 2 windows and ReLU, in 16 products instead of 36.
@@ -181,6 +205,7 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
     """
     zero, lowest = np.float32(0), np.float32(-np.inf)
     depth = -(-channels // DEPTH) * DEPTH
+    input_transform, output_transform, input_column, output_column = _winograd_transforms()
 
     def forward(inputs: Floats, factors: Floats, biases: Floats, pooled: Floats, argmax: Bytes) -> None:
         count, height, width, _ = pooled.shape
@@ -194,12 +219,12 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
                     for j in range(width):
                         y, x, window = 2 * i, 2 * j, (n * height + i) * width + j
                         for c in range(channels):
-                            p = _input_transform_column(inputs, start + n, y, x, c)
-                            q = _input_transform_column(inputs, start + n, y, x + 1, c)
-                            r = _input_transform_column(inputs, start + n, y, x + 2, c)
-                            s = _input_transform_column(inputs, start + n, y, x + 3, c)
+                            p = input_column(inputs, start + n, y, x, c)
+                            q = input_column(inputs, start + n, y, x + 1, c)
+                            r = input_column(inputs, start + n, y, x + 2, c)
+                            s = input_column(inputs, start + n, y, x + 3, c)
                             for a in range(4):
-                                values = _input_transform(p[a], q[a], r[a], s[a])
+                                values = input_transform(p[a], q[a], r[a], s[a])
                                 for b in range(4):
                                     sums[4 * a + b, window, c] = values[b]
             for g in range(16):
@@ -228,15 +253,15 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
                     for j in range(width):
                         window = (n * height + i) * width + j
                         for f in range(filters):
-                            p = _output_transform_column(products, 0, window, f)
-                            q = _output_transform_column(products, 1, window, f)
-                            r = _output_transform_column(products, 2, window, f)
-                            s = _output_transform_column(products, 3, window, f)
+                            p = output_column(products, 0, window, f)
+                            q = output_column(products, 1, window, f)
+                            r = output_column(products, 2, window, f)
+                            s = output_column(products, 3, window, f)
                             best = lowest
                             best_place = 0
                             for place in range(4):
                                 a = place // 2
-                                value = sign * (_output_transform(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
+                                value = sign * (output_transform(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
                                 if value > best or value != value:
                                     best = value
                                     best_place = place
@@ -245,31 +270,6 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
                             argmax[start + n, i, j, f] = DEAD if best <= 0 else best_place
 
     return _compiled(forward)
-
-
-# Winograd's transforms along one dimension: of four inputs, and of four products.
-
-
-@_called_in_loops
-def _input_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
-    return a - c, b + c, c - b, b - d
-
-
-@_called_in_loops
-def _output_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
-    return a + b + c, b - c - d
-
-
-@_called_in_loops
-def _input_transform_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
-    return _input_transform(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
-
-
-@_called_in_loops
-def _output_transform_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
-    return _output_transform(
-        products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
-    )
 
 
 @_cached_build

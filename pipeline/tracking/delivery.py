@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import Fault
-from pipeline.tracking.store import STORE_ERRORS, one_line, short_timeouts
+from pipeline.tracking.faults import STORE_ERRORS, one_line
+from pipeline.tracking.store import short_timeouts
 
 END_TIMEOUT = 10.0  # seconds to wait for the store at the end of a training
 SUFFIX = ".undelivered.json"

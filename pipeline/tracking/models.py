@@ -24,9 +24,10 @@ from pipeline.model.cnn import CNN, Architecture, Classifier
 from pipeline.model.model_file import TrainedModel
 from pipeline.params import check_model
 from pipeline.private_folders import temporary_folder
+from pipeline.tracking.faults import one_line
 from pipeline.tracking.lineage import DATA_SHA256
 from pipeline.tracking.runs import MODEL_SHA256
-from pipeline.tracking.store import equals, one_line, store_faults
+from pipeline.tracking.store import equals, store_faults
 
 ROOM = 1_000_000  # bytes that a logged model takes at most, without its weights
 MODEL_FILE = f"extra_files/{files.MODEL.name}"  # in a logged model, where MLflow puts it

@@ -7,7 +7,7 @@ cannot write both in one step. The alias is set first, so a missing record is no
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +23,9 @@ from pipeline import files
 from pipeline.data.splits import TEST, Dataset, LabelledImages
 from pipeline.errors import Fault, UserError
 from pipeline.params import Promotion
-from pipeline.tracking import gate, registry, store
+from pipeline.tracking import gate, locks, registry
 from pipeline.tracking.gate import CHALLENGER, CHAMPION, Decision, ScoredModel
-from pipeline.tracking.registry import CLASS_NAMES, PARAMETERS, PREDICTIONS_SHA256, TEST_SHA256, Entry
+from pipeline.tracking.registry import CLASS_NAMES, PARAMETERS, PREDICTIONS_SHA256, TEST_SHA256, Entry, Value
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
 from pipeline.tracking.store import store_faults
 
@@ -58,7 +58,7 @@ def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promot
     completes it.
     """
     name = registry.model_name(dataset)
-    with store.exclusive_lock("gate"):  # MLflow cannot compare an alias and set it in one step
+    with locks.exclusive_lock("gate"):  # MLflow cannot compare an alias and set it in one step
         _complete_records(name)
         while True:
             champion = registry.champion(name)
@@ -96,7 +96,7 @@ def _decide(
     if registered is not None and ROLLED_BACK in registered.tags:
         return Decision(CHALLENGER, f"it was rolled back on {registered.tags[ROLLED_BACK]}")
     try:
-        current = ScoredModel(_correct(champion, dataset, test), int(champion.tags[PARAMETERS]))
+        current = ScoredModel(_correct(champion, dataset, test), _read_tag(champion, PARAMETERS, int))
     except _CannotCompareError as error:
         return Decision(CHALLENGER, f"version {number}, the champion, {error}")
     return gate.decide(challenger, ece, current, number, rules)
@@ -106,17 +106,21 @@ class _CannotCompareError(Exception):
     """Why a model cannot be scored on the current test images."""
 
 
+def _read_tag(version: ModelVersion, tag: str, parse: Callable[[str], Value]) -> Value:
+    try:
+        return registry.read_tag(version, tag, parse)
+    except (Fault, UserError) as error:
+        raise _CannotCompareError(f"cannot be compared: {error}") from error
+
+
 def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> NDArray[np.bool_]:
     """Which of the test images (N,) a registered model classifies correctly: from its predictions, else scored now."""
-    missing = [tag for tag in (TEST_SHA256, PREDICTIONS_SHA256, CLASS_NAMES, PARAMETERS) if tag not in version.tags]
-    if missing:
-        raise _CannotCompareError(f"was not registered by `evaluate` (it has no tag {missing[0]})")
-    if (
-        version.tags[TEST_SHA256] == dataset.splits[TEST].sha256
-        and (logged := _logged_predictions(version)) is not None
-    ):
-        return logged
-    if json.loads(version.tags[CLASS_NAMES]) != list(dataset.class_names):
+    scored_on, predictions = (_read_tag(version, tag, str) for tag in (TEST_SHA256, PREDICTIONS_SHA256))
+    if scored_on == dataset.splits[TEST].sha256:
+        logged = _logged_predictions(version, predictions)
+        if logged is not None and len(logged) == len(test):
+            return logged
+    if _read_tag(version, CLASS_NAMES, json.loads) != list(dataset.class_names):
         raise _CannotCompareError("has different classes")
     try:
         loaded = registry.load(version)
@@ -132,8 +136,8 @@ def _correct(version: ModelVersion, dataset: Dataset, test: LabelledImages) -> N
     return correct
 
 
-def _logged_predictions(version: ModelVersion) -> NDArray[np.bool_] | None:
-    """Which of the predictions logged to its run are correct; None if they are missing or of another evaluation."""
+def _logged_predictions(version: ModelVersion, sha256: str) -> NDArray[np.bool_] | None:
+    """Which of the predictions logged to its run are correct; None if they are missing or have another SHA-256."""
     with TemporaryDirectory(prefix="convtrack-") as folder:
         try:
             path = MlflowClient().download_artifacts(
@@ -142,7 +146,7 @@ def _logged_predictions(version: ModelVersion) -> NDArray[np.bool_] | None:
             content = Path(path).read_bytes()
         except (MlflowException, OSError):
             return None
-    if files.sha256(content) != version.tags[PREDICTIONS_SHA256]:
+    if files.sha256(content) != sha256:
         return None
     rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
     return np.array([row["actual"] == row["predicted"] for row in rows])
@@ -194,7 +198,7 @@ def _numbered_records(name: str) -> list[tuple[int, ChampionRecord]]:
     for key, text in MlflowClient().get_registered_model(name).tags.items():
         if key.startswith(CHAMPION_TAG):
             first, _, rest = key.removeprefix(CHAMPION_TAG).partition(" ")
-            number, since = (int(first), rest) if first.isdigit() else (0, f"{first} {rest}")
+            number, since = (int(first), rest) if first.isdecimal() else (0, f"{first} {rest}")
             version, _, reason = text.removeprefix("version ").partition(": ")
             records.append((number, since, ChampionRecord(since[:19], version, reason)))
     return [(number, record) for number, _, record in sorted(records, key=lambda each: each[:2])]
@@ -221,7 +225,7 @@ def _is_missing(champion: ModelVersion, records: Sequence[ChampionRecord]) -> bo
 def _reason(champion: ModelVersion) -> str:
     """Why a champion without a record has the alias."""
     decided = champion.tags.get("gate.decision") == CHAMPION
-    return champion.tags["gate.reason"] if decided else "the alias was set by hand"
+    return champion.tags.get("gate.reason", "unknown") if decided else "the alias was set by hand"
 
 
 @store_faults()
@@ -232,7 +236,7 @@ def roll_back(reference: str | None) -> ModelVersion:
     loaded never becomes champion.
     """
     client = MlflowClient()
-    with store.exclusive_lock("gate"):
+    with locks.exclusive_lock("gate"):
         referred = registry.find(reference or CHAMPION)
         _complete_records(referred.name)
         version = referred if reference else _champion_before(referred)

@@ -1,10 +1,10 @@
 """The model registry: register a model once with its tags and card, find a version, load it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from pipeline.model.cnn import CNN
 from pipeline.model.model_file import TrainedModel
 from pipeline.tracking import models, runs
 from pipeline.tracking.gate import CHAMPION
-from pipeline.tracking.lineage import RECIPE
+from pipeline.tracking.lineage import DATA_SHA256, PARAMS_SHA256, RECIPE
 from pipeline.tracking.runs import EVALUATION, MODEL_SHA256
 from pipeline.tracking.store import equals, store_faults
 
@@ -31,8 +31,13 @@ TEST_SHA256, PREDICTIONS_SHA256 = "test.sha256", "predictions.sha256"
 CLASS_NAMES, PARAMETERS, DATA_NAME = "class.names", "parameters", "data.name"
 REGISTER = "`dvc repro -f -s evaluate`"  # the command that registers the model that is here
 LACKING = f"the store lacks {{}} of {files.MODEL}, which DVC finds up to date: `dvc repro -f -s evaluate visualize`"
+TAG_REMEDY = f"take another version, or write the tags again, where its model is {files.MODEL}, with {REGISTER}"
 NO_VERSION = LACKING.format("any version")
+# Tags of a version that say the same whichever run trained this model.
+OF_THE_MODEL = (MODEL_SHA256, PARAMETERS, RECIPE, DATA_NAME, DATA_SHA256, PARAMS_SHA256)
 MAX_DESCRIPTION_LENGTH = 5000  # characters, in the databases of MLflow
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,12 @@ def model_name(dataset: Dataset) -> str:
 
 def write_version(name: str, entry: Entry, registered: ModelVersion | None, tags: Mapping[str, str]) -> ModelVersion:
     """Create a version with its tags and card, or update the one that is ``registered``."""
+    origin = entry.origin_tags()
     if registered is None:
-        version = _create(name, entry, {**entry.origin_tags(), **tags})
-    else:
-        version = _update(registered, tags, _description(entry.card))
+        version = _create(name, entry, {**origin, **tags})
+    else:  # with what somebody may have deleted or changed
+        of_the_model = {key: origin[key] for key in OF_THE_MODEL if key in origin}
+        version = _update(registered, {**of_the_model, **tags}, _description(entry.card))
     _link_logged_model(entry.model_id, version)
     return version
 
@@ -271,8 +278,19 @@ def require(version: ModelVersion, *tags: str) -> None:
     for tag in tags:
         if tag not in version.tags:
             raise UserError(
-                f"{version.name} version {version.version} has no tag {tag}: it was not registered by `evaluate`"
+                f"{version.name} version {version.version} has no tag {tag}: it was not registered by `evaluate`, or "
+                f"somebody has deleted the tag; {TAG_REMEDY}"
             )
+
+
+def read_tag(version: ModelVersion, tag: str, parse: Callable[[str], Value]) -> Value:
+    """The value of a tag. Raises UserError where there is none, and Fault where ``parse`` raises ValueError."""
+    require(version, tag)
+    try:
+        return parse(version.tags[tag])
+    except (ValueError, RecursionError) as error:
+        found = f"{version.name} version {version.version} has the tag {tag} {printable(version.tags[tag])!r}"
+        raise Fault(f"{found}, which cannot be read: somebody has changed it; {TAG_REMEDY}") from error
 
 
 @store_faults()

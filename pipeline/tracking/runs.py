@@ -23,23 +23,17 @@ from numpy.typing import NDArray
 
 from pipeline import files, machine, processes
 from pipeline.data.splits import Dataset
-from pipeline.errors import without_password
+from pipeline.errors import Fault, printable, without_password
 from pipeline.model.cnn import CNN, parameter_count
 from pipeline.model.model_file import TrainedModel
 from pipeline.model.training import Epoch
 from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
 from pipeline.tracking import delivery, lineage
+from pipeline.tracking.addresses import configured, sqlite_path
 from pipeline.tracking.delivery import FAILURE, PendingUpdates
+from pipeline.tracking.faults import STORE_ERRORS
 from pipeline.tracking.lineage import PARAMS_SHA256
-from pipeline.tracking.store import (
-    STORE_ERRORS,
-    configured,
-    equals,
-    experiment_id,
-    short_timeouts,
-    sqlite_path,
-    store_faults,
-)
+from pipeline.tracking.store import equals, experiment_id, short_timeouts, store_faults
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
@@ -68,8 +62,16 @@ def stale_runs() -> list[str]:
     return [
         str(run.info.run_id)
         for run in MlflowClient().search_runs([experiment_id()], running)
-        if processes.has_ended(run.data.tags[PROCESS], same_machine=is_file) and run.info.run_id not in undelivered
+        if _has_ended(run, is_file) and run.info.run_id not in undelivered
     ]
+
+
+def _has_ended(run: Run, is_file: bool) -> bool:
+    """Whether the process of an open run has ended for sure; not where somebody has changed the tag that names it."""
+    try:
+        return processes.has_ended(run.data.tags.get(PROCESS, ""), same_machine=is_file)
+    except ValueError:
+        return False
 
 
 class TrainingRun:
@@ -174,7 +176,13 @@ def _begin(dataset: Dataset, tags: dict[str, str], name: str | None = None, run_
 
 def _last_sequence() -> int:
     found = _newest(f"tags.`{SEQUENCE}` != ''")
-    return int(found.data.tags[SEQUENCE]) if found else 0
+    if not found:
+        return 0
+    try:
+        return int(found.data.tags[SEQUENCE])
+    except ValueError as error:
+        reason = f"the tag {SEQUENCE} {printable(found.data.tags[SEQUENCE])!r}, which is not a number"
+        raise Fault(f"the run {found.info.run_id} has {reason}: delete that tag") from error
 
 
 def _newest(matching: str) -> Run | None:

@@ -8,6 +8,7 @@ from urllib.request import url2pathname
 
 from pipeline import files
 
+OF_EXPERIMENTS = "/.dvc/tmp/exps/"  # where DVC makes the folders for `--temp` and `--queue`
 TABLES = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"  # finds a row in an SQLite file with mlflow's tables
 LOCATIONS = (  # the columns of mlflow's tables with absolute paths
     ("experiments", "artifact_location"),
@@ -44,6 +45,16 @@ def copy(path: Path, target: Path) -> None:
         source.backup(copy)  # including what is still in the write-ahead log
 
 
+def keep_copy(path: Path, suffix: str) -> Path:
+    """Copy an SQLite file that is in use; where the copy is. Raises OSError and sqlite3.Error."""
+    kept = path.with_name(f"{path.name}.{suffix}")
+    unfinished = kept.with_name(f"{kept.name}{files.UNFINISHED}")
+    unfinished.unlink(missing_ok=True)
+    copy(path, unfinished)
+    unfinished.replace(kept)
+    return kept
+
+
 def other_repository(path: Path, experiment: str) -> Path | None:
     """The repository that a store's artifacts are in, if it is not this one."""
     try:
@@ -54,6 +65,34 @@ def other_repository(path: Path, experiment: str) -> Path | None:
     if folder is None or folder.is_relative_to(files.root() / "mlruns"):
         return None
     return next((each.parent for each in (folder, *folder.parents) if each.name == "mlruns"), None)
+
+
+def lost_folder(path: Path, experiment: str) -> tuple[str, str] | None:
+    """Where an experiment with runs would lose the files of new ones, and why; None where it would not."""
+    runs = "experiment_id IN (SELECT experiment_id FROM runs)"
+    try:
+        found = _first_row(path, f"SELECT artifact_location FROM experiments WHERE name = ? AND {runs}", experiment)
+    except sqlite3.Error:
+        return None
+    location = found[0] if found else None
+    if not location:
+        return None
+    folder = local_path(location)
+    if folder is None:
+        url = urlsplit(location)
+        is_relative = url.scheme in ("", "file") and not url.netloc
+        return (location, "which depends on where a command is started") if is_relative else None
+    if folder.is_relative_to(path.parent.resolve() / "mlruns"):
+        return None
+    if OF_EXPERIMENTS in folder.as_posix():
+        return location, "which DVC deletes"
+    return None if folder.parent.exists() else (location, "which does not exist any more")
+
+
+def set_location(path: Path, experiment: str, location: str) -> None:
+    """Set where the files of an experiment's new runs will be. Raises sqlite3.Error."""
+    with closing(sqlite3.connect(path, timeout=20)) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", (location, experiment))
 
 
 def local_path(location: str | None) -> Path | None:

@@ -14,11 +14,12 @@ from typing import Literal
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline import machine
 from pipeline.data.splits import Dataset
+from pipeline.errors import Fault, printable
 from pipeline.params import Params
 from pipeline.tracking import lineage, runs, store
 from pipeline.tracking.store import equals, store_faults
@@ -125,7 +126,7 @@ class StudyRun:
                 max_results=1000,
             )
             for child in page:
-                number = int(child.data.tags[TRIAL])
+                number = _number_of(child)
                 if child.info.status == "RUNNING":
                     self._unfinished[number] = child.info.run_id
                 else:
@@ -173,6 +174,15 @@ def study_run(study_id: str, name: str, params: Params, dataset: Dataset) -> Ite
             tags = machine.environment_tags() | {lineage.PARAMS_SHA256: params.sha256}
             stack.enter_context(runs.open_run(dataset, tags, name, run_id))
         yield StudyRun(run_id, experiment_id, params, dataset.tags | tags)
+
+
+def _number_of(child: Run) -> int:
+    """The number of the trial of a child run. Raises Fault where somebody has deleted or changed its tag."""
+    given = child.data.tags.get(TRIAL, "")
+    if not given.isdecimal():
+        reason = f"the tag {TRIAL} {printable(given)!r}, which is not a number"
+        raise Fault(f"the run {child.info.run_id} of a trial has {reason}: correct it, or delete that run")
+    return int(given)
 
 
 def _find(study_id: str) -> str | None:

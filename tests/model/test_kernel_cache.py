@@ -216,3 +216,23 @@ def test_another_processor_is_another_target() -> None:
     assert target() == f"{kernel_cache.target()}\n"
     assert target(NUMBA_CPU_NAME="generic").startswith("generic ")
     assert target(NUMBA_CPU_FEATURES="+sse2").split()[1] != kernel_cache.target().split()[1]
+
+
+def test_numba_compiles_for_512_bits_and_its_setting_is_as_before() -> None:
+    """A processor with AVX-512 and without: Numba's target is that of the process, so each has its own."""
+    code = """
+from numba.core import config
+from pipeline.model import kernel_cache
+kernel_cache.get_host_cpu_features = lambda: "{features}"
+found = kernel_cache.target_context().codegen().magic_tuple()[2]
+print("-prefer-256-bit" in found, config.CPU_FEATURES)
+"""
+    for features, has_512 in (("+avx2,+avx512f", True), ("+avx2", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(features=features)],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        )
+        assert done.stdout == f"{has_512} None\n"

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline import doctor
 from pipeline.errors import Fault
-from pipeline.tracking import promotion, registry, sqlite_files, store
+from pipeline.tracking import addresses, promotion, registry, sqlite_files, store
 from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, needs_namespaces
 from tests.drawn import drawn
 from tests.tracking.registering import NAME
@@ -75,7 +75,7 @@ def test_fault_48_a_copied_and_then_moved_repository_keeps_its_runs_and_writes_i
         assert place.startswith(((moved / "mlruns").as_uri(), "models:/")), place
     champion = registry.find("champion")
     assert registry.load(champion).preprocessing.resize == "strokes"
-    assert promotion._logged_predictions(champion) is not None
+    assert promotion._logged_predictions(champion, champion.tags["predictions.sha256"]) is not None
     assert not copied.exists()
     assert contents(finished) == before
 
@@ -189,7 +189,7 @@ def test_fault_49_two_clones_keep_the_files_of_a_common_database_beside_it(
     for name in ("one", "other"):
         shutil.copytree(workspace, tmp_path / name)
         enter(tmp_path / name, monkeypatch)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_address(shared / "team.db"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", addresses.sqlite_address(shared / "team.db"))
         store.connect()
         with mlflow.start_run() as run:
             mlflow.log_text("text", "a.txt")
@@ -197,13 +197,101 @@ def test_fault_49_two_clones_keep_the_files_of_a_common_database_beside_it(
         assert not (tmp_path / name / "mlruns").exists()
 
 
+@pytest.fixture
+def team_store(workspace: Path, migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An SQLite store outside the repository, the one in use."""
+    database = tmp_path / "shared/team.db"
+    database.parent.mkdir()
+    shutil.copy(migrated_database, database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", addresses.sqlite_address(database))
+    return database
+
+
+def begin_experiment(database: Path, location: str, has_runs: bool = True) -> None:
+    """The experiment as earlier releases made it, elsewhere, with a run or without."""
+    client = MlflowClient(addresses.sqlite_address(database))
+    number = client.create_experiment(store.EXPERIMENT)
+    sqlite_files.set_location(database, store.EXPERIMENT, location)
+    if has_runs:
+        client.set_terminated(client.create_run(number).info.run_id)
+
+
+def location_of_runs(database: Path) -> list[str]:
+    with closing(sqlite3.connect(database)) as found:
+        return [uri for (uri,) in found.execute("SELECT artifact_uri FROM runs ORDER BY rowid")]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("{tmp}/deleted/mlruns", "which does not exist any more"),
+        ("file://{tmp}/deleted/mlruns/1", "which does not exist any more"),
+        ("{tmp}/clone/.dvc/tmp/exps/tmpx/mlruns", "which DVC deletes"),
+        ("./mlruns/1", "which depends on where a command is started"),
+        ("file:mlruns", "which depends on where a command is started"),
+    ],
+)
+def test_fault_49_new_runs_of_a_store_whose_files_would_get_lost_have_theirs_beside_it(
+    team_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], location: str, reason: str
+) -> None:
+    location = location.format(tmp=tmp_path)
+    (tmp_path / "clone/.dvc/tmp/exps/tmpx/mlruns").mkdir(parents=True)
+    begin_experiment(team_store, location)
+    before = location_of_runs(team_store)
+    capsys.readouterr()
+    store.connect()
+    assert capsys.readouterr().err == (
+        f"{team_store} has the files of the experiment convtrack in {location}, {reason}: those of new runs will be in "
+        f"{(team_store.parent / 'mlruns').as_uri()}; the database as it was is in team.db.before-move\n"
+    )
+    store.connect()
+    assert capsys.readouterr().err == ""
+    with mlflow.start_run() as run:
+        mlflow.log_text("text", "a.txt")
+    assert (team_store.parent / f"mlruns/{run.info.run_id}/artifacts/a.txt").exists()
+    assert location_of_runs(team_store)[:-1] == before == location_of_runs(Path(f"{team_store}.before-move"))
+
+
+@pytest.mark.parametrize(
+    ("location", "has_runs"),
+    [("{tmp}/a disk/artifacts", True), ("{tmp}/not yet/mlruns", False), ("s3://bucket/mlruns", True)],
+)
+def test_an_experiment_whose_files_somebody_wants_elsewhere_keeps_them_there(
+    team_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], location: str, has_runs: bool
+) -> None:
+    (tmp_path / "a disk").mkdir()
+    location = location.format(tmp=tmp_path)
+    begin_experiment(team_store, location, has_runs)
+    capsys.readouterr()
+    store.connect()
+    assert capsys.readouterr().err == ""
+    assert MlflowClient().get_experiment(store.experiment_id()).artifact_location == location
+    assert not Path(f"{team_store}.before-move").exists()
+
+
+@pytest.mark.faults
+def test_fault_49_a_store_that_cannot_be_changed_is_read_with_a_warning(
+    team_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin_experiment(team_store, f"{tmp_path}/deleted/mlruns")
+    Path(f"{team_store}.before-move").mkdir()
+    capsys.readouterr()
+    store.connect()
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {team_store} has the files of the experiment convtrack in {tmp_path}/deleted/")
+    assert "which does not exist any more, and that cannot be changed (" in said
+    assert said.endswith("): make its folder writable\n")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["100%25", "q'u\"o", "what?", "#1", "ü \u6f22"])
 def test_an_address_names_the_file_that_it_was_made_of(name: str, tmp_path: Path, migrated_database: Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
     shutil.copy(migrated_database, folder / "mlflow.db")
-    address = store.sqlite_address(folder / "mlflow.db")
-    assert store.sqlite_path(address) == folder / "mlflow.db"
+    address = addresses.sqlite_address(folder / "mlflow.db")
+    assert addresses.sqlite_path(address) == folder / "mlflow.db"
     client = MlflowClient(address)
     client.create_experiment("here")
     assert sqlite_files.finds_row(folder / "mlflow.db", "SELECT 1 FROM experiments WHERE name = ?", "here")

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import Fault
-from pipeline.tracking import store
+from pipeline.tracking import addresses, locks, store
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.faults
 HOLDS = """
-from pipeline.tracking import store
-with store.exclusive_lock("gate"):
+from pipeline.tracking import locks
+with locks.exclusive_lock("gate"):
     print("holds", flush=True)
     input()
 """
@@ -33,12 +33,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_link_in_the_place_of_a_lock_is_not_followed(elsewhere: Path) -> None:
     precious = elsewhere / "precious"
     precious.write_text("mine")
-    with store.exclusive_lock("gate"):
+    with locks.exclusive_lock("gate"):
         pass
     (lock,) = (elsewhere / f"convtrack-{os.getuid()}").iterdir()
     lock.unlink()
     lock.symlink_to(precious)
-    with pytest.raises(OSError, match="symbolic links"), store.exclusive_lock("gate"):
+    with pytest.raises(OSError, match="symbolic links"), locks.exclusive_lock("gate"):
         pass
     assert precious.read_text() == "mine"
 
@@ -48,7 +48,7 @@ def test_a_folder_of_somebody_else_is_refused(elsewhere: Path) -> None:
     other.mkdir()
     (elsewhere / f"convtrack-{os.getuid()}").symlink_to(other)
     with pytest.raises(Fault, match=r"other users can write into it, or it is a link\): remove it, or set TMPDIR"):
-        store._lock_file("gate")
+        locks._lock_file("gate")
     assert list(other.iterdir()) == []
 
 
@@ -57,13 +57,13 @@ def test_a_folder_that_others_can_write_into_is_refused(elsewhere: Path) -> None
     folder.mkdir()
     folder.chmod(0o777)  # whatever the umask
     with pytest.raises(Fault, match=r"other users can write into it, or it is a link\): remove it, or set TMPDIR"):
-        store._lock_file("gate")
+        locks._lock_file("gate")
 
 
 def test_only_its_user_may_look_into_the_folder(elsewhere: Path) -> None:
     folder = elsewhere / f"convtrack-{os.getuid()}"
     folder.mkdir(mode=0o755)
-    assert store._lock_file("gate").parent == folder
+    assert locks._lock_file("gate").parent == folder
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -72,8 +72,8 @@ def test_whoever_waits_is_told_for_which_process_and_gives_up_in_the_end(
 ) -> None:
     store.connect()
     capsys.readouterr()
-    monkeypatch.setattr(store, "LOCK_TIMEOUT", 3)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": store.own_store()}
+    monkeypatch.setattr(locks, "TIMEOUT", 3)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": addresses.own_store()}
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
@@ -81,12 +81,12 @@ def test_whoever_waits_is_told_for_which_process_and_gives_up_in_the_end(
         assert holder.stdout.readline() == b"holds\n"
         holder.send_signal(signal.SIGSTOP)
         path = workspace / "mlruns/.gate.lock"
-        with pytest.raises(Fault) as error, store.exclusive_lock("gate"):
+        with pytest.raises(Fault) as error, locks.exclusive_lock("gate"):
             pass
         assert str(error.value) == f"process {holder.pid} holds {path} for 3 seconds: end that process, then run again"
         assert capsys.readouterr().err == f"waiting: process {holder.pid} holds {path}\n"
         holder.kill()
-    with store.exclusive_lock("gate"):  # the kernel has released it
+    with locks.exclusive_lock("gate"):  # the kernel has released it
         assert path.read_text() == str(os.getpid())
 
 
@@ -95,8 +95,8 @@ def test_a_store_with_its_tables_is_connected_to_without_a_lock(
 ) -> None:
     """Only the making of tables needs one: commands that start at the same time do not wait for each other."""
     store.connect()
-    monkeypatch.setattr(store, "LOCK_TIMEOUT", 0)
-    with store.exclusive_lock("connect"):
+    monkeypatch.setattr(locks, "TIMEOUT", 0)
+    with locks.exclusive_lock("connect"):
         store.connect()
         (workspace / "mlflow.db").unlink()
         with pytest.raises(Fault, match=f"process {os.getpid()} holds"):

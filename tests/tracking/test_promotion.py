@@ -1,9 +1,11 @@
 """Which model becomes champion, and how an earlier one comes back; on a real MLflow registry."""
 
+import itertools
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import evaluate, files
+from pipeline import doctor, evaluate, files, models
 from pipeline.data.image_files import Preprocessing
-from pipeline.data.splits import TEST
-from pipeline.errors import UserError
+from pipeline.data.splits import TEST, Dataset, read_dataset, read_split
+from pipeline.errors import Fault, UserError
 from pipeline.model import model_file
-from pipeline.tracking import gate, promotion, registry, store
+from pipeline.tracking import gate, locks, promotion, registry, store
 from pipeline.tracking.gate import Decision
+from pipeline.tracking.registry import Entry
 from tests.conftest import QUICK, write_params
 from tests.tracking.evaluating import change_model
-from tests.tracking.registering import NAME, Candidates, aliases, artifacts, version
+from tests.tracking.registering import NAME, NO_RULES, Candidates, aliases, artifacts, version
 
 
 @pytest.fixture
@@ -106,6 +110,88 @@ def test_a_champion_that_cannot_be_compared_stays(candidates: Candidates) -> Non
         f"version 1, the champion, cannot be loaded: the files of models:/{NAME}/1 cannot be read: "
     )
     assert aliases()["champion"] == "1"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("tag", "value", "reason"),
+    [
+        ("parameters", "many", "has the tag parameters 'many', which cannot be read: somebody has changed it; take"),
+        ("class.names", "0, 1", "has the tag class.names '0, 1', which cannot be read: somebody has changed it; take"),
+        ("predictions.sha256", None, "has no tag predictions.sha256: it was not registered by `evaluate`, or somebody"),
+    ],
+)
+def test_fault_36_a_champion_with_a_tag_that_somebody_has_changed_stays(
+    candidates: Candidates, tag: str, value: str | None, reason: str
+) -> None:
+    candidates.register("1", 50)
+    if value is None:
+        MlflowClient().delete_model_version_tag(NAME, "1", tag)
+    else:
+        MlflowClient().set_model_version_tag(NAME, "1", tag, value)
+    other = replace(candidates.dataset.splits[TEST], sha256="b" * 64)
+    dataset = replace(candidates.dataset, splits=candidates.dataset.splits | {TEST: other})
+    decision = candidates.register("2", 0, dataset).decision
+    assert decision.alias == "challenger"
+    assert decision.reason.startswith(f"version 1, the champion, cannot be compared: {NAME} version 1 {reason}")
+    candidates.register("1", 50)  # which writes its tags again
+    assert candidates.register("3", 0).decision.alias == "champion"
+
+
+@pytest.mark.faults
+def test_fault_36_predictions_of_other_images_than_their_tag_says_are_recomputed(candidates: Candidates) -> None:
+    candidates.register("1", 50)
+    errors = json.loads(files.METRICS.read_text())["test"]["error_count"]
+    few = Path("kept/predictions.csv")
+    files.write_table(few, [{"actual": "a", "predicted": "a"}] * 3)
+    MlflowClient().log_artifact(str(version(1).run_id), str(few), "evaluation")
+    MlflowClient().set_model_version_tag(NAME, "1", "predictions.sha256", files.sha256(few.read_bytes()))
+    assert f"against {errors} of version 1" in candidates.register("2", errors + 1).decision.reason
+
+
+def _damages(tags: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Each tag deleted, with text that is no number, no JSON and no hash, and with JSON of another kind."""
+    return itertools.product(tags, (None, "\u00b2 gar\nbage", "[[1]]"))
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_fault_36_whatever_tag_of_a_version_is_changed_each_use_of_it_works_or_is_one_line(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate.main()
+    client, dataset, tags = MlflowClient(), read_dataset(), dict(version(1).tags)
+    test = read_split(dataset, TEST)
+    other = replace(dataset, splits=dataset.splits | {TEST: replace(dataset.splits[TEST], sha256="b" * 64)})
+    entry = Entry("", "", "c" * 64, "", {}, {}, 1, {"ece": 0.01}, np.ones(len(test), dtype=bool), "")
+    monkeypatch.setattr(sys, "argv", ["models"])
+
+    def decide(dataset: Dataset) -> Decision:
+        return promotion._decide(entry, None, version(1), dataset, test, NO_RULES)
+
+    uses: list[Callable[[], object]] = [
+        lambda: registry.load(registry.find("champion")),
+        models.main,
+        lambda: promotion.history(NAME),
+        promotion.fallback,
+        lambda: list(doctor._registry()),
+        lambda: decide(dataset),
+        lambda: decide(other),
+    ]
+    refused = set()
+    for tag, value in _damages(tags):
+        if value is None:
+            client.delete_model_version_tag(NAME, "1", tag)
+        else:
+            client.set_model_version_tag(NAME, "1", tag, value)
+        for use in uses:
+            try:
+                use()
+            except (UserError, Fault) as error:
+                refused.add(tag)
+                assert "\n" not in str(error)
+        client.set_model_version_tag(NAME, "1", tag, tags[tag])
+    assert {"model.sha256", "recipe", "test.accuracy"} <= refused
 
 
 def test_a_model_of_the_stand_in_never_replaces_one_of_the_whole_data_set(candidates: Candidates) -> None:
@@ -236,7 +322,7 @@ def test_a_champion_that_another_machine_sets_in_the_meantime_is_the_one_to_comp
 
     def and_meanwhile_elsewhere(*arguments: Any) -> Decision:
         monkeypatch.setattr(gate, "decide", decide)
-        monkeypatch.setattr(store, "exclusive_lock", nullcontext)  # its lock is not known on another machine
+        monkeypatch.setattr(locks, "exclusive_lock", nullcontext)  # its lock is not known on another machine
         candidates.register("2", 10)
         return decide(*arguments)
 
@@ -274,14 +360,14 @@ def test_two_clones_on_one_machine_wait_for_each_other_at_the_same_store(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.connect()
-    assert store._lock_file("gate") == workspace / "mlruns/.gate.lock"
+    assert locks._lock_file("gate") == workspace / "mlruns/.gate.lock"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}?timeout=20")
-    locks = set()
+    paths = set()
     for clone in ("one", "other"):
         monkeypatch.setenv("DVC_ROOT", str(tmp_path / clone))
         store.connect()
-        locks.add(store._lock_file("gate"))
-    assert len(locks) == 1
+        paths.add(locks._lock_file("gate"))
+    assert len(paths) == 1
 
 
 def test_the_limits_of_params_yaml_are_those_of_the_gate(finished_copy: Path) -> None:

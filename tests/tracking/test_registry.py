@@ -237,9 +237,11 @@ def test_fault_43_a_model_whose_answer_is_not_a_number_is_refused(finished_copy:
     assert json.loads(bytes(answer.body))["error"].startswith("the model's answer is not a number")
 
     Image.fromarray(images[0, ..., 0]).save("x.png")
-    done = run_command("predict", "x.png", folder=finished_copy)
-    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
-    assert done.stderr.startswith(b"error: the model's answer is not a number")
+    for command, *arguments in (["predict", "x.png"], ["export", "--format", "pt2"], ["export", "--format", "onnx"]):
+        done = run_command(command, *arguments, folder=finished_copy)
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+        assert done.stderr.startswith(b"error: the model's answer is not a number")
+    assert not [*finished_copy.glob("*.pt2"), *finished_copy.glob("*.onnx")]
 
 
 def test_a_card_that_is_too_long_for_the_store_is_complete_among_the_artifacts(

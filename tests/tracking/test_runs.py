@@ -25,7 +25,7 @@ from pipeline.errors import Fault
 from pipeline.model import model_file
 from pipeline.model.cnn import Classifier
 from pipeline.params import read_params
-from pipeline.tracking import delivery, models, registry, runs, store
+from pipeline.tracking import addresses, delivery, models, registry, runs, store, studies
 from pipeline.tracking.runs import TrainingRun
 from tests.conftest import (
     OWN_MOUNTS,
@@ -446,7 +446,7 @@ def test_a_run_from_before_a_restart_is_closed_where_no_other_machine_has_the_st
     tags = {"process.host": socket.gethostname(), "process": "1 since 1 in 0b0c2b6e-0000 pid:[1]"}
     run = MlflowClient().create_run(store.experiment_id(), tags=tags)
     runs.close_stale_runs()
-    is_file = store.address().startswith("sqlite")
+    is_file = addresses.address().startswith("sqlite")
     assert MlflowClient().get_run(run.info.run_id).info.status == ("FAILED" if is_file else "RUNNING")
 
 
@@ -513,3 +513,23 @@ def test_fault_30_a_store_that_cannot_be_used_is_one_line_without_the_password(
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
     assert os.environ["MLFLOW_TRACKING_URI"].endswith("db")
+
+
+@pytest.mark.faults
+def test_fault_36_tags_of_runs_that_somebody_has_changed_are_one_line_or_leave_the_run_alone(workspace: Path) -> None:
+    store.connect()
+    client, number = MlflowClient(), store.experiment_id()
+    for process in ({}, {runs.PROCESS: "garbage"}, {runs.PROCESS: "-3 since 1"}):
+        client.create_run(number, tags={runs.HOST: socket.gethostname()} | process)
+    assert runs.stale_runs() == []  # whose process may be alive
+    study, *trials = (client.create_run(number).info.run_id for _ in range(3))
+    for run_id, trial in zip(trials, ("0", "first"), strict=True):
+        client.set_tag(run_id, studies.TRIAL, trial)
+        client.set_tag(run_id, "mlflow.parentRunId", study)
+    with pytest.raises(Fault, match=f"the run {trials[1]} of a trial has the tag trial.number 'first', which is not a"):
+        studies.StudyRun(study, number, read_params(), {}).log_missing([])
+    client.set_tag(study, runs.SEQUENCE, "abc")
+    with pytest.raises(Fault, match=f"the run {study} has the tag run.sequence 'abc', which is not a number: delete"):
+        train.main()
+    client.delete_tag(study, runs.SEQUENCE)
+    assert runs._last_sequence() == 0

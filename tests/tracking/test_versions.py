@@ -1,9 +1,10 @@
 """Stores of other versions of MLflow: servers that are too old, and databases that have to be migrated."""
 
 import http.server
+import resource
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def make_older_database(address: str) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, OLDER)
     engine.dispose()
+
+
+def make_older_store(folder: Path) -> None:
+    for path in folder.glob("mlflow.db*"):
+        path.unlink()
+    make_older_database(f"sqlite:///{folder / 'mlflow.db'}")
 
 
 def revision(path: Path) -> str:
@@ -83,9 +90,7 @@ def test_a_server_that_is_not_known_to_be_older_is_tried(
 def test_fault_36_an_older_database_is_migrated_with_a_copy_and_a_word(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in workspace.glob("mlflow.db*"):
-        path.unlink()
-    make_older_database(f"sqlite:///{workspace / 'mlflow.db'}")
+    make_older_store(workspace)
     capsys.readouterr()
     store.connect()
     said = capsys.readouterr().err
@@ -95,3 +100,32 @@ def test_fault_36_an_older_database_is_migrated_with_a_copy_and_a_word(
     assert revision(workspace / "mlflow.db.before-migration") == OLDER != revision(workspace / "mlflow.db")
     store.connect()
     assert capsys.readouterr().err == ""
+
+
+def _no_place(folder: Path) -> None:
+    (folder / "mlflow.db.before-migration").mkdir()
+
+
+def _full_disk(folder: Path) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("damage", "reason"), [(_no_place, "Is a directory"), (_full_disk, "disk I/O error")])
+def test_fault_36_an_older_database_that_cannot_be_copied_is_not_migrated(
+    workspace: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    make_older_store(workspace)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    damage(workspace)
+    try:
+        with pytest.raises(Fault) as fault:
+            store.connect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    line = f"{workspace / 'mlflow.db'} is of an older MLflow, and cannot be copied before it is migrated ("
+    assert str(fault.value).startswith(line)
+    assert str(fault.value).endswith("): make its folder writable, and room on that disk")
+    assert reason in str(fault.value)
+    assert revision(workspace / "mlflow.db") == OLDER
