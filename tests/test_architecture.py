@@ -94,7 +94,8 @@ def importers(package: str) -> set[str]:
         ("PIL", ("data/image_files.py",)),
         ("torchvision", ("data/published.py",)),
         ("mlxtend", ("data/sources.py",)),
-        ("scipy", ("tracking/gate.py",)),
+        ("scipy", ("tracking/gate.py", "data/duplicates.py")),
+        ("pyarrow", ("data/label_table.py",)),
     ],
 )
 def test_each_large_library_is_imported_in_one_place(library: str, allowed: tuple[str, ...]) -> None:

@@ -32,9 +32,14 @@ def clusters(images: NDArray[np.uint8], max_distance: int | None) -> Indices:
         return numbers
     hashes, thumbnails = difference_hashes(images[first]), _thumbnails(images[first])
     pairs = np.concatenate([np.empty((0, 2), np.int64), *_copies(hashes, thumbnails, max_distance)])
-    edges = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(first), len(first)))
+    return connected(len(first), pairs)[numbers]
+
+
+def connected(count: int, pairs: Indices) -> Indices:
+    """A number (``count``,) for each item; equal where ``pairs`` (P, 2) connect two, directly or over others."""
+    edges = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     _, components = connected_components(edges, directed=False)
-    return np.asarray(components, np.int64)[numbers]
+    return np.asarray(components, np.int64)
 
 
 def _distinct(images: NDArray[np.uint8]) -> tuple[Indices, Indices]:

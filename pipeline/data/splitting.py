@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from pipeline.data import duplicates
 from pipeline.data.splits import SPLITS, TEST, TRAIN, VALIDATION
 from pipeline.errors import UserError, printable
 
@@ -40,12 +39,10 @@ class Pictures:
         """A number (N,) for each picture, equal for those that must be in one split."""
         names = sorted({group for group in self.groups if group is not None})
         number = {name: index for index, name in enumerate(names, int(self.copies.max(initial=-1)) + 1)}
-        edges = [(int(copy), number[g]) for copy, g in zip(self.copies, self.groups, strict=True) if g is not None]
+        pairs = [(int(copy), number[g]) for copy, g in zip(self.copies, self.groups, strict=True) if g is not None]
         count = int(self.copies.max(initial=-1)) + 1 + len(names)
-        one, other = np.array(edges, np.int64).reshape(-1, 2).T
-        graph = coo_array((np.ones(len(edges), bool), (one, other)), shape=(count, count))
-        _, components = connected_components(graph, directed=False)
-        return np.unique(np.asarray(components, np.int64)[self.copies], return_inverse=True)[1].astype(np.int64)
+        connected = duplicates.connected(count, np.array(pairs, np.int64).reshape(-1, 2))
+        return np.unique(connected[self.copies], return_inverse=True)[1].astype(np.int64)
 
 
 @dataclass(frozen=True)
