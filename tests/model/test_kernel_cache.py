@@ -205,6 +205,15 @@ def test_other_settings_of_the_compiler_are_another_target_and_another_file(
     assert all(now != then for now, then in zip((kernel_cache.target(), file_name()), before, strict=True))
 
 
+def test_a_loop_that_calls_others_has_the_same_file_wherever_these_are_in_memory() -> None:
+    loops = []
+    for _ in range(2):
+        cpu_kernels._winograd_transforms.cache_clear()
+        loops.append(inspect.unwrap(cpu_kernels.winograd)(32, 64, 1))
+    one, other = (loop._cache._name(()) for loop in loops)
+    assert one == other
+
+
 def test_another_processor_is_another_target() -> None:
     def target(**settings: str) -> str:
         code = "from pipeline.model import kernel_cache; print(kernel_cache.target())"
