@@ -48,7 +48,9 @@ EXAMPLES = {
     "block": Example("A residual block", ("pipeline/model/cnn.py", *PARAMETERS), {"model.residual": True}),
     "metric": Example("Top-2 accuracy", ("pipeline/model/metrics.py", "pipeline/results.py"), until="evaluate"),
     "figure": Example("A figure", ("pipeline/figures/scores.py", "pipeline/explain/report.py")),
-    "data set": Example("A data set of your own", ("pipeline/data/sources.py",), {"data.dataset": "own"}),
+    "data set": Example(
+        "Another data set", ("pipeline/data/sources.py",), {"data.dataset": "digits", "model.padding": 1}
+    ),
     "loss": Example(
         "Focal loss", ("pipeline/model/training.py", *PARAMETERS), {"train.loss": "focal"}, until="evaluate"
     ),
