@@ -2,21 +2,36 @@
 
 Such a process is forked from one that has imported them and done nothing else. Tests of what happens before or while a
 command imports start `python -m pipeline.<name>` instead.
+
+What a command starts itself is forked too where it is started with the program `python()`.
 """
 
 import atexit
+import fcntl
+import functools
+import gc
+import json
 import multiprocessing
 import os
 import runpy
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
-from contextlib import chdir
+from contextlib import chdir, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests import fork_client
+from tests.fork_client import SIZE
 
 # Not the commands themselves, which are run as `python -m` does: as a module that nobody has imported.
 LIBRARIES = [
@@ -32,7 +47,8 @@ _FORKS.set_forkserver_preload([__name__, *LIBRARIES])
 class Popen(subprocess.Popen[Any]):
     """A subprocess.Popen of [python, "-m", module, *arguments] or [python, "-c", code, *arguments].
 
-    Of the other arguments it takes cwd, env, those for the streams, and text.
+    Of the other arguments it takes cwd, env, those for the streams, and text. What the command itself starts with
+    sys.executable is started with this python.
     """
 
     _close_pipe_fds: Callable[..., None]  # subprocess's own, of which mypy does not know
@@ -53,7 +69,7 @@ class Popen(subprocess.Popen[Any]):
         for number, own in enumerate((pipes[0], pipes[3], pipes[5])):
             if own != -1:
                 streams[number] = Connection(os.dup(own), readable=number == 0, writable=number > 0)
-        self._process = start(_become, args[1:], streams, folder=cwd or Path.cwd(), environment=env)
+        self._process = start(_become, args, streams, folder=cwd or Path.cwd(), environment=env)
         assert self._process.pid is not None
         self.pid = self._process.pid
         self._child_created = True
@@ -78,7 +94,7 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """`python -m pipeline.<name>` in ``folder``: its exit code and what it wrote. Raises TimeoutExpired."""
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", f"pipeline.{name}", *arguments]
+    command = [python(), "-m", f"pipeline.{name}", *arguments]
     with Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
             written = process.communicate(stdin, timeout=seconds)
@@ -128,8 +144,8 @@ def _become(command: list[str], streams: "dict[int, Connection[Any, Any]]") -> N
         os.dup2(stream.fileno(), number)
         stream.close()
     sys.stdin = os.fdopen(0)
-    option, program, *arguments = command
-    sys.argv = [program, *arguments]
+    sys.executable, option, program, *arguments = command
+    sys.argv = [option, *arguments]
     try:
         if option == "-m":
             runpy.run_module(program, run_name="__main__", alter_sys=True)
@@ -137,3 +153,92 @@ def _become(command: list[str], streams: "dict[int, Connection[Any, Any]]") -> N
             exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
     finally:
         atexit._run_exitfuncs()  # which a process that multiprocessing has started leaves out
+
+
+@functools.cache
+def python() -> str:
+    """The path of a program `python` whose `-m` is forked by a server, which this process starts and ends."""
+    folder = Path(tempfile.mkdtemp(prefix="convtrack-"))  # the address of a socket must be short
+    atexit.register(shutil.rmtree, folder)
+    address = folder / "socket"
+    command = [sys.executable, "-I", "-S", fork_client.__file__, str(address)]
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    program.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(address))
+        listening.listen()
+        server = start(_serve, Connection(os.dup(listening.fileno())), folder=folder)
+    atexit.register(server.kill)
+    return str(program)
+
+
+def _serve(listening: "Connection[Any, Any]") -> None:
+    """Returns in the processes of the commands alone, once each has ended."""
+    with socket.socket(fileno=os.dup(listening.fileno())) as server:
+        listening.close()
+        gc.freeze()  # else each command collects the garbage of all libraries again
+        parent = os.getppid()
+        server.settimeout(5)
+        while os.getppid() == parent:  # the tests go on
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            try:
+                client, _ = server.accept()
+            except TimeoutError:
+                continue
+            if os.fork() == 0:
+                server.close()
+                return _fork(client)
+            client.close()
+    return None
+
+
+def _fork(client: socket.socket) -> None:
+    """Run the client's command in one more process, and tell the client how it ended."""
+    head, files, *_ = socket.recv_fds(client, SIZE, 100)
+    # Out of the way of the numbers that they are about to get.
+    files = [_moved(file) for file in files]
+    with client.makefile("rb") as request:
+        command, folder, environment, numbers = json.loads(request.read(int.from_bytes(head)))
+    process = os.fork()
+    if process == 0:
+        client.close()
+        for file, number in zip(files, numbers, strict=True):
+            os.dup2(file, number)
+            os.close(file)
+        return _call(_become_python, (command,), folder, environment)
+    for file in files:
+        os.close(file)
+    client.sendall(process.to_bytes(SIZE, signed=True))
+    threading.Thread(target=_kill_with, args=(client, process), daemon=True).start()
+    _, status = os.waitpid(process, 0)
+    client.sendall(os.waitstatus_to_exitcode(status).to_bytes(SIZE, signed=True))
+    os._exit(0)
+
+
+def _moved(file: int) -> int:
+    moved = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100)
+    os.close(file)
+    return int(moved)
+
+
+def _kill_with(client: socket.socket, process: int) -> None:
+    """End the command with its client."""
+    with suppress(ConnectionError):
+        client.recv(1)
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def _become_python(command: list[str]) -> None:
+    """With the project's modules from where Python would find them, which may be a copy."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "pipeline":
+            del sys.modules[name]
+    own = str(Path(__file__).parents[1])
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path = [str(Path.cwd()), *paths, *(path for path in sys.path if path not in ("", own))]
+    sys.orig_argv = [sys.executable, *command]  # from which pipeline.startup sees that this is a command
+    _become(sys.orig_argv, {})

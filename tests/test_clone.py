@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,10 +16,12 @@ import mlflow
 import pytest
 import requests
 from mlflow.entities import Run
+from ruamel.yaml import YAML
 
 from pipeline import files
 from pipeline.explain import report
 from pipeline.model import model_file
+from tests import forked
 from tests.conftest import REPOSITORY, make_ui, write_params
 from tests.test_readme import commands
 
@@ -57,6 +60,21 @@ def succeed(*command: str, folder: Path, more: Mapping[str, str] | None = None) 
     return done.stdout
 
 
+def commit(folder: Path) -> None:
+    succeed("git", "add", "-A", folder=folder)
+    succeed("git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "all", folder=folder)
+
+
+def repro(*arguments: str, folder: Path) -> str:
+    """`dvc repro`, whose stages are forked from a process that has their libraries."""
+    return succeed("dvc", "repro", *arguments, folder=folder, more=fast())
+
+
+def fast() -> dict[str, str]:
+    """Variables in which `python -m` does not import its libraries again."""
+    return {"PATH": f"{Path(forked.python()).parent}:{TOOLS}:{os.environ['PATH']}"}
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that git knows or would add, committed in a new repository whose path has a space and an umlaut."""
@@ -67,8 +85,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(REPOSITORY / name, folder / name)
     write_params(folder, ONE_EPOCH)
     succeed("git", "init", "-q", folder=folder)
-    succeed("git", "add", "-A", folder=folder)
-    succeed("git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "clone", folder=folder)
+    commit(folder)
     succeed("dvc", "repro", folder=folder)
     return folder
 
@@ -150,25 +167,25 @@ def test_what_is_compiled_beside_the_code_is_ignored_and_a_stage_runs_again_for_
     """Python writes into the folders that the stages depend on while the stages run."""
     clone = shutil.copytree(clone, tmp_path / "clone", ignore=shutil.ignore_patterns("__pycache__"))
 
-    def repro_after(changed: str | None) -> set[str]:
+    def repro_after(changed: str | None, *options: str) -> set[str]:
         """The stages that run after a comment was added to a file."""
         if changed:
             with (clone / changed).open("a") as code:
                 code.write("# a comment\n")
-        printed = succeed("dvc", "repro", folder=clone, more={"PYTHONDONTWRITEBYTECODE": ""})
+        printed = succeed("dvc", "repro", *options, folder=clone, more={"PYTHONDONTWRITEBYTECODE": ""})
         return {stage for stage in ("prepare", "train", "evaluate", "visualize") if f"stage '{stage}':" in printed}
 
     assert "train" in repro_after("pipeline/model/cnn.py")
     assert any((clone / "pipeline/model/__pycache__").iterdir())
     assert repro_after(None) == set()
     assert repro_after("pipeline/tracking/runs.py") == set()
-    assert repro_after("pipeline/explain/report.py") == {"evaluate", "visualize"}
+    assert repro_after("pipeline/explain/report.py", "--dry") == {"evaluate", "visualize"}
 
 
 @pytest.mark.slow
 def test_a_forced_repetition_gives_the_same_lock_and_a_new_run_with_the_same_hashes(clone: Path) -> None:
     lock = (clone / "dvc.lock").read_bytes()
-    succeed("dvc", "repro", "-f", folder=clone)
+    repro("-f", folder=clone)
     assert (clone / "dvc.lock").read_bytes() == lock
     newest, oldest = runs_of(clone)
     assert newest.info.run_id != oldest.info.run_id
@@ -197,7 +214,7 @@ def test_the_fallback_is_never_restored_silently_by_dvc(clone: Path) -> None:
     """DVC's run cache would restore the outputs of an earlier `prepare` with the same values, without its warning."""
     for fraction in (0.2, 0.1):
         write_params(clone, ONE_EPOCH | {"data.validation_fraction": fraction})
-        assert "Running stage 'prepare'" in succeed("dvc", "repro", "prepare", folder=clone)
+        assert "Running stage 'prepare'" in repro("prepare", folder=clone)
 
 
 @pytest.mark.slow
@@ -205,7 +222,7 @@ def test_returning_to_earlier_parameters_logs_to_the_new_run_too(clone: Path) ->
     """With its run cache DVC would train again and then skip the stages that log the scores and figures to the run."""
     for dropout in (0.4, 0.5):
         write_params(clone, ONE_EPOCH | {"model.dropout": dropout})
-        printed = succeed("dvc", "repro", folder=clone)
+        printed = repro(folder=clone)
         for stage in ("train", "evaluate", "visualize"):
             assert f"Running stage '{stage}'" in printed
     newest, other, *_, first = runs_of(clone)
@@ -219,7 +236,7 @@ def test_a_stage_that_fails_leaves_the_older_outputs(clone: Path) -> None:
     outputs = [files.MODEL, files.HISTORY, files.METRICS, files.FIGURES / "feature_maps.png"]
     before = [(clone / path).read_bytes() for path in outputs]
     write_params(clone, ONE_EPOCH | {"train.learning_rate": 1e30})
-    assert run("dvc", "repro", folder=clone).returncode != 0
+    assert run("dvc", "repro", folder=clone, more=fast()).returncode != 0
     assert [(clone / path).read_bytes() for path in outputs] == before
     write_params(clone, ONE_EPOCH)
 
@@ -227,7 +244,7 @@ def test_a_stage_that_fails_leaves_the_older_outputs(clone: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.faults
 def test_fault_29_the_values_of_params_yaml_reach_no_shell(clone: Path) -> None:
-    done = run("dvc", "exp", "run", "-S", "data.dataset='; touch PWNED'", folder=clone)
+    done = run("dvc", "exp", "run", "-S", "data.dataset='; touch PWNED'", folder=clone, more=fast())
     assert done.returncode != 0
     assert "data.dataset is '; touch PWNED'; allowed: mnist" in done.stdout + done.stderr
     assert not list(clone.rglob("PWNED"))
@@ -238,20 +255,18 @@ def test_experiments_in_copies_of_their_own_log_into_the_same_store(clone: Path,
     clone = shutil.copytree(clone, tmp_path / "plain clone")  # DVC makes copies of ASCII paths only
     (clone / "mlflow.db").unlink()
     write_params(clone, ONE_EPOCH)
-    succeed("dvc", "repro", "--force", folder=clone)
-    before = {each.info.run_id for each in runs_of(clone)}
-    succeed("dvc", "exp", "run", "--temp", "--name", "bold", "-S", "model.filters=[6,8]", folder=clone)
+    succeed("dvc", "exp", "run", "--temp", "--name", "bold", "-S", "model.filters=[6,8]", folder=clone, more=fast())
     (shown,) = (words for words in commands(REPOSITORY / "README.md") if "--drop" in words)
     table = succeed(*shown, folder=clone).splitlines()
     assert any("model.filters" in line for line in table)
     assert max(len(line.rstrip()) for line in table) <= 150
-    succeed("dvc", "exp", "run", "--queue", "--name", "waiting", "-S", "model.filters=[4,8]", folder=clone)
-    succeed("dvc", "queue", "start", folder=clone)
+    succeed("dvc", "exp", "run", "--queue", "--name", "waiting", "-S", "model.filters=[4,8]", "evaluate", folder=clone)
+    succeed("dvc", "queue", "start", folder=clone, more=fast())
     deadline = time.monotonic() + 240
     while "waiting" not in {each.info.run_name for each in runs_of(clone) if "test_accuracy" in each.data.metrics}:
         assert time.monotonic() < deadline, succeed("dvc", "queue", "status", folder=clone)
         time.sleep(1)
-    new = {each.info.run_name: each for each in runs_of(clone) if each.info.run_id not in before}
+    new = {each.info.run_name: each for each in runs_of(clone)}
     assert set(new) == {"bold", "waiting"}
     for name, filters in (("bold", "[6, 8]"), ("waiting", "[4, 8]")):
         assert new[name].data.tags["dvc.exp"] == name
@@ -279,22 +294,23 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
         return {alias: str(number) for alias, number in registered.aliases.items()}
 
     def champion(*words: str) -> str:
-        return succeed(sys.executable, "-m", "pipeline.models", *words, folder=clone)
+        return succeed(forked.python(), "-m", "pipeline.models", *words, folder=clone)
 
-    write_params(clone, ONE_EPOCH | {"train.epochs": 2})
-    succeed("dvc", "repro", folder=clone)
+    without_images = ONE_EPOCH | {"train.live_images": False}
+    write_params(clone, without_images | {"train.epochs": 2})
+    repro("evaluate", folder=clone)
     assert promotion() == ("1", "champion")
 
-    write_params(clone, ONE_EPOCH | {"model.filters": [2, 2]})
-    succeed("dvc", "repro", folder=clone)
+    write_params(clone, without_images | {"model.filters": [2, 2]})
+    repro("evaluate", folder=clone)
     assert promotion() == ("2", "challenger")
     report = json.loads((clone / files.PROMOTION).read_text())
     assert report["table"]["only_champion_right"] > report["table"]["only_challenger_right"]
     assert report["p_value"] < 0.001
     assert aliases() == {"champion": "1", "challenger": "2"}
 
-    write_params(clone, ONE_EPOCH | {"train.epochs": 6})
-    succeed("dvc", "repro", folder=clone)
+    write_params(clone, without_images | {"train.epochs": 6})
+    repro("evaluate", folder=clone)
     assert promotion() == ("3", "champion")
     assert " against " in json.loads((clone / files.PROMOTION).read_text())["reason"]
     assert "This checkout would train the same model again." in champion()
@@ -303,7 +319,8 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
     assert "This checkout would train a different model:\n  params: train.epochs was 2, here it is 6" in champion()
     assert [line[21:30] for line in champion("--history").splitlines()] == ["version 1", "version 3", "version 1"]
 
-    succeed("dvc", "exp", "run", "--temp", "--name", "bold", "-S", "train.epochs=8", folder=clone)
+    bold = ("exp", "run", "--temp", "--name", "bold", "-S", "train.epochs=8", "evaluate")
+    succeed("dvc", *bold, folder=clone, more=fast())
     assert aliases() == {"champion": "4", "challenger": "2"}
     assert "(experiment bold)" in champion()
 
@@ -313,7 +330,7 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
     clone = clone.rename(tmp_path / "fresh store")  # this process has the old one open under its name
     succeed("dvc", "checkout", folder=clone)
     assert (clone / files.MODEL).read_bytes() == model
-    succeed("dvc", "repro", "--force", "--single-item", "evaluate", "visualize", folder=clone)
+    repro("--force", "--single-item", "evaluate", folder=clone)
     assert aliases() == {"champion": "1"}
     (restored,) = runs_of(clone)
     assert restored.data.tags["restored"] == "true"
@@ -324,7 +341,7 @@ def test_the_whole_story_of_champions(clone: Path, tmp_path: Path) -> None:
 def test_a_model_restored_by_dvc_gets_a_run_in_an_empty_store(clone: Path, tmp_path: Path) -> None:
     clone = shutil.copytree(clone, tmp_path / "clone")  # whose store this process has not open
     write_params(clone, ONE_EPOCH)
-    succeed("dvc", "repro", folder=clone)
+    repro(folder=clone)
     model = (clone / files.MODEL).read_bytes()
     succeed("dvc", "remote", "add", "--default", "storage", str(tmp_path / "remote"), folder=clone)
     succeed("dvc", "push", folder=clone)
@@ -333,7 +350,7 @@ def test_a_model_restored_by_dvc_gets_a_run_in_an_empty_store(clone: Path, tmp_p
         name.unlink()
     succeed("dvc", "pull", folder=clone)
     assert (clone / files.MODEL).read_bytes() == model
-    succeed("dvc", "repro", "--force", "--single-item", "evaluate", "visualize", folder=clone)
+    repro("--force", "--single-item", "evaluate", "visualize", folder=clone)
     (restored,) = runs_of(clone)
     assert restored.data.tags["restored"] == "true"
     assert restored.data.params["train.epochs"] == "1"
@@ -342,7 +359,7 @@ def test_a_model_restored_by_dvc_gets_a_run_in_an_empty_store(clone: Path, tmp_p
     assert version.run_id == restored.info.run_id
     assert version.tags["restored"] == "true"
     assert "DVC restored it from a cache" in str(version.description)
-    printed = succeed(sys.executable, "-m", "pipeline.models", folder=clone)
+    printed = succeed(forked.python(), "-m", "pipeline.models", folder=clone)
     assert printed.endswith("would train the same model: DVC restored it from a cache.\n")
 
 
@@ -396,7 +413,7 @@ def test_fault_44_params_edited_while_dvc_trains_are_not_noted_in_its_lock(clone
     assert training.returncode != 0
     assert "error: `train` began with other inputs than are here now (seed was 1, here it is 2): undo that" in errors
     assert ((clone / "dvc.lock").read_bytes(), (clone / files.MODEL).read_bytes()) == (before, model)
-    succeed("dvc", "repro", "train", folder=clone)
+    repro("train", folder=clone)
     assert model_file.from_bytes((clone / files.MODEL).read_bytes()).recipe["seed"] == 2
 
 
@@ -405,7 +422,7 @@ def test_fault_44_params_edited_while_dvc_trains_are_not_noted_in_its_lock(clone
 def test_fault_6_dvc_reports_a_damaged_rwlock_and_concurrent_runs(clone: Path, tmp_path: Path) -> None:
     clone = shutil.copytree(clone, tmp_path / "clone")
     write_params(clone, ONE_EPOCH)
-    succeed("dvc", "repro", folder=clone)
+    repro(folder=clone)
     whole, model = (clone / "dvc.lock").read_text(), (clone / files.MODEL).read_bytes()
 
     (clone / "dvc.lock").write_text(whole[: whole.index("md5: ") + 2])  # in the middle of a word
@@ -422,7 +439,7 @@ def test_fault_6_dvc_reports_a_damaged_rwlock_and_concurrent_runs(clone: Path, t
     assert "RWLock-file" in done.stderr
     rwlock.unlink()
 
-    command = ["dvc", "repro", "--force"]
+    command = ["dvc", "repro", "--force", "train"]
     with subprocess.Popen(
         command, cwd=clone, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as first:
@@ -440,3 +457,44 @@ def test_fault_6_dvc_reports_a_damaged_rwlock_and_concurrent_runs(clone: Path, t
     assert (clone / files.MODEL).read_bytes() == model
     succeed("dvc", "repro", folder=clone)
     assert (clone / "dvc.lock").read_text() == whole
+
+
+@pytest.mark.slow
+def test_verify_builds_twice_from_nothing_and_compares(clone: Path, tmp_path: Path) -> None:
+    clone = shutil.copytree(clone, tmp_path / "clone")
+    write_params(clone, ONE_EPOCH)
+    succeed("dvc", "repro", folder=clone)
+    commit(clone)
+    lock = clone / "dvc.lock"
+    lock.write_text(re.sub("md5: [0-9a-f]{32}", f"md5: {'a' * 32}", lock.read_text()))  # not committed
+    printed = succeed(sys.executable, "-m", "pipeline.verify", folder=clone)
+    assert printed.endswith("\nBoth builds gave the same bytes.\n")
+    rows = [line.split() for line in printed.splitlines() if "same" in line]
+    assert {row[0] for row in rows if row[2:] == ["same", "same"]} == {
+        "data/prepared/dataset.json",
+        "data/prepared/test.safetensors",
+        "data/prepared/train.safetensors",
+        "data/prepared/validation.safetensors",
+        "models/model.safetensors",
+        "reports/history.csv",
+        "reports/metrics.json",
+        "reports/predictions.csv",
+        "reports/figures",
+        "reports/plots",
+    }
+
+    # From here on only up to the model, in which two builds then differ.
+    with (clone / "dvc.yaml").open("r+") as workflow:
+        stages = YAML().load(workflow)["stages"]
+        workflow.seek(0)
+        workflow.truncate()
+        YAML().dump({"stages": {name: stages[name] for name in ("prepare", "train")}}, workflow)
+    recipe = clone / "pipeline/recipe.py"
+    recipe.write_text(
+        recipe.read_text().replace("manual_seed(params.seed)", "manual_seed(__import__('time').time_ns())")
+    )
+    done = run(sys.executable, "-m", "pipeline.verify", folder=clone, more=fast())
+    assert done.returncode == 1
+    assert done.stderr == "error: two runs of this code on this machine do not give the same bytes\n"
+    (model,) = [line for line in done.stdout.splitlines() if line.startswith("models/model.safetensors")]
+    assert "DIFFERENT" in model

@@ -24,7 +24,7 @@ from pipeline.model import model_file
 from pipeline.model.training import Epoch
 from pipeline.tracking import delivery, runs, store
 from tests.conftest import REPOSITORY, change_dataset_json, change_training_images
-from tests.test_clone import environment, succeed
+from tests.test_clone import environment, fast, succeed
 from tests.tracking.evaluating import change_model
 
 LINES = (
@@ -394,7 +394,7 @@ def test_the_suggested_commands_fix_the_problem(
     assert line in {each[7:22].strip() for each in wrong}
     for command in [each for problem in wrong for each in re.findall("`([^`]+)`", problem)]:
         if command != "dvc pull":  # the other way, for who has a remote storage
-            succeed("bash", "-c", command, folder=under_dvc)
+            succeed("bash", "-c", command, folder=under_dvc, more=fast())
     code, lines = diagnosis(capsys)
     assert code == 0, lines
 

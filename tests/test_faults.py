@@ -374,7 +374,7 @@ def test_fault_10_a_store_is_made_whole_or_not_at_all(workspace: Path, monkeypat
         folder = workspace / f"moment {moment}"
         folder.mkdir()
         monkeypatch.setenv("DVC_ROOT", str(folder))
-        with subprocess.Popen(
+        with forked.Popen(
             [sys.executable, "-c", program],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},

@@ -19,8 +19,9 @@ from PIL import Image
 
 from pipeline import files, machine
 from pipeline.data.splits import LabelledImages
-from tests.conftest import REPOSITORY
-from tests.test_clone import ONE_EPOCH, succeed
+from tests import forked
+from tests.conftest import REPOSITORY, run_stage, write_params
+from tests.test_clone import ONE_EPOCH, repro, succeed
 
 pytestmark = pytest.mark.page
 PAGE = (REPOSITORY / "docs/make-it-yours.md").read_text()
@@ -124,7 +125,7 @@ def test_their_tests_and_ours_pass_with_all_of_them(tmp_path: Path) -> None:
     run_tests(folder, *theirs, "tests/test_params.py", "tests/test_recipe.py", "tests/model/test_augment.py", LOSS_TEST)
 
 
-def repro(folder: Path, parameters: dict[str, object], until: str) -> str:
+def repro_with(folder: Path, parameters: dict[str, object], until: str) -> str:
     """What `dvc repro` prints with these values in the committed params.yaml, up to a stage."""
     values = json.dumps(ONE_EPOCH | parameters)
     code = (
@@ -132,7 +133,7 @@ def repro(folder: Path, parameters: dict[str, object], until: str) -> str:
         "path = Path('params.yaml'); path.write_bytes(with_values(path.read_bytes(), json.loads(sys.argv[1])))"
     )
     succeed(sys.executable, "-c", code, values, folder=folder)  # the copy's params.py knows the new parameter
-    return succeed("dvc", "repro", until, folder=folder)
+    return repro(until, folder=folder)
 
 
 def training_loss(folder: Path) -> float:
@@ -158,7 +159,7 @@ def shows_the_layer(folder: Path, printed: str, published: Path) -> None:
 def shows_the_metric(folder: Path, printed: str, published: Path) -> None:
     test = metrics(folder)["test"]
     assert test["accuracy"] < test["top_2_accuracy"] <= 1
-    results = succeed(sys.executable, "-m", "pipeline.results", folder=folder)
+    results = succeed(forked.python(), "-m", "pipeline.results", folder=folder)
     assert re.search(rf"top-2 accuracy\s+{test['top_2_accuracy']:.2%}", results)
 
 
@@ -191,9 +192,11 @@ def write_pictures(folder: Path, digits: LabelledImages) -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which `dvc repro` ran with none of the changes."""
-    folder = copy_with(tmp_path_factory.mktemp("published") / "copy")
-    repro(folder, {}, "evaluate")
+    """A folder in which the stages ran with none of the changes."""
+    folder = tmp_path_factory.mktemp("published")
+    write_params(folder, ONE_EPOCH)
+    for stage in ("prepare", "train", "evaluate"):
+        assert run_stage(stage, folder) == (0, "")
     return folder
 
 
@@ -202,4 +205,4 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dvc_repro_shows_it(name: str, tmp_path: Path, published: Path, digits: dict[str, LabelledImages]) -> None:
     folder = copy_with(tmp_path / "copy", name)
     write_pictures(folder / "data/own", digits["train"])
-    SHOWS[name](folder, repro(folder, EXAMPLES[name].parameters, EXAMPLES[name].until), published)
+    SHOWS[name](folder, repro_with(folder, EXAMPLES[name].parameters, EXAMPLES[name].until), published)

@@ -79,7 +79,7 @@ def refused(*arguments: str, code: int = 2, **environment: str) -> str:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline.tune", *arguments]
+    return [forked.python(), "-m", "pipeline.tune", *arguments]
 
 
 def environment_tags(**more: str) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""`python -m pipeline.verify`: two builds beside the committed dvc.lock; one that is interrupted leaves nothing."""
+"""`python -m pipeline.verify`: two builds beside the committed dvc.lock; one that is interrupted leaves nothing.
+
+tests/test_clone.py has two whole builds.
+"""
 
 import os
 import re
@@ -21,7 +24,7 @@ from pipeline.machine import copy_repository
 from pipeline.model import kernel_cache
 from tests.conftest import change_dataset_json, write_params
 from tests.data.test_sources import TRAIN_IMAGES, is_small_mnist, publish, put, small_mnist
-from tests.test_clone import ONE_EPOCH, environment, run, succeed
+from tests.test_clone import ONE_EPOCH, commit, environment, succeed
 
 COMMITTED = {"models/model.safetensors": "a" * 32, "reports/figures": "b" * 32 + ".dir"}
 REBUILT = COMMITTED | {"models/model.safetensors": "c" * 32}
@@ -30,11 +33,6 @@ REBUILT = COMMITTED | {"models/model.safetensors": "c" * 32}
 def write_lock(folder: Path, outputs: dict[str, str]) -> None:
     outs = "".join(f"    - path: {path}\n      md5: {md5}\n" for path, md5 in outputs.items())
     (folder / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  train:\n    outs:\n{outs}")
-
-
-def commit(folder: Path) -> None:
-    succeed("git", "add", "-A", folder=folder)
-    succeed("git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "all", folder=folder)
 
 
 @pytest.fixture
@@ -252,36 +250,3 @@ def commands_in(folder: Path) -> list[str]:
         if Path(where).is_relative_to(folder) or str(folder) in command:
             found.append(command)
     return found
-
-
-@pytest.mark.slow
-def test_verify_builds_twice_from_nothing_and_compares(clone: Path) -> None:
-    succeed("dvc", "repro", folder=clone)
-    commit(clone)
-    lock = clone / "dvc.lock"
-    lock.write_text(re.sub("md5: [0-9a-f]{32}", f"md5: {'a' * 32}", lock.read_text()))  # not committed
-    printed = succeed(sys.executable, "-m", "pipeline.verify", folder=clone)
-    assert printed.endswith("\nBoth builds gave the same bytes.\n")
-    rows = [line.split() for line in printed.splitlines() if "same" in line]
-    assert {row[0] for row in rows if row[2:] == ["same", "same"]} == {
-        "data/prepared/dataset.json",
-        "data/prepared/test.safetensors",
-        "data/prepared/train.safetensors",
-        "data/prepared/validation.safetensors",
-        "models/model.safetensors",
-        "reports/history.csv",
-        "reports/metrics.json",
-        "reports/predictions.csv",
-        "reports/figures",
-        "reports/plots",
-    }
-
-    recipe = clone / "pipeline/recipe.py"
-    recipe.write_text(
-        recipe.read_text().replace("manual_seed(params.seed)", "manual_seed(__import__('time').time_ns())")
-    )
-    done = run(sys.executable, "-m", "pipeline.verify", folder=clone)
-    assert done.returncode == 1
-    assert done.stderr == "error: two runs of this code on this machine do not give the same bytes\n"
-    (model,) = [line for line in done.stdout.splitlines() if line.startswith("models/model.safetensors")]
-    assert "DIFFERENT" in model

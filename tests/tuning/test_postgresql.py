@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -104,9 +105,11 @@ def machines(workspace: Path, tmp_path: Path) -> list[Path]:
     return [workspace, *(shutil.copytree(workspace, tmp_path / name, symlinks=True) for name in ("b", "c", "d"))]
 
 
-def start(machine: Path, database: str) -> "subprocess.Popen[str]":
+def start(machine: Path, database: str, python: str | None = None) -> "subprocess.Popen[str]":
+    """The study; its worker is a process of ``python``, by default one that is forked."""
+    forked_python, *rest = command("--workers", "1")
     return forked.Popen(
-        command("--workers", "1"),
+        [python or forked_python, *rest],
         cwd=machine,
         env=environment_tags(OPTUNA_STORAGE=database, DVC_ROOT=str(machine)),
         stdout=subprocess.PIPE,
@@ -237,7 +240,7 @@ def test_fault_15_a_machine_that_stands_still_for_too_long_gives_no_result_twice
 ) -> None:
     for machine in machines:
         write_params(machine, SMALL | {"tune.trials": 4, "tune.epochs": 6})
-    with start(machines[0], database) as stands_still:
+    with start(machines[0], database, sys.executable) as stands_still:  # a forked worker would not be stopped
         given_up = wait_until_running(database)
         coordinator = psutil.Process(stands_still.pid)
         everyone = [coordinator, *coordinator.children(recursive=True)]
