@@ -83,7 +83,7 @@ def write(folder: Path, count: int = 600) -> splits.Dataset:
         requested="letters",
         source="a test",
         class_names=("a", "b", "c"),
-        preprocessing=Preprocessing("fit", (4, 4, 1), (9, 8, 7), (10.0, 4000.0)),
+        preprocessing=Preprocessing("fit", (2, 2, 1), (9, 8, 7), (10.0, 4000.0)),
     )
 
 
@@ -103,7 +103,12 @@ def test_dataset_json_records_what_was_used(tmp_path: Path) -> None:
     assert content["name"] == "numbers"
     assert content["requested"] == "letters"
     assert content["class_names"] == ["a", "b", "c"]
-    assert content["image_shape"] == [2, 2, 1]
+    assert content["preprocessing"] == {
+        "resize": "fit",
+        "image_shape": [2, 2, 1],
+        "background": [9, 8, 7],
+        "value_range": [10.0, 4000.0],
+    }
     pixels = splits.read_split(written, "train", tmp_path).images.double() / 255
     assert content["mean"] == [pytest.approx(pixels.mean().item(), abs=1e-6)]
     assert content["std"] == [pytest.approx(pixels.std().item(), abs=1e-6)]
