@@ -39,12 +39,17 @@ FEW, IMBALANCE = 10, 20  # pictures in a class, and times the smallest class: wo
 Value = TypeVar("Value")
 
 
-class Row(NamedTuple):
-    """A picture in reports/images.csv. ``split`` is empty for one that is not used, and ``reason`` says why."""
+@dataclass(frozen=True)
+class Row:
+    """A picture in reports/images.csv. ``index`` is its place in its split, as in reports/predictions.csv.
+
+    ``split`` is empty for a picture that is not used, and ``reason`` says why.
+    """
 
     path: str
     label: str
     split: str
+    index: int | str
     group: str
     width: int | str
     height: int | str
@@ -105,13 +110,17 @@ def prepare(params: Data) -> OwnPictures:
         test_fraction=params.test_fraction,
         seed=params.split_seed,
     )
+    order = {split: _in_order(read, labels, assignment, split) for split in SPLITS}
     return OwnPictures(
         name=_name(path),
         form=listing.form,
         class_names=class_names,
         preprocessing=preprocessing,
-        splits=_split(read, images, labels, assignment),
-        rows=_rows(read, problems, listing.entries, assignment),
+        splits={
+            split: LabelledImages(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
+            for split, rows in order.items()
+        },
+        rows=_rows(read, problems, listing.entries, assignment, order),
         warnings=(
             *listing.warnings,
             *_skipped(listing.skipped),
@@ -277,25 +286,24 @@ def _name(path: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "pictures"
 
 
-def _split(
-    read: Sequence[_Read], images: NDArray[np.uint8], labels: NDArray[np.int64], assignment: Assignment
-) -> dict[str, LabelledImages]:
-    """The images of each split, in the order of their digests."""
-    order = sorted(range(len(read)), key=lambda row: (read[row].key, labels[row]))
-    found = {}
-    for split in SPLITS:
-        rows = np.array([row for row in order if assignment.splits[row] == split], np.int64)
-        found[split] = LabelledImages(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
-    return found
+def _in_order(read: Sequence[_Read], labels: NDArray[np.int64], assignment: Assignment, split: str) -> list[int]:
+    """The pictures of a split in the order of their digests, which their names and places do not change."""
+    rows = [row for row, found in enumerate(assignment.splits) if found == split]
+    return sorted(rows, key=lambda row: (read[row].key, labels[row]))
 
 
 def _rows(
-    read: Sequence[_Read], problems: dict[str, str], entries: Sequence[Entry], assignment: Assignment
+    read: Sequence[_Read],
+    problems: Mapping[str, str],
+    entries: Sequence[Entry],
+    assignment: Assignment,
+    order: Mapping[str, Sequence[int]],
 ) -> tuple[Row, ...]:
     moved = set(assignment.moved)
+    index_of = {row: index for rows in order.values() for index, row in enumerate(rows)}
     used = [
         Row(
-            *(each.entry.path, each.entry.label, assignment.splits[row], each.entry.group or ""),
+            *(each.entry.path, each.entry.label, assignment.splits[row], index_of[row], each.entry.group or ""),
             *(*each.facts.size, each.facts.format, each.facts.mode),
             f"published in {each.entry.split}, with copies or pictures of its subject elsewhere"
             if row in moved
@@ -304,11 +312,11 @@ def _rows(
         for row, each in enumerate(read)
     ]
     unused = [
-        Row(entry.path, entry.label, "", entry.group or "", "", "", "", "", problems[entry.path])
+        Row(entry.path, entry.label, "", "", entry.group or "", "", "", "", "", problems[entry.path])
         for entry in entries
         if entry.path in problems
     ]
-    return tuple(sorted([*used, *unused]))
+    return tuple(sorted([*used, *unused], key=lambda row: row.path))
 
 
 def _skipped(skipped: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -85,6 +85,9 @@ def test_every_picture_is_in_one_split_with_its_pixels_and_its_label(folder: Pat
     for split in SPLITS:
         assert set(own.splits[split].labels.tolist()) == {0, 1, 2}
         assert len(own.splits[split]) == sum(row.split == split for row in own.rows)
+    for row in own.rows:
+        image = own.splits[row.split].images[int(row.index), ..., 0].numpy()
+        assert np.array_equal(image, pixels(int(Path(row.path).stem))[..., 0])
 
 
 def test_the_same_pictures_as_folders_table_names_and_zip_give_the_same_images(folder: Path, tmp_path: Path) -> None:
