@@ -79,13 +79,13 @@ serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this ma
 # The measurements write bench/*.json, and the page that shows them.
 WRITE_PAGE := python -m bench.benchmarks_page
 
-seeds: $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and standard deviation of the test accuracy
+seeds: repository $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and standard deviation of the test accuracy
 	$(ACTIVATE) && $(REPRO) prepare && python -m bench.seeds $(ARGS) && $(WRITE_PAGE)
 
-pooling: $(INSTALLED)  ## compare pooling and no pooling on shifted images; half an hour
+pooling: repository $(INSTALLED)  ## compare pooling and no pooling on shifted images; half an hour
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.pooling $(ARGS) && $(WRITE_PAGE)
 
-overhead: $(INSTALLED)  ## measure the overhead of live images and checkpoints; five minutes
+overhead: repository $(INSTALLED)  ## measure the overhead of live images and checkpoints; five minutes
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.overhead $(ARGS) && $(WRITE_PAGE)
 
 # Keras has its own environment; Lightning is installed into a folder and uses this project's PyTorch.
@@ -102,10 +102,10 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 # ARGS go to bench.speed; --quick times only the epochs.
 bench: bench-training $(if $(ARGS),,bench-tuning)  ## compare the speed of training and tuning with other tools; an hour with nothing else running
 
-bench-training: $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## compare training with Keras, a DataLoader loop and Lightning
+bench-training: repository $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## compare training with Keras, a DataLoader loop and Lightning
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.speed $(ARGS) && $(WRITE_PAGE)
 
-bench-tuning: $(INSTALLED)  ## compare tuning with a plain Optuna study
+bench-tuning: repository $(INSTALLED)  ## compare tuning with a plain Optuna study
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.tuning $(ARGS) && $(WRITE_PAGE)
 
 lock: $(INSTALLED)  ## update requirements.lock from pyproject.toml, keeping versions that still fit

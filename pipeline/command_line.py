@@ -95,7 +95,7 @@ ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
 
 
 def _natural(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
@@ -107,6 +107,6 @@ def _name(text: str) -> str:
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise ArgumentTypeError(f"{text} is not a port; allowed: 1 to 65535")
     return int(text)

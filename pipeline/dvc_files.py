@@ -56,7 +56,11 @@ def definition(stage: str) -> dict[str, Any]:
     content: Any = parse_yaml((ROOT / PIPELINE).read_bytes(), PIPELINE)
     try:
         found = dict(content["stages"][stage])
-        return found | {"deps": [str(dep).replace(OWN_PICTURES, read_params().data.path) for dep in found["deps"]]}
+        pictures = read_params().data.path
+        return found | {
+            "deps": [str(dep).replace(OWN_PICTURES, pictures) for dep in found["deps"]],
+            "pictures": pictures,
+        }
     except (TypeError, KeyError, ValueError) as error:
         raise Fault(f"{PIPELINE} has no stage {stage} with its deps: `git restore {PIPELINE}`") from error
 

@@ -113,7 +113,7 @@ def _remove_leftovers(folder: Path) -> None:
     for left in folder.glob(f".*{UNFINISHED}"):
         number = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
         with suppress(OSError):  # another process removes it too, or it is another user's
-            if number.isdigit() and processes.is_left_over(left, int(number)):
+            if number.isdecimal() and processes.is_left_over(left, int(number)):
                 left.unlink()
 
 

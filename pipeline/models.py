@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from pipeline import command_line, files, machine, recipe
 from pipeline.data.splits import read_dataset
-from pipeline.errors import run_command
+from pipeline.errors import printable, run_command
 from pipeline.params import read_params
 from pipeline.tracking import lineage, promotion, registry, store
 from pipeline.tracking.gate import CHAMPION
@@ -44,13 +44,15 @@ def main() -> None:
         accuracy = registry.read_tag(version, "test.accuracy", float)
         trained_with = registry.read_tag(version, lineage.RECIPE, lineage.json_object)
         print(f"{version.name} version {version.version}\n")
-        print("\n".join(f"{name:<28}{fact}" for name, fact in _facts(version.tags, accuracy, trained_with).items()))
+        facts = _facts(version.tags, accuracy, trained_with)
+        print("\n".join(f"{name:<28}{fact}" for name, fact in facts.items()))
         print()
         print("\n".join(_verdict(version.tags)))
 
 
 def _facts(tags: Mapping[str, str], accuracy: float, trained_with: Mapping[str, object]) -> dict[str, str]:
     """The tags of a version as text; "unknown" for missing ones that are not NEEDED."""
+    tags = {key: printable(tag) for key, tag in tags.items()}
     known = {key: tags.get(key, "unknown") for key in (*machine.FACTS, "git.commit", "gate.decision", "gate.reason")}
     dirty = " with uncommitted changes" if tags.get("git.dirty") == "true" else ""
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
@@ -61,7 +63,7 @@ def _facts(tags: Mapping[str, str], accuracy: float, trained_with: Mapping[str, 
         "commit": f"{known['git.commit']}{dirty}{experiment}",
         "data": f"{tags['data.name']}, SHA-256 {tags['data.sha256']}",
         "parameters": f"SHA-256 {tags['params.sha256']}",
-        **{f"  {name}": str(value) for name, value in trained_with.items()},
+        **{f"  {printable(name)}": printable(str(value)) for name, value in trained_with.items()},
         "machine": ", ".join(f"{key} {known[key]}" for key in machine.FACTS),
     }
 

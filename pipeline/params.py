@@ -280,7 +280,7 @@ def _put(content: dict[str, Any], path: str, value: object) -> None:
     """Set the value at a dotted path, adding missing sections to ``content``. Raises ValueError."""
     inside: Any = content
     default: Any = Params().model_dump(mode="json")
-    *above, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    *above, last = (int(key) if key.isdecimal() else key for key in path.split("."))
     try:
         for key in above:
             default = default[key]

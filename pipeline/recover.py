@@ -26,12 +26,13 @@ from pipeline import files
 from pipeline.dvc_files import KEPT_LOCK, LOCK, is_whole
 from pipeline.errors import UserError, run_command
 
-DVC = Path(".dvc")
+DVC, OWN_PICTURES = Path(".dvc"), Path("data/own")
 GUARD, RWLOCK = DVC / "tmp/lock", DVC / "tmp/rwlock"
 
 
 def main() -> None:
     """Repair what is damaged, and print a line for each file."""
+    OWN_PICTURES.mkdir(parents=True, exist_ok=True)  # somebody may have removed all of data/, to begin anew
     if not DVC.is_dir():
         return  # a downloaded archive, in which DVC has not run yet
     GUARD.parent.mkdir(exist_ok=True)

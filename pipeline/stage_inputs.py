@@ -48,13 +48,16 @@ class StageInputs:
 
     def _files_now(self) -> dict[str, Path]:
         """The files of code and data that the stage depends on and that exist, by their names in messages."""
-        data = {dep: Path(dep) for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)}
+        others = [dep for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)]
+        data = {dep: Path(dep) for dep in others if dep != self._definition["pictures"]}
         return {name: path for name, path in (dvc_files.code_files(self._definition) | data).items() if path.is_file()}
 
     def _pictures_now(self) -> dict[str, Path]:
-        """The files in the folder of a person's pictures. They are too large to be hashed once more."""
-        folders = [dep for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)]
-        return {str(path): path for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+        """A person's pictures, in a folder or a .zip. They are too large to be hashed once more."""
+        if self._definition["pictures"] not in self._definition["deps"]:
+            return {}
+        pictures = Path(self._definition["pictures"])
+        return {str(path): path for path in [pictures, *pictures.rglob("*")] if path.is_file()}
 
 
 def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:

@@ -284,6 +284,7 @@ def test_fault_8_dvc_started_from_a_subfolder_works_in_the_root_or_says_that_it_
     shutil.copytree(REPOSITORY / "pipeline", workspace / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", workspace)
     shutil.rmtree(workspace / "data")
+    (workspace / "data/own").mkdir(parents=True)
     below, outside = workspace / "below", workspace.parent / "outside"
     for folder in (below, outside):
         folder.mkdir()

@@ -92,10 +92,14 @@ class Preprocessing:
     def from_facts(cls, facts: Mapping[str, object]) -> Self:
         """The one whose fields, as JSON has them, are ``facts``. Raises ValueError where it cannot be."""
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(facts), strict=True, extra="forbid")
+            found = TypeAdapter(cls).validate_json(json.dumps(facts), strict=True, extra="forbid")
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise ValueError(printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+        lowest, highest = found.value_range or (0, 0)
+        if not all(0 <= level <= 255 for level in found.background) or not -math.inf < lowest <= highest < math.inf:
+            raise ValueError("colours are from 0 to 255, and ranges finite, the lower value first")
+        return found
 
     @property
     def mode(self) -> Literal["L", "RGB"]:

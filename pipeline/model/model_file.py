@@ -75,8 +75,11 @@ def from_bytes(
         layers: dict[str, Any] = {key: _as_tuples(value) for key, value in facts["architecture"].items()}
         check_model({key: value for key, value in layers.items() if key not in OF_THE_DATA})
         architecture = Architecture(**layers)
-        if any(not isinstance(value, str) or printable(value) != value for value in dict(facts["data"]).values()):
-            raise ValueError("what it says of its data is not printable text")
+        if any(not isinstance(value, str) for value in dict(facts["data"]).values()):
+            raise ValueError("what it says of its data is not text")
+        described = json.dumps([facts["data"], facts["recipe"], facts.get("preprocessing")], ensure_ascii=False)
+        if "\\" in described or not described.isprintable():
+            raise ValueError("what it says of its data and recipe is not printable text")
         _check_tensors(header, architecture, has_novelty="novelty" in facts)
         tensors = safetensors.torch.load(content)
         if facts.pop(DIGEST) != _digest(facts, tensors):

@@ -20,6 +20,7 @@ CENTRES = 5  # of each class
 IMAGES = 10_000  # training images that the centres are computed from
 ITERATIONS = 10  # of k-means
 FALSE_ALARMS = 0.005  # the share of validation images above the threshold
+MIN_VALIDATION = 200  # images; of fewer, not one would be above it
 SMALLEST = 1e-6  # deviation that is divided by
 
 
@@ -78,11 +79,16 @@ def _grid(architecture: Architecture) -> tuple[int, int]:
     return min(GRID, height), min(GRID, width)
 
 
-def fit(cnn: CNN, images: Tensor, labels: Tensor, validation_images: Tensor, generator: torch.Generator) -> Novelty:
+def fit(
+    cnn: CNN, images: Tensor, labels: Tensor, validation_images: Tensor, generator: torch.Generator
+) -> Novelty | None:
     """The centres of some training images (N, H, W, C) with labels (N,), and the statistics of the validation images.
 
-    ``generator`` is one of the CPU, and chooses the images. The same on any number of threads.
+    None with fewer validation images than it takes to know such a threshold. ``generator`` is one of the CPU, and
+    chooses the images. The same on any number of threads.
     """
+    if len(validation_images) < MIN_VALIDATION:
+        return None
     chosen = torch.randperm(len(images), generator=generator)[:IMAGES]
     features = outputs(cnn, images[chosen.to(images.device)]).features
     labels = labels.cpu()[chosen]

@@ -44,7 +44,9 @@ def differences(
     ``recipe`` is that of params.yaml, ``data_sha256`` that of the prepared data, None where there are none. Raises
     ValueError where RECIPE is not a JSON object.
     """
-    for difference in params.differences(json_object(tags[RECIPE]), recipe):
+    trained_with = json_object(tags[RECIPE])
+    comparable = {path: value for path, value in trained_with.items() if not path.startswith("data.")}  # once in it
+    for difference in params.differences(comparable, recipe):
         yield "params", difference
     if data_sha256 is None:
         yield "data", "none are prepared here yet: dvc repro prepare"

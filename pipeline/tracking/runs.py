@@ -27,7 +27,7 @@ from pipeline.errors import Fault, printable, without_password
 from pipeline.model.cnn import CNN, parameter_count
 from pipeline.model.model_file import TrainedModel
 from pipeline.model.training import Epoch
-from pipeline.params import MACHINE_PARAMETERS, Params, digest, flat
+from pipeline.params import Params, digest, flat
 from pipeline.tracking import delivery, lineage
 from pipeline.tracking.addresses import configured, sqlite_path
 from pipeline.tracking.delivery import FAILURE, PendingUpdates
@@ -113,7 +113,7 @@ def training_run(
     tags = {PARAMS_SHA256: params.sha256, lineage.CODE: lineage.code(), FINGERPRINT: fingerprint}
     with store_faults():
         run_id = _begin(dataset, tags | machine.environment_tags(device))
-        facts = params.recipe | {f"train.{name}": getattr(params.train, name) for name in MACHINE_PARAMETERS}
+        facts = flat(params.model_dump(mode="json", include={"seed", "data", "model", "train"}))
         mlflow.log_params(facts, run_id=run_id)
         if continues:
             _link(continues, run_id)

@@ -680,3 +680,30 @@ def test_the_odd_pictures_of_pillows_own_tests_are_read_or_refused(tmp_path: Pat
     assert peak < MAX_MEMORY
     assert [line.startswith(path.name) for path, line in zip(paths, lines, strict=True)] == [True] * len(paths)
     assert sum(line.endswith("]") for line in lines) > 650
+
+
+FACTS = {"resize": "fit", "image_shape": [20, 30, 3], "background": [255, 0, 9], "value_range": [0.5, 4000.0]}
+
+
+def test_a_preprocessing_is_what_its_facts_say() -> None:
+    assert Preprocessing.from_facts(FACTS) == Preprocessing("fit", (20, 30, 3), (255, 0, 9), (0.5, 4000.0))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"resize": "melt"},
+        {"image_shape": [20, 30]},
+        {"image_shape": [20.0, 30.0, 3.0]},
+        {"background": [999, -5, 0]},
+        {"background": [10**30, 0, 0]},
+        {"value_range": [5.0, 1.0]},
+        {"value_range": [0.0, float("inf")]},
+        {"value_range": [float("nan"), 1.0]},
+        {"\x1b[31mx": 1},
+    ],
+)
+def test_facts_that_cannot_be_are_refused_in_one_printable_line(changed: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"^\S.*\S$") as refused:
+        Preprocessing.from_facts(FACTS | changed)
+    assert str(refused.value).isprintable()

@@ -82,18 +82,21 @@ STATISTICS = {"distance": [0.25, 0.5], "logit": [8.0, 2.0], "threshold": 3.5}
 
 
 def made(
-    weights: Mapping[str, Tensor] = WEIGHTS, data: object = None, novelty: object = None, **architecture: Any
+    weights: Mapping[str, Tensor] = WEIGHTS,
+    data: object = None,
+    recipe: object = None,
+    more: Mapping[str, object] | None = None,
+    **architecture: Any,
 ) -> bytes:
     """A model file with other facts and weights than its network's, whose own SHA-256 is right."""
-    facts: dict[str, Any] = {"architecture": asdict(ARCHITECTURE) | architecture, "data": data or {}, "recipe": {}}
-    if novelty:
-        facts["novelty"] = novelty
+    facts: dict[str, Any] = {"architecture": asdict(ARCHITECTURE) | architecture, "data": data or {}}
+    facts |= {"recipe": recipe or {}} | dict(more or {})
     facts[model_file.DIGEST] = model_file._digest(facts, weights)
     return safetensors.torch.save(dict(weights), {model_file.METADATA: json.dumps(facts)})
 
 
 def with_novelty(centres: Tensor = NOVELTY.centres, **changed: Any) -> bytes:
-    return made(WEIGHTS | {model_file.CENTRES: centres.contiguous()}, novelty=STATISTICS | changed)
+    return made(WEIGHTS | {model_file.CENTRES: centres.contiguous()}, more={"novelty": STATISTICS | changed})
 
 
 GOOD = with_novelty()
@@ -138,6 +141,8 @@ def hostile() -> dict[str, bytes]:
         "class names for other images": made(class_names=["cat", "dog", "cow"]),
         "data that is not text": made(data={"data.name": ["pets"]}),
         "an escape sequence for the data's name": made(data={"data.name": "\x1b]0;"}),
+        "an escape sequence in the recipe": made(recipe={"seed": "\x1b[31mred\nsecond line"}),
+        "an escape sequence in how pictures become images": made(more={"preprocessing": {"\x1b[31mx": 1}}),
         "NaN": made(WEIGHTS | {"dense.bias": torch.tensor([0.0, float("nan")])}),
         "infinity": made(WEIGHTS | {"dense.bias": torch.tensor([0.0, -float("inf")])}),
         "half precision": made(
@@ -152,7 +157,7 @@ def hostile() -> dict[str, bytes]:
         "a header longer than the file": (2**63).to_bytes(8, "little") + b"{}",
         "no metadata": safetensors.torch.save(WEIGHTS),
         "centres without statistics": made(WEIGHTS | {model_file.CENTRES: NOVELTY.centres}),
-        "statistics without centres": made(novelty=STATISTICS),
+        "statistics without centres": made(more={"novelty": STATISTICS}),
         "no centres": with_novelty(NOVELTY.centres[:0]),
         "more centres than the classes can have": with_novelty(NOVELTY.centres.repeat(9, 1)),
         "centres of other features": with_novelty(NOVELTY.centres[:, :-1]),

@@ -86,7 +86,13 @@ def test_images_of_any_shape_a_class_of_one_image_and_an_untrained_network(shape
     cnn = CNN(Architecture(shape, ("cat", "dog", "cow"), (4,), kernel_size=1, pool_size=1), generator)
     images = torch.randint(256, (12, *shape), generator=generator, dtype=torch.uint8)
     labels = torch.tensor([0] * 6 + [1] + [2] * 5)
-    fitted = novelty.fit(cnn, images, labels, images[:1], generator)
+    fitted = novelty.fit(cnn, images, labels, images.repeat(20, 1, 1, 1), generator)
+    assert fitted is not None
     assert fitted.centres.shape == (11, novelty.feature_count(cnn.architecture))
     assert fitted.score(novelty.outputs(cnn, images)).isfinite().all()
     model_file.from_bytes(model_file.to_bytes(TrainedModel(cnn, novelty=fitted)))
+
+
+def test_few_validation_images_cannot_set_a_limit(learned: CNN, digits: dict[str, LabelledImages]) -> None:
+    train, validation = digits["train"], digits["validation"].images[: novelty.MIN_VALIDATION - 1]
+    assert novelty.fit(learned, train.images, train.labels, validation, torch.Generator()) is None

@@ -74,6 +74,16 @@ def test_a_thousand_requests_of_mixed_sizes_get_the_labels_of_the_predictions(
         assert all(pool.map(one, range(1000)))
 
 
+def test_the_answer_says_which_images_do_not_look_like_the_training_images(
+    server: tuple[str, psutil.Process], finished: Path
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1, 28, 28, 1), dtype=np.uint8)
+    digits = read_split(read_dataset(), TEST).images[:2].numpy()
+    answer = ask(server[0], np.concatenate([digits[:1], noise, digits[1:]])).json()
+    assert answer["unlike_training"] == [False, True, False]
+    assert len(answer["predictions"]) == 3
+
+
 BLACK = np.zeros((2, 28, 28, 1), dtype=int)
 REFUSED: dict[str, tuple[int, str, Any]] = {
     "a shape that is not the network's": (400, "images of shape (2, 20, 28, 1)", BLACK[:, :20]),
