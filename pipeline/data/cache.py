@@ -48,8 +48,10 @@ class Cache:
                 some = wanted[start : start + MAX_KEYS]
                 marks = ", ".join("?" * len(some))
                 found |= self._database.execute(f"SELECT key, content FROM results WHERE key IN ({marks})", some)
-        except sqlite3.Error as error:
+        except sqlite3.OperationalError as error:
             raise self._fault(error) from error
+        except sqlite3.DatabaseError:  # damaged
+            self._begin_anew()
         return found
 
     def put(self, results: Mapping[str, bytes]) -> None:
@@ -57,8 +59,15 @@ class Cache:
         try:
             with self._database:
                 self._database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?)", results.items())
-        except sqlite3.Error as error:
+        except sqlite3.OperationalError as error:
             raise self._fault(error) from error
+        except sqlite3.DatabaseError:  # damaged
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._database.close()
+        self._path.unlink()
+        self._database = _opened(self._path)
 
     def _fault(self, error: Exception) -> Fault:
         return Fault(f"{self._path} cannot be used ({error}): make room on that disk, or delete it, then run again")

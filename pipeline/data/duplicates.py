@@ -60,8 +60,9 @@ def difference_hashes(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _thumbnails(images: NDArray[np.uint8]) -> FloatArray:
-    """(N, SIDE * SIDE): small grey images, all of the same brightness and contrast."""
-    flat = _areas(images, SIDE, SIDE).reshape(len(images), -1)
+    """(N, SIDE * SIDE * C): small images, all of the same brightness and contrast. Things may differ in colour only."""
+    channels = [_areas(images[..., [channel]], SIDE, SIDE) for channel in range(images.shape[3])]
+    flat = np.stack(channels, axis=3).reshape(len(images), -1)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.abs(flat).mean(axis=1, keepdims=True), 1)
     return flat

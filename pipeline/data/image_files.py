@@ -6,6 +6,7 @@ ignored: the pixels are taken as sRGB.
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -18,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Self, TypeVar
 
@@ -38,6 +41,7 @@ from PIL import (
 )
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.data.file_trees import is_system
 from pipeline.errors import UserError, printable
 
 FORMATS = tuple(
@@ -48,6 +52,7 @@ FORMATS = tuple(
         TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile,
     )
 )  # fmt: skip
+MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
 HEIF = "HEIF"  # read by pillow_heif, if that is installed
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 ALLOWED = ", ".join(sorted((*FORMATS, "HEIC")))
@@ -135,9 +140,19 @@ class Facts(NamedTuple):
     highest: float | None = None
 
 
+def version() -> str:
+    """What the pixels of an image depend on besides its file: this code and the libraries that it uses."""
+    libraries = [f"{name} {metadata.version(name)}" for name in ("pillow", "pillow-heif") if find_spec(MODULES[name])]
+    return " ".join([hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), *libraries])
+
+
 def pictures(folder: Path) -> list[Path]:
-    """The picture files in a folder and in the folders inside it, by their suffixes, in alphabetical order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """The picture files in a folder and in the folders inside it, by their suffixes, in alphabetical order.
+
+    Without those that a system or a program has put there.
+    """
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in found if not any(map(is_system, path.relative_to(folder).parts)))
 
 
 def read(file: Path | IO[bytes], name: str, preprocessing: Preprocessing) -> Picture:

@@ -3,11 +3,13 @@
 The folder is only read. What comes out depends on the pictures' contents and labels, not on their names or order.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
 import threading
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +28,14 @@ from pipeline.data import duplicates, image_files, splitting
 from pipeline.data.cache import Cache
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Facts, Preprocessing
+from pipeline.data.sources import DATASETS
 from pipeline.data.splits import SPLITS, LabelledImages
 from pipeline.data.splitting import Assignment
 from pipeline.errors import UserError, printable
 from pipeline.params import Data
 
 CACHE = Path("data/decoded/pictures.db")  # in the repository
+FIRST = 50  # pictures that are searched for colour together
 BATCH = 500  # pictures whose results are written into the cache together
 LARGE = 25_000_000  # pixels; larger pictures are decoded one at a time, since each takes much memory
 AUTO_SIDE = 64  # pixels; the CNN is slow on larger images
@@ -81,7 +85,7 @@ class _Read(NamedTuple):
 
 def prepare(params: Data) -> OwnPictures:
     """The pictures that ``data`` in params.yaml names. Raises UserError where it asks for what cannot be had."""
-    path = files.root() / params.path
+    path = Path(params.path)
     with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache:
         listing = pictures.listing(params.labels, params.label_pattern, params.group)
         reader = _Reader(pictures, cache)
@@ -141,11 +145,8 @@ class _Reader:
         """The SHA-256 of each file, and its facts, or why it cannot be read."""
 
         def digest(entry: Entry) -> str | UserError:
-            try:
-                with self._pictures.open(entry.path) as file:
-                    return files.sha256(file.read())
-            except (OSError, UserError) as error:
-                return UserError(error)
+            found = self._read(entry, lambda file, name: _digest(file))
+            return found if isinstance(found, UserError) else found.decode()
 
         def inspect(entry: Entry) -> bytes | UserError:
             return self._read(entry, lambda file, name: _to_json(image_files.inspect(file, name)))
@@ -154,7 +155,7 @@ class _Reader:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for some in _shown(entries, "looking at"):
                 keys = list(pool.map(digest, some))
-                results = self._results(pool, some, [f"{key} facts" for key in keys], inspect)
+                results = self._results(pool, some, keys, "facts", inspect)
                 for key, result in zip(keys, results, strict=True):
                     digests.append(str(key))
                     found.append(str(key) if isinstance(key, UserError) else _facts_or_reason(result))
@@ -164,7 +165,7 @@ class _Reader:
         self, readable: Sequence[tuple[Entry, Facts, str]], preprocessing: Preprocessing, problems: dict[str, str]
     ) -> tuple[list[_Read], NDArray[np.uint8]]:
         """The images (N, H, W, C) of the pictures that can be read; for the others a line in ``problems``."""
-        suffix = hashlib.sha256(json.dumps(asdict(preprocessing)).encode()).hexdigest()[:16]
+        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
         images = np.empty((len(readable), *preprocessing.image_shape), np.uint8)
         read = list[_Read]()
 
@@ -178,22 +179,38 @@ class _Reader:
         def image_of(file: IO[bytes], name: str) -> bytes:
             return image_files.read(file, name, preprocessing).image.tobytes()
 
+        def pixels(each: tuple[Entry, Facts, str]) -> bytes | UserError:
+            entry, facts, _ = each
+            own = Preprocessing("stretch", (facts.size[1], facts.size[0], 3))
+            return self._read(entry, lambda file, name: _sha256(image_files.read(file, name, own).image.tobytes()))
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for some in _shown(readable, "decoding"):
-                results = self._results(pool, some, [f"{digest} {suffix}" for _, _, digest in some], decode)
+                results = self._results(pool, some, [digest for *_, digest in some], how, decode)
+                small = [each for each in some if _is_small(each[1])]
+                digests = [digest for *_, digest in small]
+                own_pixels = zip(digests, self._results(pool, small, digests, "pixels", pixels), strict=True)
+                keys = {digest: key.decode() for digest, key in own_pixels if isinstance(key, bytes)}
                 for (entry, facts, digest), result in zip(some, results, strict=True):
                     if isinstance(result, UserError):
                         problems[entry.path] = str(result)
                         continue
                     images[len(read)] = np.frombuffer(result, np.uint8).reshape(preprocessing.image_shape)
-                    # The same image from another kind of file gets into the same split, if it was not resized.
-                    is_resized = facts.size != preprocessing.image_shape[1::-1]
-                    read.append(_Read(entry, facts, digest if is_resized else files.sha256(result)))
+                    read.append(_Read(entry, facts, keys.get(digest, digest)))
         return read, images[: len(read)]
 
-    def has_colour(self, entry: Entry) -> bool:
-        """Whether a pixel is not grey; also False where it cannot be read, which is noticed later."""
-        return self._read(entry, lambda file, name: b"yes" if image_files.has_colour(file, name) else b"no") == b"yes"
+    def has_colour(self, pictures: Sequence[tuple[Entry, Facts, str]]) -> bool:
+        """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
+
+        def colour(each: tuple[Entry, Facts, str]) -> bytes | UserError:
+            return self._read(each[0], lambda file, name: b"yes" if image_files.has_colour(file, name) else b"no")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(pictures), FIRST):
+                some = pictures[start : start + FIRST]
+                if b"yes" in self._results(pool, some, [digest for *_, digest in some], "colour", colour):
+                    return True
+        return False
 
     def _read(self, entry: Entry, use: Callable[[IO[bytes], str], bytes]) -> bytes | UserError:
         try:
@@ -208,10 +225,12 @@ class _Reader:
         self,
         pool: ThreadPoolExecutor,
         items: Sequence[Value],
-        keys: Sequence[str],
+        digests: Sequence[object],
+        what: str,
         compute: Callable[[Value], bytes | UserError],
     ) -> list[bytes | UserError]:
-        """What is known of each key, or else computed now and kept."""
+        """What is known of the files with these digests, or else computed now and kept."""
+        keys = [f"{digest} {what} {_version()}" for digest in digests]
         known = self._cache.get(keys)
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         computed = dict(zip(new, pool.map(compute, new.values()), strict=True))
@@ -228,6 +247,32 @@ def _shown(items: Sequence[Value], what: str) -> Iterator[Sequence[Value]]:
             some = items[start : start + BATCH]
             yield some
             bar.update(len(some))
+
+
+def _sha256(content: bytes) -> bytes:
+    return files.sha256(content).encode()
+
+
+def _digest(file: IO[bytes]) -> bytes:
+    """The SHA-256 of a file's content, which is not read as a whole."""
+    digest = hashlib.sha256()
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return digest.hexdigest().encode()
+
+
+@functools.cache
+def _version() -> str:
+    """Of what turns a file into an image: other code, or another library, may give other pixels."""
+    return files.sha256(image_files.version().encode())[:16]
+
+
+def _is_small(facts: Facts) -> bool:
+    """Whether a picture is known by its pixels, the same in any kind of file, and not by its file.
+
+    Not by what becomes of them: then another data.image_size would be another split.
+    """
+    return facts.lowest is None and facts.size[0] * facts.size[1] <= AUTO_SIDE**2
 
 
 def _to_json(facts: Facts) -> bytes:
@@ -256,8 +301,8 @@ def _preprocessing(readable: Sequence[tuple[Entry, Facts, str]], reader: _Reader
     """How these pictures become images, with a value for whatever is "auto" in params.yaml."""
     channels = params.channels
     if channels == "auto":
-        in_colour = (entry for entry, facts, _ in readable if facts.mode not in image_files.GREY_MODES)
-        channels = 3 if any(map(reader.has_colour, in_colour)) else 1
+        in_colour = [each for each in readable if each[1].mode not in image_files.GREY_MODES]
+        channels = 3 if reader.has_colour(in_colour) else 1
     height, width = _image_size([facts.size for _, facts, _ in readable], params)
     deep = [(f.lowest, f.highest) for _, f, _ in readable if f.lowest is not None and f.highest is not None]
     values = (min(lowest for lowest, _ in deep), max(highest for _, highest in deep)) if deep else None
@@ -282,8 +327,10 @@ def _classes(read: Iterable[_Read], listed: Sequence[str]) -> tuple[str, ...]:
 
 
 def _name(path: Path) -> str:
-    """The name of the data set, under which its models are registered: that of the folder."""
-    return re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "pictures"
+    """The name of the data set, under which its models are registered: that of the folder, in plain letters."""
+    plain = unicodedata.normalize("NFKD", path.resolve().stem if path.is_file() else path.resolve().name)
+    name = re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode().lower()).strip("-") or "pictures"
+    return f"own-{name}" if name in DATASETS else name
 
 
 def _in_order(read: Sequence[_Read], labels: NDArray[np.int64], assignment: Assignment, split: str) -> list[int]:
@@ -320,8 +367,10 @@ def _rows(
 
 
 def _skipped(skipped: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for reason, paths in skipped.items():
-        yield f"left out, {reason}: {len(paths):,} files, such as {paths[0]}"
+    for reason, found in skipped.items():
+        paths = [path for path in found if path != "README.md"]  # of data/own
+        if paths:
+            yield f"left out, {reason}: {len(paths):,} files, such as {paths[0]}"
 
 
 def _split_warnings(

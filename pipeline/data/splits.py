@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     for split, images in splits.items():
+        if not len(images):
+            raise UserError(
+                f"{name}: the {split} split has no images: copies, or pictures of one subject, join all of them with "
+                "another split"
+            )
         outside = (images.labels < 0) | (images.labels >= len(class_names))
         if outside.any():
             worst = int(images.labels[outside][0])
@@ -161,15 +167,15 @@ def write_splits(
     facts = {
         split: _write_split(images, folder / f"{split}.safetensors", class_names) for split, images in splits.items()
     }
-    pixels = splits[TRAIN].images.reshape(-1, splits[TRAIN].images.shape[-1]).double() / 255
+    mean, std = _mean_and_deviation(splits[TRAIN].images)
     dataset = Dataset(
         name=name,
         requested=requested,
         source=source,
         class_names=class_names,
         preprocessing=preprocessing,
-        mean=_rounded(pixels.mean(dim=0)),
-        std=_rounded(pixels.std(dim=0)),
+        mean=mean,
+        std=std,
         splits=facts,
     )
     write_dataset(dataset, folder)
@@ -194,9 +200,16 @@ def _write_split(split: LabelledImages, path: Path, class_names: tuple[str, ...]
     return SplitFacts(len(split), dict(zip(class_names, counts, strict=True)), files.sha256(content))
 
 
-def _rounded(values: torch.Tensor) -> tuple[float, ...]:
-    # Six digits, so that the order of summation does not change them.
-    return tuple(round(value, 6) for value in values.tolist())
+def _mean_and_deviation(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the standard deviation of the pixels in [0, 1] of each channel, rounded to six digits."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = [torch.bincount(images[..., channel].flatten(), minlength=256) for channel in range(images.shape[-1])]
+    means = [(count @ levels / count.sum()).item() for count in (each.double() for each in counts)]
+    variances = [
+        (count.double() @ (levels - mean) ** 2 / (count.sum() - 1)).item()
+        for count, mean in zip(counts, means, strict=True)
+    ]
+    return tuple(round(mean, 6) for mean in means), tuple(round(math.sqrt(each), 6) for each in variances)
 
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import image_files, own_pictures
+from pipeline.data import image_files, own_pictures, splits
 from pipeline.data.own_pictures import OwnPictures
 from pipeline.data.splits import SPLITS, TEST, TRAIN
 from pipeline.errors import UserError
@@ -125,12 +125,20 @@ def test_another_name_and_junk_change_nothing_and_nothing_is_written_into_the_fo
 
 
 def test_adding_pictures_moves_none_of_the_old_ones(folder: Path) -> None:
-    fill(folder)
-    before = split_of(prepare(folder))
-    fill(folder, start=COUNT)
-    after = split_of(prepare(folder))
-    assert len(after) == 2 * COUNT
+    """Not even those of other sizes, which make all images larger."""
+    fill(folder, 300)
+    own = prepare(folder)
+    assert own.preprocessing.image_shape == (SIDE, SIDE, 1)
+    before = split_of(own)
+    fill(folder, 50, start=300)
+    for number in range(350, 700):
+        save(folder / label_of(number) / f"{number}.png", pixels(number)[..., 0].repeat(3, 0).repeat(2, 1))
+    own = prepare(folder)
+    assert own.preprocessing.image_shape[0] > SIDE
+    after = split_of(own)
+    assert len(after) == 700
     assert after.items() >= before.items()
+    assert split_of(prepare(folder, image_size=9, channels=3, resize="crop")) == after
 
 
 def test_only_new_contents_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,16 +155,29 @@ def test_only_new_contents_are_decoded(folder: Path, monkeypatch: pytest.MonkeyP
     shutil.copy(folder / "star/2.png", folder / "star/copy.png")
     fill(folder, 1, start=COUNT)
     prepare(folder)
-    assert decoded == [f"circle/{COUNT}.png"]
+    assert set(decoded) == {f"circle/{COUNT}.png"}
+    decoded.clear()
     prepare(folder, resize="stretch", image_size=9)
-    assert len(decoded) == 1 + COUNT + 1  # the copy has the same content
+    assert len(decoded) == COUNT + 1  # the copy has the same content
 
 
-def test_a_damaged_cache_is_begun_anew(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 9000])
+def test_a_damaged_cache_is_begun_anew(folder: Path, tmp_path: Path, place: int) -> None:
     fill(folder)
     first = prepare(folder)
-    (tmp_path / own_pictures.CACHE).write_bytes(b"not a database at all" * 100)
+    with (tmp_path / own_pictures.CACHE).open("r+b") as cache:
+        cache.seek(place)
+        cache.write(b"not a database at all" * 1000)
     assert same(first, prepare(folder))
+
+
+def test_a_split_whose_pictures_all_belong_elsewhere_is_an_error(folder: Path) -> None:
+    for number in range(COUNT):
+        split = "test" if number % 5 == 0 else "train"
+        save(folder / split / label_of(number) / f"p{number // 10}-{number}.png", pixels(number)[..., 0])
+    own = prepare(folder, group="(?P<group>p[0-9])-")
+    with pytest.raises(UserError, match="the test split has no images: copies, or pictures of one subject, join"):
+        splits.check(own.splits, own.name, own.class_names)
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_not_replaced(folder: Path) -> None:
