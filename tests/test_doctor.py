@@ -358,6 +358,7 @@ def test_each_problem_is_reported_with_its_remedy(
 @pytest.fixture
 def under_dvc(repository: Path) -> Path:
     """In a repository of DVC's own, which finds all up to date."""
+    (repository / "data/own").mkdir(exist_ok=True)
     shutil.copytree(REPOSITORY / "pipeline", repository / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvc/config"):
         shutil.copy(REPOSITORY / name, repository / name)
