@@ -32,9 +32,9 @@ GUARD, RWLOCK = DVC / "tmp/lock", DVC / "tmp/rwlock"
 
 def main() -> None:
     """Repair what is damaged, and print a line for each file."""
-    OWN_PICTURES.mkdir(parents=True, exist_ok=True)  # somebody may have removed all of data/, to begin anew
     if not DVC.is_dir():
         return  # a downloaded archive, in which DVC has not run yet
+    OWN_PICTURES.mkdir(parents=True, exist_ok=True)  # somebody may have removed all of data/, to begin anew
     GUARD.parent.mkdir(exist_ok=True)
     with GUARD.open("a") as guard:
         try:
