@@ -1,27 +1,15 @@
 """Stage `prepare`: download and verify the images, or read your own, split them, and write them to data/prepared."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from pipeline import files
 from pipeline.data import own_pictures, sources, splits
 from pipeline.data.image_files import Preprocessing
-from pipeline.data.splits import TRAIN, LabelledImages
+from pipeline.data.splits import TRAIN, Prepared
 from pipeline.errors import run_command
 from pipeline.params import Data, read_params
 from pipeline.stage_inputs import StageInputs
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Images that are split, and what dataset.json says of them."""
-
-    splits: dict[str, LabelledImages]
-    name: str
-    requested: str
-    source: str
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
 
 
 def main() -> None:
@@ -32,15 +20,7 @@ def main() -> None:
     for warning in splits.check(prepared.splits, prepared.name, prepared.class_names):
         print(f"warning: {prepared.name}: {warning}", file=sys.stderr)
     inputs.check_unchanged()
-    dataset = splits.write_splits(
-        prepared.splits,
-        files.PREPARED,
-        name=prepared.name,
-        requested=prepared.requested,
-        source=prepared.source,
-        class_names=prepared.class_names,
-        preprocessing=prepared.preprocessing,
-    )
+    dataset = splits.write_splits(prepared)
     inputs.check_unchanged()
     counts = ", ".join(f"{facts.count:,} {split}" for split, facts in dataset.splits.items())
     shape = " x ".join(str(side) for side in dataset.image_shape)
@@ -67,9 +47,8 @@ def _own_pictures(params: Data) -> Prepared:
     own = own_pictures.prepare(params)
     files.write_table(files.IMAGES, [asdict(row) for row in own.rows])
     for line in own.warnings:
-        print(f"warning: {own.name}: {line}", file=sys.stderr)
-    source = f"own pictures, {own.form}"
-    return Prepared(own.splits, own.name, own.name, source, own.class_names, own.preprocessing)
+        print(f"warning: {own.prepared.name}: {line}", file=sys.stderr)
+    return own.prepared
 
 
 if __name__ == "__main__":

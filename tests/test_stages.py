@@ -442,15 +442,8 @@ def test_colour_images_of_other_sizes_go_all_the_way(workspace: Path, monkeypatc
     images = torch.randint(100, (400, 24, 20, 3), dtype=torch.uint8, generator=generator)
     images[labels == 1, :, :, 0] += 100  # the second class is redder
     cut = splits.cut(splits.LabelledImages(images, labels), None, validation_fraction=0.1, test_fraction=0.2, seed=0)
-    splits.write_splits(
-        cut,
-        files.PREPARED,
-        name="toys",
-        requested="toys",
-        source="a test",
-        class_names=("pale", "long & <red>, név"),
-        preprocessing=Preprocessing("fit", (24, 20, 3)),
-    )
+    names = ("pale", "long & <red>, név")
+    splits.write_splits(splits.Prepared(cut, "toys", "toys", "a test", names, Preprocessing("fit", (24, 20, 3))))
     for stage in (train, evaluate, visualize):
         stage.main()
     metrics = json.loads(files.METRICS.read_text())

@@ -32,10 +32,12 @@ REPEATED = "the zip has a later file of the same path"
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # zipfile does not limit what it unpacks by the others
 ENCRYPTED, UTF8_NAME = 0x1, 0x800  # flags of a file in a zip
 DRIVE = re.compile("[A-Za-z]:(/|$)")
-# What zipfile raises for damaged archives besides OSError.
+# What zipfile lets through for damaged archives besides OSError: its own errors; those of what it unpacks with, for
+# wrong sizes and offsets (zlib, struct, EOFError, ValueError, IndexError, OverflowError, MemoryError); and RuntimeError
+# for encrypted files and for ways of compression that it does not know. Any of them is the archive's fault.
 DAMAGED = (
-    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError, IndexError,
-    OverflowError, MemoryError,
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, IndexError, OverflowError, MemoryError,
+    RuntimeError,
 )  # fmt: skip
 
 

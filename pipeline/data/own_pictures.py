@@ -29,7 +29,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Facts, Preprocessing
 from pipeline.data.sources import DATASETS
-from pipeline.data.splits import SPLITS, LabelledImages
+from pipeline.data.splits import SPLITS, LabelledImages, Prepared
 from pipeline.data.splitting import Assignment
 from pipeline.errors import UserError, printable
 from pipeline.params import Data
@@ -64,13 +64,9 @@ class Row:
 
 @dataclass(frozen=True)
 class OwnPictures:
-    """What became of a folder: its splits, how its pictures became images, all pictures, and what to tell a person."""
+    """What became of a folder: its images, a row for each picture, and what to tell a person."""
 
-    name: str
-    form: str
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    splits: dict[str, LabelledImages]
+    prepared: Prepared
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
 
@@ -115,15 +111,19 @@ def prepare(params: Data) -> OwnPictures:
         seed=params.split_seed,
     )
     order = {split: _in_order(read, labels, assignment, split) for split in SPLITS}
+    name = _name(path)
     return OwnPictures(
-        name=_name(path),
-        form=listing.form,
-        class_names=class_names,
-        preprocessing=preprocessing,
-        splits={
-            split: LabelledImages(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
-            for split, rows in order.items()
-        },
+        Prepared(
+            splits={
+                split: LabelledImages(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
+                for split, rows in order.items()
+            },
+            name=name,
+            requested=name,
+            source=f"own pictures, {listing.form}",
+            class_names=class_names,
+            preprocessing=preprocessing,
+        ),
         rows=_rows(read, problems, listing.entries, assignment, order),
         warnings=(
             *listing.warnings,

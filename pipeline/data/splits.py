@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,18 @@ class Dataset:
         return files.sha256("".join(self.splits[name].sha256 for name in SPLITS).encode())
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Images in their splits, and what ``dataset.json`` says of them: see Dataset."""
+
+    splits: dict[str, LabelledImages]
+    name: str
+    requested: str
+    source: str
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
 def cut(
     train: LabelledImages,
     test: LabelledImages | None,
@@ -153,31 +165,15 @@ def _digests(split: LabelledImages) -> set[bytes]:
     return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in split.images.numpy()}
 
 
-def write_splits(
-    splits: dict[str, LabelledImages],
-    folder: Path,
-    *,
-    name: str,
-    requested: str,
-    source: str,
-    class_names: tuple[str, ...],
-    preprocessing: Preprocessing,
-) -> Dataset:
+def write_splits(prepared: Prepared, folder: Path = files.PREPARED) -> Dataset:
     """Write one safetensors file per split, then ``dataset.json``. The same splits give the same bytes."""
     facts = {
-        split: _write_split(images, folder / f"{split}.safetensors", class_names) for split, images in splits.items()
+        split: _write_split(images, folder / f"{split}.safetensors", prepared.class_names)
+        for split, images in prepared.splits.items()
     }
-    mean, std = _mean_and_deviation(splits[TRAIN].images)
-    dataset = Dataset(
-        name=name,
-        requested=requested,
-        source=source,
-        class_names=class_names,
-        preprocessing=preprocessing,
-        mean=mean,
-        std=std,
-        splits=facts,
-    )
+    mean, std = _mean_and_deviation(prepared.splits[TRAIN].images)
+    told = {each.name: getattr(prepared, each.name) for each in fields(prepared) if each.name != "splits"}
+    dataset = Dataset(**told, mean=mean, std=std, splits=facts)
     write_dataset(dataset, folder)
     return dataset
 

@@ -60,7 +60,7 @@ def prepare(folder: Path, **changed: Any) -> OwnPictures:
 
 
 def tensors(own: OwnPictures) -> list[torch.Tensor]:
-    return [each for split in SPLITS for each in (own.splits[split].images, own.splits[split].labels)]
+    return [each for split in SPLITS for each in (own.prepared.splits[split].images, own.prepared.splits[split].labels)]
 
 
 def same(one: OwnPictures, other: OwnPictures) -> bool:
@@ -75,18 +75,18 @@ def split_of(own: OwnPictures) -> Mapping[str, str]:
 def test_every_picture_is_in_one_split_with_its_pixels_and_its_label(folder: Path) -> None:
     fill(folder)
     own = prepare(folder)
-    assert (own.name, own.class_names) == ("shapes", ("circle", "square", "star"))
+    assert (own.prepared.name, own.prepared.class_names) == ("shapes", ("circle", "square", "star"))
     found = {
-        image.numpy().tobytes(): own.class_names[label]
-        for split in own.splits.values()
+        image.numpy().tobytes(): own.prepared.class_names[label]
+        for split in own.prepared.splits.values()
         for image, label in zip(split.images, split.labels.tolist(), strict=True)
     }
     assert found == {pixels(number)[..., 0].tobytes(): label_of(number) for number in range(COUNT)}
     for split in SPLITS:
-        assert set(own.splits[split].labels.tolist()) == {0, 1, 2}
-        assert len(own.splits[split]) == sum(row.split == split for row in own.rows)
+        assert set(own.prepared.splits[split].labels.tolist()) == {0, 1, 2}
+        assert len(own.prepared.splits[split]) == sum(row.split == split for row in own.rows)
     for row in own.rows:
-        image = own.splits[row.split].images[int(row.index), ..., 0].numpy()
+        image = own.prepared.splits[row.split].images[int(row.index), ..., 0].numpy()
         assert np.array_equal(image, pixels(int(Path(row.path).stem))[..., 0])
 
 
@@ -128,13 +128,13 @@ def test_adding_pictures_moves_none_of_the_old_ones(folder: Path) -> None:
     """Not even those of other sizes, which make all images larger."""
     fill(folder, 300)
     own = prepare(folder)
-    assert own.preprocessing.image_shape == (SIDE, SIDE, 1)
+    assert own.prepared.preprocessing.image_shape == (SIDE, SIDE, 1)
     before = split_of(own)
     fill(folder, 50, start=300)
     for number in range(350, 700):
         save(folder / label_of(number) / f"{number}.png", pixels(number)[..., 0].repeat(3, 0).repeat(2, 1))
     own = prepare(folder)
-    assert own.preprocessing.image_shape[0] > SIDE
+    assert own.prepared.preprocessing.image_shape[0] > SIDE
     after = split_of(own)
     assert len(after) == 700
     assert after.items() >= before.items()
@@ -177,7 +177,7 @@ def test_a_split_whose_pictures_all_belong_elsewhere_is_an_error(folder: Path) -
         save(folder / split / label_of(number) / f"p{number // 10}-{number}.png", pixels(number)[..., 0])
     own = prepare(folder, group="(?P<group>p[0-9])-")
     with pytest.raises(UserError, match="the test split has no images: copies, or pictures of one subject, join"):
-        splits.check(own.splits, own.name, own.class_names)
+        splits.check(own.prepared.splits, own.prepared.name, own.prepared.class_names)
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_not_replaced(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_not_replaced(folder: Path) -
     with pytest.raises(UserError, match=r"^1 of 60 pictures cannot be read, such as: star/2\.png .*max_bad_fraction"):
         prepare(folder)
     own = prepare(folder, max_bad_fraction=0.05)
-    assert sum(len(split) for split in own.splits.values()) == COUNT - 1
+    assert sum(len(split) for split in own.prepared.splits.values()) == COUNT - 1
     row = next(row for row in own.rows if row.path == "star/2.png")
     assert row.split == ""
     assert row.reason.startswith("star/2.png ")
@@ -218,26 +218,26 @@ def test_the_images_have_the_size_of_the_pictures_or_the_one_asked_for(
 ) -> None:
     fill(folder)
     own = prepare(folder, **changed)
-    assert own.preprocessing.image_shape == own.splits[TRAIN].images.shape[1:] == shape
+    assert own.prepared.preprocessing.image_shape == own.prepared.splits[TRAIN].images.shape[1:] == shape
 
 
 def test_pictures_of_several_sizes_become_squares_of_a_middle_size(folder: Path) -> None:
     fill(folder)
     for number in range(40):
         save(folder / "star" / f"large {number}.png", pixels(COUNT + number).repeat(2, 0).repeat(3, 1))
-    assert prepare(folder).preprocessing.image_shape == (SIDE, SIDE, 1)
+    assert prepare(folder).prepared.preprocessing.image_shape == (SIDE, SIDE, 1)
     for number in range(100):
         save(folder / "star" / f"huge {number}.png", pixels(200 + number).repeat(9, 0).repeat(9, 1))
-    assert prepare(folder).preprocessing.image_shape == (64, 64, 1)
+    assert prepare(folder).prepared.preprocessing.image_shape == (64, 64, 1)
 
 
 def test_one_picture_in_colour_makes_all_images_colour_images(folder: Path) -> None:
     fill(folder)
     for number in range(3):  # in a colour mode, and grey
         save(folder / "star" / f"grey {number}.png", pixels(COUNT + number))
-    assert prepare(folder).preprocessing.image_shape[2] == 1
+    assert prepare(folder).prepared.preprocessing.image_shape[2] == 1
     save(folder / "star/colour.png", pixels(99, colour=True))
-    assert prepare(folder).preprocessing.image_shape[2] == 3
+    assert prepare(folder).prepared.preprocessing.image_shape[2] == 3
 
 
 def test_pictures_of_16_bits_keep_their_brightness_relative_to_each_other(folder: Path) -> None:
@@ -245,11 +245,11 @@ def test_pictures_of_16_bits_keep_their_brightness_relative_to_each_other(folder
         image = pixels(number)[..., 0].astype(np.uint16) * (16 if number % 2 else 8)  # 12 bits, and half of them
         save(folder / label_of(number) / f"{number}.png", image)
     own = prepare(folder)
-    assert own.preprocessing.value_range is not None
-    lowest, highest = own.preprocessing.value_range
+    assert own.prepared.preprocessing.value_range is not None
+    lowest, highest = own.prepared.preprocessing.value_range
     assert lowest < 100
     assert 3900 < highest < 4096
-    brightest = [int(image.max()) for image in own.splits[TRAIN].images]
+    brightest = [int(image.max()) for image in own.prepared.splits[TRAIN].images]
     assert max(brightest) > 250
     assert min(brightest) < 140
 

@@ -76,15 +76,9 @@ def test_the_splits_of_the_packaged_digits_are_disjoint(digits: dict[str, Labell
 
 
 def write(folder: Path, count: int = 600) -> splits.Dataset:
-    return splits.write_splits(
-        cut(numbered(count)),
-        folder,
-        name="numbers",
-        requested="letters",
-        source="a test",
-        class_names=("a", "b", "c"),
-        preprocessing=Preprocessing("fit", (2, 2, 1), (9, 8, 7), (10.0, 4000.0)),
-    )
+    preprocessing = Preprocessing("fit", (2, 2, 1), (9, 8, 7), (10.0, 4000.0))
+    prepared = splits.Prepared(cut(numbered(count)), "numbers", "letters", "a test", ("a", "b", "c"), preprocessing)
+    return splits.write_splits(prepared, folder)
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
