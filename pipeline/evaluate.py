@@ -34,7 +34,7 @@ def main() -> None:
     logits = metrics.finite(outputs.logits)
     scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
     if trained.novelty:
-        scores["unlike_training"] = trained.novelty.found_in(outputs).double().mean().item()
+        scores["unlike_training"] = trained.novelty.is_unlike(outputs).double().mean().item()
     report = {
         "test": scores,
         "validation": _basic_scores(metrics.finite(metrics.predict_logits(trained.cnn, validation.images)), validation),

@@ -24,6 +24,7 @@ def main() -> None:
     path = arguments.out or Path(f"{version.name}-{version.version}.{arguments.format}")
     if path.is_dir():
         raise UserError(f"--out is {path}, which is a folder; name a file")
+    print(f"writing {version.name} version {version.version} as {arguments.format}", flush=True)
     try:
         content = WRITERS[arguments.format](loaded.cnn)
     except ImportError as error:

@@ -27,6 +27,7 @@ CARD = Path("reports/model_card.md")
 IMAGES = Path("reports/images.csv")
 FIGURES = Path("reports/figures")
 PLOTS = Path("reports/plots")
+FIGURE_SOFTWARE, MAX_PNG_HEADER = "convtrack", 200  # what a figure's PNG names, in this many first bytes
 UNFINISHED = ".tmp"
 
 
@@ -41,6 +42,12 @@ def root() -> Path:
     if not (repository / "dvc.yaml").exists():
         raise UserError(f"{repository} is not a repository of this project: run the command in a clone of it")
     return repository
+
+
+def own_figures() -> list[Path]:
+    """The figures that this project has drawn. A person may have other pictures beside them."""
+    mark = f"Software\0{FIGURE_SOFTWARE}".encode()
+    return [path for path in FIGURES.glob("*.png") if path.is_file() and mark in path.read_bytes()[:MAX_PNG_HEADER]]
 
 
 def raw_folder() -> Path:

@@ -46,6 +46,8 @@ def _own_pictures(params: Data) -> Prepared:
     """The folder that params.yaml names. Writes a table of its pictures, and prints what a person should know."""
     own = own_pictures.prepare(params)
     files.write_table(files.IMAGES, [asdict(row) for row in own.rows])
+    for line in own.left_out:
+        print(line)
     for line in own.warnings:
         print(f"warning: {own.prepared.name}: {line}", file=sys.stderr)
     return own.prepared

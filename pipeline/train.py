@@ -43,6 +43,7 @@ def main() -> None:
         with runs.training_run(params, dataset, device, fingerprint, continues) as run:
             history = _fit(cnn, train, validation, params, run, fingerprint, interrupted)
             inputs.check_unchanged()
+            print("looking at the features of the training images, to tell unfamiliar pictures later", flush=True)
             model = model_file.to_bytes(recipe.trained(cnn, train, validation, params, dataset))
             files.write(files.MODEL, model)
             files.write_table(files.HISTORY, [_row(epoch) for epoch in history])

@@ -50,7 +50,7 @@ def build(folder: Path) -> dict[str, str]:
     print(f"dvc repro in {folder}", flush=True)
     machine.copy_repository(folder)
     _link_downloads(folder)
-    code, errors = _run_as_group([sys.executable, "-m", "dvc", "repro", "--quiet"], folder, _environment())
+    code, errors = _run_as_group([sys.executable, "-m", "dvc", "repro"], folder, _environment())
     if code != 0:
         raise Fault(f"dvc repro failed: {(errors.strip().splitlines() or ['without a message'])[-1]}")
     warn_of_fallback(folder)
@@ -96,12 +96,11 @@ def _environment() -> dict[str, str]:
 
 
 def _run_as_group(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code and standard error of ``command``. An interrupt ends the processes that it started, too."""
+    """Exit code and standard error of ``command``, whose output is shown. An interrupt ends what it started, too."""
     with subprocess.Popen(
         command,
         cwd=folder,
         env=environment,
-        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -1,6 +1,6 @@
 """Stage `visualize`: draw how the training went, what the model learned, and where it fails."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -38,8 +38,8 @@ def main() -> None:
     pictures = _draw(inputs)
     for name, rows in report.TABLES.items():
         files.write_table(files.PLOTS / f"{name}.csv", rows(inputs))
-    _remove_stale(files.FIGURES, ".png", report.FIGURES)
-    _remove_stale(files.PLOTS, ".csv", report.TABLES)
+    _remove_stale(files.own_figures(), report.FIGURES)
+    _remove_stale([path for path in files.PLOTS.glob("*.csv") if path.is_file()], report.TABLES)
 
     runs.close_stale_runs()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, inputs.history)
@@ -51,6 +51,7 @@ def main() -> None:
 def _draw(inputs: ReportInputs) -> list[Path]:
     """Write the figures, one at a time since they are large, and show the progress on a terminal."""
     pictures = []
+    print(f"drawing {len(report.FIGURES)} figures, the slow ones last", flush=True)
     with tqdm(report.FIGURES.items(), unit=" figures", disable=None) as bar:
         for name, draw in bar:
             bar.set_description(name)
@@ -59,10 +60,10 @@ def _draw(inputs: ReportInputs) -> list[Path]:
     return pictures
 
 
-def _remove_stale(folder: Path, suffix: str, names: Container[str]) -> None:
-    """Remove files that only an earlier version of this stage wrote; other kinds of files are left alone."""
-    for path in folder.glob(f"*{suffix}"):
-        if path.stem not in names and not path.is_dir():
+def _remove_stale(paths: Iterable[Path], names: Container[str]) -> None:
+    """Remove files that only an earlier version of this stage wrote."""
+    for path in paths:
+        if path.stem not in names:
             path.unlink()
 
 

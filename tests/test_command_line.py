@@ -43,7 +43,7 @@ def test_fault_39_help_is_shown_before_anything_is_loaded_or_written(command: st
     assert (process.returncode, errors) == (0, "")
     assert printed.startswith(f"usage: python -m pipeline.{command} ")
     assert command_line.DESCRIPTIONS[command] in " ".join(printed.split())
-    assert os.times().children_user - before < 1  # importing torch alone takes two seconds of this
+    assert os.times().children_user - before < 0.3  # importing torch alone takes two seconds of this
     assert list(tmp_path.iterdir()) == []
 
 

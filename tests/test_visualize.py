@@ -23,8 +23,10 @@ def test_only_figures_and_tables_that_are_no_longer_made_are_removed(
     for folder in (files.FIGURES / ".ipynb_checkpoints", files.FIGURES / "folder.png"):
         folder.mkdir()
         (folder / "copy.png").write_bytes(b"mine")
+    files.FIGURES.joinpath("mine.png").write_bytes(b"\x89PNG of a person")
     visualize.main()
     assert {path.name for path in files.FIGURES.glob("*.png")} == {
+        "mine.png",
         "learning_curves.png",
         "shared_weights.png",
         "empty.png",

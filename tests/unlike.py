@@ -3,13 +3,15 @@
 python -m tests.unlike FOLDER      writes them as PNGs, in a folder for each kind
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import sklearn.datasets
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tests.drawn import FONTS, PENS, drawn
@@ -26,10 +28,16 @@ def noise(random: np.random.Generator) -> Image.Image:
 
 def photograph(random: np.random.Generator) -> Image.Image:
     """A square part of one of the two photographs that come with scikit-learn."""
-    picture = Image.fromarray(sklearn.datasets.load_sample_images().images[random.integers(2)])
+    picture = Image.fromarray(_photographs()[int(random.integers(2))])
     side = int(random.integers(60, min(picture.size)))
     left, top = int(random.integers(picture.width - side)), int(random.integers(picture.height - side))
     return picture.crop((left, top, left + side, top + side))
+
+
+@functools.cache
+def _photographs() -> Sequence[NDArray[np.uint8]]:
+    found: Sequence[NDArray[np.uint8]] = sklearn.datasets.load_sample_images().images
+    return found
 
 
 def word(random: np.random.Generator) -> Image.Image:

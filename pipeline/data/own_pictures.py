@@ -3,31 +3,24 @@
 The folder is only read. What comes out depends on the pictures' contents and labels, not on their names or order.
 """
 
-import functools
-import hashlib
-import json
-import os
 import re
-import threading
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data import duplicates, image_files, splitting
 from pipeline.data.cache import Cache
 from pipeline.data.folder import Entry, Pictures
-from pipeline.data.image_files import Facts, Preprocessing
+from pipeline.data.image_files import Preprocessing
+from pipeline.data.picture_reader import Decoded, Inspected, PictureReader
 from pipeline.data.sources import DATASETS
 from pipeline.data.splits import SPLITS, LabelledImages, Prepared
 from pipeline.data.splitting import Assignment
@@ -35,12 +28,9 @@ from pipeline.errors import UserError, printable
 from pipeline.params import Data
 
 CACHE = Path("data/decoded/pictures.db")  # in the repository
-FIRST = 50  # pictures that are searched for colour together
-BATCH = 500  # pictures whose results are written into the cache together
-LARGE = 25_000_000  # pixels; larger pictures are decoded one at a time, since each takes much memory
 AUTO_SIDE = 64  # pixels; the CNN is slow on larger images
+MOVED = "published in {}, with copies or pictures of its subject elsewhere"
 FEW, IMBALANCE = 10, 20  # pictures in a class, and times the smallest class: worth a warning
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -52,31 +42,27 @@ class Row:
 
     path: str
     label: str
-    split: str
-    index: int | str
-    group: str
-    width: int | str
-    height: int | str
-    format: str
-    mode: str
-    reason: str
+    split: str = ""
+    index: int | str = ""
+    group: str = ""
+    width: int | str = ""
+    height: int | str = ""
+    format: str = ""
+    mode: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class OwnPictures:
-    """What became of a folder: its images, a row for each picture, and what to tell a person."""
+    """What became of a folder: its images, a row for each picture, and what to tell a person.
+
+    ``left_out`` are lines about files that are no pictures, ``warnings`` those about what may be wrong.
+    """
 
     prepared: Prepared
     rows: tuple[Row, ...]
+    left_out: tuple[str, ...]
     warnings: tuple[str, ...]
-
-
-class _Read(NamedTuple):
-    """A picture that was read: which entry it is, and its digest."""
-
-    entry: Entry
-    facts: Facts
-    key: str
 
 
 def prepare(params: Data) -> OwnPictures:
@@ -84,18 +70,15 @@ def prepare(params: Data) -> OwnPictures:
     path = Path(params.path)
     with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache:
         listing = pictures.listing(params.labels, params.label_pattern, params.group)
-        reader = _Reader(pictures, cache)
-        digests, facts = reader.facts(listing.entries)
-        problems = {
-            entry.path: each for entry, each in zip(listing.entries, facts, strict=True) if isinstance(each, str)
-        }
-        readable = [(e, f, d) for e, f, d in zip(listing.entries, facts, digests, strict=True) if isinstance(f, Facts)]
-        _check_problems(problems, len(listing.entries), params)
-        preprocessing = _preprocessing(readable, reader, params)
-        read, images = reader.images(readable, preprocessing, problems)
-        _check_problems(problems, len(listing.entries), params)
+        reader = PictureReader(pictures, cache)
+        inspected = reader.inspected(listing.entries)
+        _check_problems(reader.problems, len(listing.entries), params)
+        preprocessing = _preprocessing(inspected, reader, params)
+        read, images = reader.images(inspected, preprocessing)
+        _check_problems(reader.problems, len(listing.entries), params)
     class_names = _classes(read, listing.class_names)
-    labels = np.array([class_names.index(each.entry.label) for each in read], np.int64)
+    numbers = {name: number for number, name in enumerate(class_names)}
+    labels = np.array([numbers[each.entry.label] for each in read], np.int64)
     copies = duplicates.clusters(images, params.near_duplicates)
     assignment = splitting.assign(
         splitting.Pictures(
@@ -124,167 +107,16 @@ def prepare(params: Data) -> OwnPictures:
             class_names=class_names,
             preprocessing=preprocessing,
         ),
-        rows=_rows(read, problems, listing.entries, assignment, order),
+        rows=_rows(read, reader.problems, listing.entries, assignment, order),
+        left_out=tuple(
+            f"left out, {reason}: {len(paths):,} files, such as {paths[0]}" for reason, paths in listing.skipped.items()
+        ),
         warnings=(
             *listing.warnings,
-            *_skipped(listing.skipped),
-            *(f"{path} is not used: {reason}" for path, reason in sorted(problems.items())),
+            *(f"{path} is not used: {reason}" for path, reason in sorted(reader.problems.items())),
             *_split_warnings(read, labels, copies, class_names, assignment),
         ),
     )
-
-
-class _Reader:
-    """Reads pictures on all cores, each content once: what was read before is in the cache."""
-
-    def __init__(self, pictures: Pictures, cache: Cache) -> None:
-        self._pictures, self._cache = pictures, cache
-        self._large = threading.Lock()
-
-    def facts(self, entries: Sequence[Entry]) -> tuple[list[str], list[Facts | str]]:
-        """The SHA-256 of each file, and its facts, or why it cannot be read."""
-
-        def digest(entry: Entry) -> str | UserError:
-            found = self._read(entry, lambda file, name: _digest(file))
-            return found if isinstance(found, UserError) else found.decode()
-
-        def inspect(entry: Entry) -> bytes | UserError:
-            return self._read(entry, lambda file, name: _to_json(image_files.inspect(file, name)))
-
-        digests, found = list[str](), list[Facts | str]()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for some in _shown(entries, "looking at"):
-                keys = list(pool.map(digest, some))
-                results = self._results(pool, some, keys, "facts", inspect)
-                for key, result in zip(keys, results, strict=True):
-                    digests.append(str(key))
-                    found.append(str(key) if isinstance(key, UserError) else _facts_or_reason(result))
-        return digests, found
-
-    def images(
-        self, readable: Sequence[tuple[Entry, Facts, str]], preprocessing: Preprocessing, problems: dict[str, str]
-    ) -> tuple[list[_Read], NDArray[np.uint8]]:
-        """The images (N, H, W, C) of the pictures that can be read; for the others a line in ``problems``."""
-        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
-        images = np.empty((len(readable), *preprocessing.image_shape), np.uint8)
-        read = list[_Read]()
-
-        def decode(each: tuple[Entry, Facts, str]) -> bytes | UserError:
-            entry, facts, _ = each
-            if facts.size[0] * facts.size[1] > LARGE:
-                with self._large:
-                    return self._read(entry, image_of)
-            return self._read(entry, image_of)
-
-        def image_of(file: IO[bytes], name: str) -> bytes:
-            return image_files.read(file, name, preprocessing).image.tobytes()
-
-        def pixels(each: tuple[Entry, Facts, str]) -> bytes | UserError:
-            entry, facts, _ = each
-            own = Preprocessing("stretch", (facts.size[1], facts.size[0], 3))
-            return self._read(entry, lambda file, name: _sha256(image_files.read(file, name, own).image.tobytes()))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for some in _shown(readable, "decoding"):
-                results = self._results(pool, some, [digest for *_, digest in some], how, decode)
-                small = [each for each in some if _is_small(each[1])]
-                digests = [digest for *_, digest in small]
-                own_pixels = zip(digests, self._results(pool, small, digests, "pixels", pixels), strict=True)
-                keys = {digest: key.decode() for digest, key in own_pixels if isinstance(key, bytes)}
-                for (entry, facts, digest), result in zip(some, results, strict=True):
-                    if isinstance(result, UserError):
-                        problems[entry.path] = str(result)
-                        continue
-                    images[len(read)] = np.frombuffer(result, np.uint8).reshape(preprocessing.image_shape)
-                    read.append(_Read(entry, facts, keys.get(digest, digest)))
-        return read, images[: len(read)]
-
-    def has_colour(self, pictures: Sequence[tuple[Entry, Facts, str]]) -> bool:
-        """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
-
-        def colour(each: tuple[Entry, Facts, str]) -> bytes | UserError:
-            return self._read(each[0], lambda file, name: b"yes" if image_files.has_colour(file, name) else b"no")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(pictures), FIRST):
-                some = pictures[start : start + FIRST]
-                if b"yes" in self._results(pool, some, [digest for *_, digest in some], "colour", colour):
-                    return True
-        return False
-
-    def _read(self, entry: Entry, use: Callable[[IO[bytes], str], bytes]) -> bytes | UserError:
-        try:
-            with self._pictures.open(entry.path) as file:
-                return use(file, printable(entry.path))
-        except OSError as error:
-            return UserError(f"{printable(entry.path)} cannot be read: {error.strerror or error}")
-        except UserError as error:
-            return error
-
-    def _results(
-        self,
-        pool: ThreadPoolExecutor,
-        items: Sequence[Value],
-        digests: Sequence[object],
-        what: str,
-        compute: Callable[[Value], bytes | UserError],
-    ) -> list[bytes | UserError]:
-        """What is known of the files with these digests, or else computed now and kept."""
-        keys = [f"{digest} {what} {_version()}" for digest in digests]
-        known = self._cache.get(keys)
-        new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
-        computed = dict(zip(new, pool.map(compute, new.values()), strict=True))
-        self._cache.put({key: result for key, result in computed.items() if isinstance(result, bytes)})
-        return [known[key] if key in known else computed[key] for key in keys]
-
-
-def _shown(items: Sequence[Value], what: str) -> Iterator[Sequence[Value]]:
-    """The items in batches; on a terminal with a bar and the time left, elsewhere with a line at the beginning."""
-    with tqdm(total=len(items), desc=what, unit=" pictures", disable=None) as bar:
-        if bar.disable:
-            print(f"{what} {len(items):,} pictures", flush=True)
-        for start in range(0, len(items), BATCH):
-            some = items[start : start + BATCH]
-            yield some
-            bar.update(len(some))
-
-
-def _sha256(content: bytes) -> bytes:
-    return files.sha256(content).encode()
-
-
-def _digest(file: IO[bytes]) -> bytes:
-    """The SHA-256 of a file's content, which is not read as a whole."""
-    digest = hashlib.sha256()
-    while part := file.read(1 << 20):
-        digest.update(part)
-    return digest.hexdigest().encode()
-
-
-@functools.cache
-def _version() -> str:
-    """Of what turns a file into an image: other code, or another library, may give other pixels."""
-    return files.sha256(image_files.version().encode())[:16]
-
-
-def _is_small(facts: Facts) -> bool:
-    """Whether a picture is known by its pixels, the same in any kind of file, and not by its file.
-
-    Not by what becomes of them: then another data.image_size would be another split.
-    """
-    return facts.lowest is None and facts.size[0] * facts.size[1] <= AUTO_SIDE**2
-
-
-def _to_json(facts: Facts) -> bytes:
-    return json.dumps(facts._asdict()).encode()
-
-
-def _facts_or_reason(result: bytes | UserError) -> Facts | str:
-    if isinstance(result, UserError):
-        return str(result)
-    content: dict[str, Any] = json.loads(result)
-    width, height = content.pop("size")
-    return Facts(size=(width, height), **content)
 
 
 def _check_problems(problems: dict[str, str], count: int, params: Data) -> None:
@@ -297,14 +129,15 @@ def _check_problems(problems: dict[str, str], count: int, params: Data) -> None:
         )
 
 
-def _preprocessing(readable: Sequence[tuple[Entry, Facts, str]], reader: _Reader, params: Data) -> Preprocessing:
+def _preprocessing(pictures: Sequence[Inspected], reader: PictureReader, params: Data) -> Preprocessing:
     """How these pictures become images, with a value for whatever is "auto" in params.yaml."""
     channels = params.channels
     if channels == "auto":
-        in_colour = [each for each in readable if each[1].mode not in image_files.GREY_MODES]
+        in_colour = [each for each in pictures if each.facts.mode not in image_files.GREY_MODES]
         channels = 3 if reader.has_colour(in_colour) else 1
-    height, width = _image_size([facts.size for _, facts, _ in readable], params)
-    deep = [(f.lowest, f.highest) for _, f, _ in readable if f.lowest is not None and f.highest is not None]
+    facts = [each.facts for each in pictures]
+    height, width = _image_size([each.size for each in facts], params)
+    deep = [(each.lowest, each.highest) for each in facts if each.lowest is not None and each.highest is not None]
     values = (min(lowest for lowest, _ in deep), max(highest for _, highest in deep)) if deep else None
     return Preprocessing(params.resize, (height, width, channels), params.background, values)
 
@@ -319,7 +152,7 @@ def _image_size(sizes: Sequence[tuple[int, int]], params: Data) -> tuple[int, in
     return side, side
 
 
-def _classes(read: Iterable[_Read], listed: Sequence[str]) -> tuple[str, ...]:
+def _classes(read: Iterable[Decoded], listed: Sequence[str]) -> tuple[str, ...]:
     present = {each.entry.label for each in read}
     if missing := [name for name in listed if name not in present]:
         raise UserError(f"none of the pictures of class {printable(missing[0])} can be read")
@@ -333,14 +166,14 @@ def _name(path: Path) -> str:
     return f"own-{name}" if name in DATASETS else name
 
 
-def _in_order(read: Sequence[_Read], labels: NDArray[np.int64], assignment: Assignment, split: str) -> list[int]:
+def _in_order(read: Sequence[Decoded], labels: NDArray[np.int64], assignment: Assignment, split: str) -> list[int]:
     """The pictures of a split in the order of their digests, which their names and places do not change."""
     rows = [row for row, found in enumerate(assignment.splits) if found == split]
     return sorted(rows, key=lambda row: (read[row].key, labels[row]))
 
 
 def _rows(
-    read: Sequence[_Read],
+    read: Sequence[Decoded],
     problems: Mapping[str, str],
     entries: Sequence[Entry],
     assignment: Assignment,
@@ -350,31 +183,29 @@ def _rows(
     index_of = {row: index for rows in order.values() for index, row in enumerate(rows)}
     used = [
         Row(
-            *(each.entry.path, each.entry.label, assignment.splits[row], index_of[row], each.entry.group or ""),
-            *(*each.facts.size, each.facts.format, each.facts.mode),
-            f"published in {each.entry.split}, with copies or pictures of its subject elsewhere"
-            if row in moved
-            else "",
+            path=each.entry.path,
+            label=each.entry.label,
+            split=assignment.splits[row],
+            index=index_of[row],
+            group=each.entry.group or "",
+            width=each.facts.size[0],
+            height=each.facts.size[1],
+            format=each.facts.format,
+            mode=each.facts.mode,
+            reason=MOVED.format(each.entry.split) if row in moved else "",
         )
         for row, each in enumerate(read)
     ]
     unused = [
-        Row(entry.path, entry.label, "", "", entry.group or "", "", "", "", "", problems[entry.path])
+        Row(entry.path, entry.label, group=entry.group or "", reason=problems[entry.path])
         for entry in entries
         if entry.path in problems
     ]
     return tuple(sorted([*used, *unused], key=lambda row: row.path))
 
 
-def _skipped(skipped: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for reason, found in skipped.items():
-        paths = [path for path in found if path != "README.md"]  # of data/own
-        if paths:
-            yield f"left out, {reason}: {len(paths):,} files, such as {paths[0]}"
-
-
 def _split_warnings(
-    read: Sequence[_Read],
+    read: Sequence[Decoded],
     labels: NDArray[np.int64],
     copies: NDArray[np.int64],
     class_names: Sequence[str],

@@ -141,10 +141,10 @@ def _complete(
         for split in (*missing, TRAIN):
             if any(split_of[unit] == split for unit in own):
                 continue
-            spare = [unit for unit in own if _can_leave(unit, split_of, classes, units_of, missing)]
-            if not spare:
+            spare = next((unit for unit in own if _can_leave(unit, split_of, classes, units_of, missing)), None)
+            if spare is None:
                 raise _too_few(name, len(own), len(missing) + 1)
-            split_of[spare[0]] = split
+            split_of[spare] = split
             completed.append((name, split))
     return completed
 

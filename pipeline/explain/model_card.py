@@ -87,11 +87,11 @@ def _scores(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _novelty(test: Mapping[str, Any], count: int) -> list[tuple[str, str, str]]:
-    """The row of test images that are taken for unlike the training images; none where the model cannot tell."""
+    """The row of test images that are marked as unlike the training images; none where the model cannot tell."""
     if (share := test.get("unlike_training")) is None:
         return []
     return [
-        ("test images taken for unlike the training images", f"{share:.2%}", _interval(round(share * count), count))
+        ("test images marked as unlike the training images", f"{share:.2%}", _interval(round(share * count), count))
     ]
 
 

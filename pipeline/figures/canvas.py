@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline import files
 from pipeline.figures.tiles import Array
 
 WIDTH = 8.5  # inches
@@ -23,6 +24,8 @@ COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000")
 def as_png(figure: Figure, tight: bool = False) -> bytes:
     """The figure as PNG; the same figure gives the same bytes, since no time and no version is written into it.
 
+    files.own_figures finds it again by the name of this project, which is.
+
     ``tight`` makes room for what would be cut off, in figures that were not laid out here.
     """
     buffer = io.BytesIO()
@@ -31,7 +34,7 @@ def as_png(figure: Figure, tight: bool = False) -> bytes:
         format="png",
         dpi=DOTS_PER_INCH,
         facecolor="white",
-        metadata={"Software": None},
+        metadata={"Software": files.FIGURE_SOFTWARE},
         bbox_inches="tight" if tight else None,
     )
     return buffer.getvalue()

@@ -44,14 +44,14 @@ class Novelty:
     logit: tuple[float, float]
     threshold: float
 
-    def score(self, outputs: Outputs) -> Tensor:
+    def score(self, given: Outputs) -> Tensor:
         """The novelty score (N,) of each image, float64."""
-        distances, logits = _distance(outputs, self.centres), _highest_logit(outputs)
+        distances, logits = _distance(given, self.centres), _highest_logit(given)
         return _standard(distances, self.distance) - _standard(logits, self.logit)
 
-    def found_in(self, outputs: Outputs) -> Tensor:
+    def is_unlike(self, given: Outputs) -> Tensor:
         """Whether each image does not look like the training images: (N,) bool."""
-        return self.score(outputs) > self.threshold
+        return self.score(given) > self.threshold
 
 
 def outputs(cnn: CNN, images: Tensor) -> Outputs:
@@ -111,13 +111,13 @@ def _centres(features: Tensor) -> Tensor:
     return centres
 
 
-def _distance(outputs: Outputs, centres: Tensor) -> Tensor:
+def _distance(given: Outputs, centres: Tensor) -> Tensor:
     """The cosine distance (N,) of each image's features to the nearest centre."""
-    return 1 - (outputs.features @ centres.T).amax(dim=1).double()
+    return 1 - (given.features @ centres.T).amax(dim=1).double()
 
 
-def _highest_logit(outputs: Outputs) -> Tensor:
-    return outputs.logits.amax(dim=1).double()
+def _highest_logit(given: Outputs) -> Tensor:
+    return given.logits.amax(dim=1).double()
 
 
 def _mean_and_deviation(values: Tensor) -> tuple[float, float]:

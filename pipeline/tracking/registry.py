@@ -176,7 +176,7 @@ def lacking(model_sha256: str) -> str | None:
     if run_id is None or not versions_of_it:
         return NO_VERSION
     logged = {Path(artifact.path).name for artifact in MlflowClient().list_artifacts(run_id, "figures")}
-    drawn = {path.name for path in files.FIGURES.glob("*.png")}
+    drawn = {path.name for path in files.own_figures()}
     return LACKING.format(f"{len(drawn - logged)} of {len(drawn)} figures") if drawn - logged else None
 
 
@@ -270,7 +270,7 @@ class Loaded:
         outputs = novelty.outputs(self.cnn, torch.from_numpy(images))
         probabilities = metrics.finite(outputs.logits).softmax(dim=1).numpy()
         found = self.trained.novelty
-        return Answers(probabilities, found.found_in(outputs).tolist() if found else [None] * len(images))
+        return Answers(probabilities, found.is_unlike(outputs).tolist() if found else [None] * len(images))
 
 
 def require(version: ModelVersion, *tags: str) -> None:

@@ -225,7 +225,7 @@ def test_hundreds_of_slow_clients_stop_no_other_and_fill_no_log(finished: Path, 
         stack.callback(process.kill)
         assert process.stdout is not None
         assert b"is served at" in b"".join(itertools.islice(process.stdout, 2))
-        trickling, silent = ([stack.enter_context(connection(port)) for _ in range(count)] for count in (100, 200))
+        trickling, _silent = ([stack.enter_context(connection(port)) for _ in range(count)] for count in (100, 200))
         before, started = psutil.Process(process.pid).cpu_times(), time.monotonic()
         for _ in range(10):
             for each in trickling:
@@ -239,7 +239,6 @@ def test_hundreds_of_slow_clients_stop_no_other_and_fill_no_log(finished: Path, 
         assert after.user + after.system - before.user - before.system < 0.7 * seconds
         process.terminate()
         assert process.wait(15) == 128 + signal.SIGTERM
-        assert silent
     assert log.stat().st_size < 10_000, log.read_text()[:2000]
 
 
