@@ -128,8 +128,8 @@ def test_workers_that_are_killed_at_their_start_are_not_replaced_for_ever(worksp
         pytest.raises(Fault, match=r"a worker could not start: it was killed by signal 9"),
     ):
         for _ in range(10):
-            for process in psutil.Process().children():
-                process.kill()
+            for worker in workers_of(os.getpid()):
+                os.kill(worker, signal.SIGKILL)
             assert workers.messages(60) == []
 
 
