@@ -67,9 +67,7 @@ lint: $(INSTALLED)  ## check style and types with ruff and mypy
 	$(ACTIVATE) && ruff check . && ruff format --check . && mypy
 
 ui: $(INSTALLED)  ## show MLflow at http://127.0.0.1:5000, for this machine only
-	@echo 'MLflow needs up to half a minute: the page is there when it says "Application startup complete"'
-	$(ACTIVATE) && MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-		mlflow ui --host 127.0.0.1 --allowed-hosts 'localhost:*,127.0.0.1:*' $(ARGS)
+	$(ACTIVATE) && exec python -m pipeline.ui $(ARGS)
 
 tune: repository $(INSTALLED)  ## run the Optuna study of params.yaml; ARGS=--apply writes the winner into the file
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m pipeline.tune $(ARGS)

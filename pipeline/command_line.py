@@ -19,6 +19,7 @@ DESCRIPTIONS = {
     "doctor": "Check this repository for problems, and say how to fix them. Exits 1 if something is wrong.",
     "verify": "Run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock.",
     "tune": "Search the parameters in tune.space for the best values.",
+    "ui": "Show the tracking store in MLflow's pages, for this machine only.",
     "predict": "Classify pictures with a registered model.",
     "serve": "Serve a registered model over HTTP.",
     "export": "Write a registered model to a file that works without MLflow.",
@@ -58,6 +59,14 @@ def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="champion", help=MODEL)
 
 
+def _add_port(parser: ArgumentParser, port: int) -> None:
+    parser.add_argument("--port", type=_port, default=port, help="the port to listen at (default: %(default)s)")
+
+
+def _ui(parser: ArgumentParser) -> None:
+    _add_port(parser, 5000)
+
+
 def _predict(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
     _add_model(parser)
@@ -69,7 +78,7 @@ def _predict(parser: ArgumentParser) -> None:
 def _serve(parser: ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=5002, help="the port to listen at (default: %(default)s)")
+    _add_port(parser, 5002)
 
 
 def _export(parser: ArgumentParser) -> None:
@@ -87,6 +96,7 @@ def _models(parser: ArgumentParser) -> None:
 
 ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "tune": _tune,
+    "ui": _ui,
     "predict": _predict,
     "serve": _serve,
     "export": _export,

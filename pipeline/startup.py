@@ -21,6 +21,8 @@ def start_command() -> None:
         arguments = command_line.parse(command, sys.argv[1:])  # answers --help and refuses wrong arguments now
         if command == "serve":
             print(f"loading {arguments.model} ...", flush=True)
+        elif command == "ui":
+            print(f'MLflow needs ten seconds until it says "running on http://127.0.0.1:{arguments.port}"', flush=True)
     if problem := _unsupported():
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

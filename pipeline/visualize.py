@@ -1,6 +1,5 @@
 """Stage `visualize`: draw how the training went, what the model learned, and where it fails."""
 
-from collections.abc import Container, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -38,8 +37,9 @@ def main() -> None:
     pictures = _draw(inputs)
     for name, rows in report.TABLES.items():
         files.write_table(files.PLOTS / f"{name}.csv", rows(inputs))
-    _remove_stale(files.own_figures(), report.FIGURES)
-    _remove_stale([path for path in files.PLOTS.glob("*.csv") if path.is_file()], report.TABLES)
+    for figure in files.own_figures():
+        if figure.stem not in report.FIGURES:
+            figure.unlink()  # an earlier version of this stage drew it
 
     runs.close_stale_runs()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, inputs.history)
@@ -58,13 +58,6 @@ def _draw(inputs: ReportInputs) -> list[Path]:
             pictures.append(files.FIGURES / f"{name}.png")
             files.write(pictures[-1], as_png(draw(inputs)))
     return pictures
-
-
-def _remove_stale(paths: Iterable[Path], names: Container[str]) -> None:
-    """Remove files that only an earlier version of this stage wrote."""
-    for path in paths:
-        if path.stem not in names:
-            path.unlink()
 
 
 if __name__ == "__main__":

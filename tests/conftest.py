@@ -269,10 +269,15 @@ def make_ui(folder: Path, environment: Mapping[str, str]) -> Iterator[int]:
     port = free_port()
     # This environment is installed already, whatever its lock file's date.
     makefile = ["--file", str(REPOSITORY / "Makefile"), "--old-file", f"{sys.prefix}/.installed"]
-    command = ["make", *makefile, "ui", f"VENV={sys.prefix}", f"ARGS=--port {port} --workers 1"]
+    command = ["make", *makefile, "ui", f"VENV={sys.prefix}", f"ARGS=--port {port}"]
     with tempfile.TemporaryFile() as said:
         page = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             for _ in range(600):

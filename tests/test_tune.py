@@ -28,9 +28,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline import tune
 from pipeline.data.splits import read_dataset
 from pipeline.errors import Fault, UserError
+from pipeline.model.training import Epoch
 from pipeline.params import read_params
 from pipeline.tracking import store, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
+from pipeline.tuning.progress import Progress
 from pipeline.tuning.storage import JOURNAL, Journal, open_storage
 from pipeline.tuning.study import STARTUP_TRIALS, Study, counts, open_study
 from tests import forked
@@ -304,6 +306,20 @@ def test_fault_18_other_images_make_another_study(study_folder: Path) -> None:
     change_training_images()
     with pytest.raises(UserError, match=r"was created with data\.sha256 = [0-9a-f]{64}, and now it is [0-9a-f]{64}"):
         small_study()
+
+
+def test_the_time_left_is_that_of_the_trials_so_far(study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = small_study()
+    progress = Progress(study)
+    for seconds, trials_done, left in ((20, 1, "60 s left"), (400, 2, "7 min left")):
+        trial = study.next()
+        assert trial is not None
+        study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, 0.1, 0.0, 0.0)], pruned=False)
+        progress._started = time.monotonic() - seconds
+        progress.show()
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"{trials_done}/4 trials, ")
+        assert shown.endswith(f", {left}\n")
 
 
 def small_study(name: str = "convtrack") -> Study:

@@ -64,6 +64,10 @@ def other_repository(path: Path, experiment: str) -> Path | None:
     folder = local_path(found[0]) if found else None
     if folder is None or folder.is_relative_to(files.root() / "mlruns"):
         return None
+    return _folder_of_mlruns(folder)
+
+
+def _folder_of_mlruns(folder: Path) -> Path | None:
     return next((each.parent for each in (folder, *folder.parents) if each.name == "mlruns"), None)
 
 
@@ -86,7 +90,11 @@ def lost_folder(path: Path, experiment: str) -> tuple[str, str] | None:
         return None
     if OF_EXPERIMENTS in folder.as_posix():
         return location, "which DVC deletes"
-    return None if folder.parent.exists() else (location, "which does not exist any more")
+    if not folder.parent.exists():
+        return location, "which does not exist any more"
+    if (clone := _folder_of_mlruns(folder)) and (clone / "dvc.yaml").exists():
+        return location, "which belongs to one of its clones"
+    return None
 
 
 def set_location(path: Path, experiment: str, location: str) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import Fault, UserError, without_password
+from pipeline.errors import Fault, UserError, printable, without_password
 
 FOLDER = Path("tuning")
 JOURNAL = FOLDER / "study.journal"
@@ -24,8 +27,13 @@ STORAGE = "OPTUNA_STORAGE"
 HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a trial is requeued
 LOCK_TIMEOUT = 30  # seconds, for tables
 IDLE_TIMEOUT = 40  # seconds, of who has the lock; more, so that what waits for a table is told so
+NOTICE = 2  # seconds of waiting for the lock until that is said
 WAIT_TIMEOUT = 60  # seconds, for the lock; more, so that a process that stands still with it does not end the others
 ADVISORY_LOCK = 0xC0117ACC  # an arbitrary number
+HOLDER = f"""
+    SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid)
+    WHERE datname = current_database() AND locktype = 'advisory' AND objid = {ADVISORY_LOCK} AND granted
+"""
 STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
 
@@ -105,10 +113,22 @@ def database_lock() -> Iterator[None]:
             connection = stack.enter_context(engine.connect())
             connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}s'"))
             connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = '{WAIT_TIMEOUT}s'"))
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
+            _take_lock(connection)
         yield
         with storage_faults():
             connection.commit()
+
+
+def _take_lock(connection: sqlalchemy.Connection) -> None:
+    """Wait for the lock, and after NOTICE seconds say who has it."""
+    started = time.monotonic()
+    while not connection.scalar(sqlalchemy.text(f"SELECT pg_try_advisory_xact_lock({ADVISORY_LOCK})")):
+        if time.monotonic() - started > NOTICE:
+            holder = connection.scalar(sqlalchemy.text(HOLDER)) or "another program"
+            print(f"waiting: {printable(holder)} holds the lock of the study", file=sys.stderr, flush=True)
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
+            break
+        time.sleep(0.05)
 
 
 def open_storage() -> BaseStorage:
@@ -147,7 +167,10 @@ def _check_journal() -> None:
 
 def _options(url: str) -> dict[str, Any]:
     """By default PostgreSQL waits forever for a table that another connection has locked."""
-    return {"connect_args": {"options": f"-c lock_timeout={LOCK_TIMEOUT}s"}} if url.startswith("postgresql") else {}
+    if not url.startswith("postgresql"):
+        return {}
+    name = f"process {os.getpid()} on {platform.node()}"  # for who waits for its lock
+    return {"connect_args": {"options": f"-c lock_timeout={LOCK_TIMEOUT}s", "application_name": name}}
 
 
 @contextmanager

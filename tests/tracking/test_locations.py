@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
 
-from pipeline import doctor
-from pipeline.errors import Fault
+from pipeline import doctor, files, ui
+from pipeline.errors import Fault, UserError
 from pipeline.tracking import addresses, promotion, registry, sqlite_files, store
-from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, needs_namespaces
+from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, make_ui, needs_namespaces
 from tests.drawn import drawn
 from tests.tracking.registering import NAME
 
@@ -228,6 +230,7 @@ def location_of_runs(database: Path) -> list[str]:
         ("{tmp}/deleted/mlruns", "which does not exist any more"),
         ("file://{tmp}/deleted/mlruns/1", "which does not exist any more"),
         ("{tmp}/clone/.dvc/tmp/exps/tmpx/mlruns", "which DVC deletes"),
+        ("{tmp}/other/mlruns/1", "which belongs to one of its clones"),
         ("./mlruns/1", "which depends on where a command is started"),
         ("file:mlruns", "which depends on where a command is started"),
     ],
@@ -237,6 +240,8 @@ def test_fault_49_new_runs_of_a_store_whose_files_would_get_lost_have_theirs_bes
 ) -> None:
     location = location.format(tmp=tmp_path)
     (tmp_path / "clone/.dvc/tmp/exps/tmpx/mlruns").mkdir(parents=True)
+    (tmp_path / "other/mlruns").mkdir(parents=True)
+    (tmp_path / "other/dvc.yaml").touch()
     begin_experiment(team_store, location)
     before = location_of_runs(team_store)
     capsys.readouterr()
@@ -311,3 +316,33 @@ def test_a_search_finds_the_text_whatever_quotes_are_in_it(value: str) -> None:
     assert found.data.tags["a.tag"] == value
     (version,) = registry.versions(value)
     assert version.name == value
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_fault_48_the_page_of_a_moved_repository_shows_the_files_of_its_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    enter(moved, monkeypatch)
+    with make_ui(moved, os.environ) as port:
+        champion = MlflowClient(f"http://127.0.0.1:{port}").get_model_version_by_alias(NAME, "champion")
+        page = f"http://127.0.0.1:{port}/get-artifact"
+        asked = {"path": "figures/learning_curves.png", "run_uuid": str(champion.run_id)}
+        found = requests.get(page, asked, timeout=30).content
+    assert found == (moved / files.FIGURES / "learning_curves.png").read_bytes()
+    assert not [place for place in locations(moved) if str(finished) in place]
+
+
+def test_the_page_is_refused_before_anything_is_started(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["ui", "--port", str(port)])
+        with pytest.raises(UserError, match=rf"127.0.0.1:{port} cannot be listened at .*: choose another --port"):
+            ui.main()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    with pytest.raises(UserError, match=r"a server, which has these pages itself: open http://mlflow.example:5000"):
+        ui.main()
