@@ -289,7 +289,7 @@ def read_tag(version: ModelVersion, tag: str, parse: Callable[[str], Value]) -> 
     try:
         return parse(version.tags[tag])
     except (ValueError, RecursionError) as error:
-        found = f"{version.name} version {version.version} has the tag {tag} {printable(version.tags[tag])}"
+        found = f"{version.name} version {version.version} has the tag {tag} '{printable(version.tags[tag])}'"
         raise Fault(f"{found}, which cannot be read: somebody has changed it; {TAG_REMEDY}") from error
 
 

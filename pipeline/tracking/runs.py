@@ -181,7 +181,7 @@ def _last_sequence() -> int:
     try:
         return int(found.data.tags[SEQUENCE])
     except ValueError as error:
-        reason = f"the tag {SEQUENCE} {printable(found.data.tags[SEQUENCE])}, which is not a number"
+        reason = f"the tag {SEQUENCE} '{printable(found.data.tags[SEQUENCE])}', which is not a number"
         raise Fault(f"the run {found.info.run_id} has {reason}: delete that tag") from error
 
 

@@ -180,7 +180,7 @@ def _number_of(child: Run) -> int:
     """The number of the trial of a child run. Raises Fault where somebody has deleted or changed its tag."""
     given = child.data.tags.get(TRIAL, "")
     if not given.isdecimal():
-        reason = f"the tag {TRIAL} {printable(given)}, which is not a number"
+        reason = f"the tag {TRIAL} '{printable(given)}', which is not a number"
         raise Fault(f"the run {child.info.run_id} of a trial has {reason}: correct it, or delete that run")
     return int(given)
 
