@@ -25,6 +25,11 @@ DESCRIPTIONS = {
     "export": "Write a registered model to a file that works without MLflow.",
     "models": "Show where a registered model comes from, list the champions, or roll back to an earlier one.",
 }
+# What is said at once, by commands that import for seconds before they can say anything.
+FIRST_LINES = {
+    "serve": "loading {model} ...",
+    "ui": 'MLflow needs ten seconds until it says "running on http://127.0.0.1:{port}"',
+}
 WITHOUT_ARGUMENTS = "It takes no arguments. The values that it uses are in params.yaml."
 
 

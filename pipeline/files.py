@@ -46,8 +46,12 @@ def root() -> Path:
 
 def own_figures() -> list[Path]:
     """The figures that this project has drawn. A person may have other pictures beside them."""
-    mark = f"Software\0{FIGURE_SOFTWARE}".encode()
-    return [path for path in FIGURES.glob("*.png") if path.is_file() and mark in path.read_bytes()[:MAX_PNG_HEADER]]
+    return [path for path in FIGURES.glob("*.png") if path.is_file() and _is_own_figure(path)]
+
+
+def _is_own_figure(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f"Software\0{FIGURE_SOFTWARE}".encode() in file.read(MAX_PNG_HEADER)
 
 
 def raw_folder() -> Path:

@@ -19,10 +19,8 @@ def start_command() -> None:
     command = sys.orig_argv[-len(sys.argv)].rpartition("pipeline.")[2]
     if command in command_line.DESCRIPTIONS:
         arguments = command_line.parse(command, sys.argv[1:])  # answers --help and refuses wrong arguments now
-        if command == "serve":
-            print(f"loading {arguments.model} ...", flush=True)
-        elif command == "ui":
-            print(f'MLflow needs ten seconds until it says "running on http://127.0.0.1:{arguments.port}"', flush=True)
+        if command in command_line.FIRST_LINES:
+            print(command_line.FIRST_LINES[command].format(**vars(arguments)), flush=True)
     if problem := _unsupported():
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

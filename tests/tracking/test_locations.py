@@ -82,31 +82,31 @@ def test_fault_48_a_copied_and_then_moved_repository_keeps_its_runs_and_writes_i
     assert contents(finished) == before
 
 
-@pytest.mark.faults
-def test_fault_48_doctor_finds_the_champion_of_a_moved_repository(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the repository, in which commands are started from here on."""
+    folder = shutil.copytree(finished, tmp_path / "copy")
     enter(folder, monkeypatch)
+    return folder
+
+
+@pytest.mark.faults
+def test_fault_48_doctor_finds_the_champion_of_a_copied_repository(
+    finished: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (line,) = doctor._registry()
     assert line == f"{NAME} version 1 is the champion"
     assert "this repository was copied from" in capsys.readouterr().err
-    assert not [place for place in locations(folder) if str(finished) in place]
+    assert not [place for place in locations(copied) if str(finished) in place]
 
 
 @pytest.mark.faults
-def test_fault_48_locations_that_cannot_be_updated_are_one_line_and_stay(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    (folder / "mlflow.db.before-move").mkdir()
-    enter(folder, monkeypatch)
-    before = locations(folder)
+def test_fault_48_locations_that_cannot_be_updated_are_one_line_and_stay(copied: Path) -> None:
+    (copied / "mlflow.db.before-move").mkdir()
+    before = locations(copied)
     with pytest.raises(Fault, match=r"the locations in .* are those of .*, and cannot be updated .*: make its folder"):
         store.connect()
-    assert locations(folder) == before
+    assert locations(copied) == before
 
 
 READ_ONLY = 'mount --bind "$PWD" "$PWD" && mount -o remount,ro,bind "$PWD" && cd "$PWD" && exec "$@"'
@@ -320,19 +320,14 @@ def test_a_search_finds_the_text_whatever_quotes_are_in_it(value: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_fault_48_the_page_of_a_moved_repository_shows_the_files_of_its_runs(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved = tmp_path / "moved"
-    shutil.copytree(finished, moved)
-    enter(moved, monkeypatch)
-    with make_ui(moved, os.environ) as port:
+def test_fault_48_the_page_of_a_copied_repository_shows_the_files_of_its_runs(finished: Path, copied: Path) -> None:
+    with make_ui(copied, os.environ) as port:
         champion = MlflowClient(f"http://127.0.0.1:{port}").get_model_version_by_alias(NAME, "champion")
         page = f"http://127.0.0.1:{port}/get-artifact"
         asked = {"path": "figures/learning_curves.png", "run_uuid": str(champion.run_id)}
         found = requests.get(page, asked, timeout=30).content
-    assert found == (moved / files.FIGURES / "learning_curves.png").read_bytes()
-    assert not [place for place in locations(moved) if str(finished) in place]
+    assert found == (copied / files.FIGURES / "learning_curves.png").read_bytes()
+    assert not [place for place in locations(copied) if str(finished) in place]
 
 
 def test_the_page_is_refused_before_anything_is_started(
