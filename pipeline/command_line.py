@@ -28,7 +28,7 @@ DESCRIPTIONS = {
 # What is said at once, by commands that import for seconds before they can say anything.
 FIRST_LINES = {
     "serve": "loading {model} ...",
-    "ui": 'MLflow needs ten seconds until it says "running on http://127.0.0.1:{port}"',
+    "ui": 'MLflow needs ten to twenty seconds until it says "running on http://127.0.0.1:{port}"',
 }
 WITHOUT_ARGUMENTS = "It takes no arguments. The values that it uses are in params.yaml."
 

@@ -24,7 +24,7 @@ def main() -> None:
         raise UserError(f"MLFLOW_TRACKING_URI names a server, which has these pages itself: open {uri}")
     store.connect()
     with http_server.listen(HOST, port):
-        pass  # the port is free: MLflow would say so only after ten seconds
+        pass  # the port is free: MLflow would find out only after ten seconds
     settings = {
         "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument, which all who use this machine could read
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
