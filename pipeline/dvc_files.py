@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import Fault, UserError
-from pipeline.params import flat, parse_yaml, read_params
+from pipeline.params import flat, parse_yaml
 
 LOCK, PIPELINE = Path("dvc.lock"), Path("dvc.yaml")
 ROOT = Path(__file__).parents[1]  # of this code; in a temporary copy of the repository that of the copy
@@ -56,11 +56,7 @@ def definition(stage: str) -> dict[str, Any]:
     content: Any = parse_yaml((ROOT / PIPELINE).read_bytes(), PIPELINE)
     try:
         found = dict(content["stages"][stage])
-        pictures = read_params().data.path
-        return found | {
-            "deps": [str(dep).replace(OWN_PICTURES, pictures) for dep in found["deps"]],
-            "pictures": pictures,
-        }
+        return found | {"deps": [str(dep) for dep in found["deps"]]}
     except (TypeError, KeyError, ValueError) as error:
         raise Fault(f"{PIPELINE} has no stage {stage} with its deps: `git restore {PIPELINE}`") from error
 

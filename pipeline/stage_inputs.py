@@ -49,14 +49,14 @@ class StageInputs:
     def _files_now(self) -> dict[str, Path]:
         """The files of code and data that the stage depends on and that exist, by their names in messages."""
         others = [dep for dep in self._definition["deps"] if not dep.startswith(dvc_files.CODE)]
-        data = {dep: Path(dep) for dep in others if dep != self._definition["pictures"]}
+        data = {dep: Path(dep) for dep in others if dep != dvc_files.OWN_PICTURES}
         return {name: path for name, path in (dvc_files.code_files(self._definition) | data).items() if path.is_file()}
 
     def _pictures_now(self) -> dict[str, Path]:
         """A person's pictures, in a folder or a .zip. They are too large to be hashed once more."""
-        if self._definition["pictures"] not in self._definition["deps"]:
+        if dvc_files.OWN_PICTURES not in self._definition["deps"]:
             return {}
-        pictures = Path(self._definition["pictures"])
+        pictures = Path(read_params().data.path)
         return {str(path): path for path in [pictures, *pictures.rglob("*")] if path.is_file()}
 
 

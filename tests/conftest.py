@@ -108,7 +108,7 @@ def _no_settings_from_outside() -> Iterator[None]:
 def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that all processes of a test run read; the first that needs it makes it, and others wait for that."""
     shared = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if shared.name.startswith("popen-"):  # the folder of one of several processes, in that of the test run
         shared = shared.parent
     made = shared / f"{name}.made"
     with (shared / f"{name}.lock").open("w") as lock:

@@ -485,5 +485,5 @@ def test_verify_builds_twice_from_nothing_and_compares(clone: Path, tmp_path: Pa
     done = run(sys.executable, "-m", "pipeline.verify", folder=clone, more=fast())
     assert done.returncode == 1
     assert done.stderr == "error: two runs of this code on this machine do not give the same bytes\n"
-    (model,) = [line for line in done.stdout.splitlines() if line.startswith("models/model.safetensors")]
+    (model,) = [line for line in done.stdout.splitlines() if line.startswith("models/model.safetensors ")]
     assert "DIFFERENT" in model

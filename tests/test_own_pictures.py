@@ -62,7 +62,7 @@ def test_predict_gives_each_test_picture_the_label_that_evaluate_gave(trained: P
 
 
 def test_the_folders_name_is_that_of_the_model(trained: Path) -> None:
-    assert "my-digits-cnn version 1" in succeed(forked.python(), "-m", "pipeline.models", folder=trained)
+    assert "my-digits-u-cnn version 1" in succeed(forked.python(), "-m", "pipeline.models", folder=trained)
 
 
 def stages_that_ran(output: str) -> list[str]:
