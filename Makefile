@@ -10,7 +10,7 @@ LOG_AGAIN := dvc repro --force --single-item evaluate visualize
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow faults browser kill-test verify doctor audit lint ui tune serve seeds pooling overhead bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow faults browser kill-test verify doctor audit lint ui tune label-check serve seeds pooling overhead bench bench-training bench-tuning lock
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ ui: $(INSTALLED)  ## show MLflow at http://127.0.0.1:5000, for this machine only
 
 tune: repository $(INSTALLED)  ## run the Optuna study of params.yaml; ARGS=--apply writes the winner into the file
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m pipeline.tune $(ARGS)
+
+label-check: repository $(INSTALLED)  ## find training images whose label may be wrong; writes reports/label_check.html
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m pipeline.label_check $(ARGS)
 
 serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this machine only
 	$(ACTIVATE) && python -m pipeline.serve $(ARGS)

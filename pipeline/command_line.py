@@ -7,6 +7,7 @@ from pathlib import Path
 FORMATS = ("onnx", "pt2")
 STUDY = "convtrack"
 MAX_STUDY_NAME = 100  # characters
+MAX_FOLDS = 100
 MODEL = "an alias, a version, NAME@alias or NAME/version (default: champion)"
 
 DESCRIPTIONS = {
@@ -18,6 +19,7 @@ DESCRIPTIONS = {
     "recover": "Repair DVC's own files after a process was killed while it wrote them; `make repro` runs it first.",
     "doctor": "Check this repository for problems, and say how to fix them. Exits 1 if something is wrong.",
     "verify": "Run the pipeline twice from scratch, and compare the outputs with each other and with dvc.lock.",
+    "label_check": "Find training images whose label may be wrong, with networks that were trained without them.",
     "tune": "Search the parameters in tune.space for the best values.",
     "ui": "Show the tracking store in MLflow's pages, for this machine only.",
     "predict": "Classify pictures with a registered model.",
@@ -60,6 +62,12 @@ def _tune(parser: ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="with --apply: even if the gain may be due to chance")
 
 
+def _label_check(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--folds", type=_folds, default=5, help="number of networks, each trained without a part (default: %(default)s)"
+    )
+
+
 def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="champion", help=MODEL)
 
@@ -100,6 +108,7 @@ def _models(parser: ArgumentParser) -> None:
 
 
 ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
+    "label_check": _label_check,
     "tune": _tune,
     "ui": _ui,
     "predict": _predict,
@@ -112,6 +121,12 @@ ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
 def _natural(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _folds(text: str) -> int:
+    if not text.isdecimal() or not 2 <= int(text) <= MAX_FOLDS:
+        raise ArgumentTypeError(f"{text} is not a number of folds; allowed: 2 to {MAX_FOLDS}")
     return int(text)
 
 

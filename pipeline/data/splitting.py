@@ -91,6 +91,19 @@ def assign(pictures: Pictures, *, validation_fraction: float, test_fraction: flo
     return Assignment(splits, moved, tuple(completed), _leaks(units, splits, seed))
 
 
+def folds(units: Indices, labels: Indices, count: int, seed: int) -> Indices:
+    """A fold (N,) of 0 to ``count`` - 1 for each picture. Each class is spread over all of them, by ``seed``.
+
+    Pictures with equal ``units`` (N,), as Pictures.units gives them, are in one fold.
+    """
+    members = _grouped(units)
+    shuffled = np.random.default_rng(seed).permutation(len(members))
+    by_class = sorted(shuffled.tolist(), key=lambda unit: int(labels[members[unit][0]]))
+    fold_of = np.empty(len(members), np.int64)
+    fold_of[by_class] = np.arange(len(members)) % count
+    return fold_of[units]
+
+
 def _grouped(units: Indices) -> list[list[int]]:
     """The pictures of each unit."""
     found: list[list[int]] = [[] for _ in range(int(units.max(initial=-1)) + 1)]

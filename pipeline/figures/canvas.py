@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from pipeline import files
 from pipeline.figures.tiles import Array
@@ -37,6 +38,14 @@ def as_png(figure: Figure, tight: bool = False) -> bytes:
         metadata={"Software": files.FIGURE_SOFTWARE},
         bbox_inches="tight" if tight else None,
     )
+    return buffer.getvalue()
+
+
+def image_as_png(image: Array) -> bytes:
+    """An image (H, W, C) in [0, 255], grey or in colour, as PNG, a pixel each."""
+    buffer = io.BytesIO()
+    pixels = image.astype(np.uint8)
+    imsave(buffer, pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, format="png", cmap="gray", vmin=0, vmax=255)
     return buffer.getvalue()
 
 
