@@ -28,6 +28,7 @@ from pipeline.data.splits import LabelledImages
 from pipeline.errors import UserError
 
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
+MB = 1_000_000
 CLOSED_PORT = "http://127.0.0.1:9/"  # discard: nothing answers there
 
 
@@ -37,23 +38,29 @@ def idx(values: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return gzip.compress(header + values.tobytes(), mtime=0)
 
 
-def small_mnist() -> dict[str, bytes]:
-    """The four files with 30 training and 10 test images of noise."""
+def small_mnist(scale: int = 1) -> dict[str, bytes]:
+    """The four files with 30 training and 10 test images of noise, or ``scale`` times as many."""
     noise = np.random.default_rng(0)
     found = {}
-    for prefix, count in (("train", 30), ("t10k", 10)):
+    for prefix, count in (("train", 30 * scale), ("t10k", 10 * scale)):
         found[f"{prefix}-images-idx3-ubyte.gz"] = idx(noise.integers(256, size=(count, 28, 28), dtype=np.uint8))
         found[f"{prefix}-labels-idx1-ubyte.gz"] = idx((np.arange(count) % 10).astype(np.uint8))
     return found
 
 
-def publish(patch: pytest.MonkeyPatch, files: dict[str, bytes], name: str = "mnist", mirror: str = CLOSED_PORT) -> None:
+def publish(
+    patch: pytest.MonkeyPatch,
+    files: dict[str, bytes],
+    name: str = "mnist",
+    mirror: str = CLOSED_PORT,
+    max_bytes: int = 100_000,
+) -> None:
     """Make ``files`` the published ones, at ``mirror`` only."""
     these = tuple(
         downloads.PublishedFile(
             file,
             hashlib.sha256(content).hexdigest(),
-            max_bytes=100_000,
+            max_bytes=max_bytes,
             content_sha256=hashlib.sha256(gzip.decompress(content)).hexdigest() if file.endswith("ubyte.gz") else None,
         )
         for file, content in files.items()
@@ -364,21 +371,23 @@ def test_a_new_data_set_is_a_function_and_a_line_of_the_table(monkeypatch: pytes
         sources.load("toy")
 
 
-def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def publish_small_cifar10(patch: pytest.MonkeyPatch, folder: Path, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An archive of noise like CIFAR-10's, ``count`` images of each class in either split: the training pixels."""
     noise = np.random.default_rng(0)
+    pixels = {name: noise.integers(256, size=(10 * count, 3072), dtype=np.uint8) for name in ("train", "test")}
+    labels = [*range(10)] * count
     batches = {
-        name: pickle.dumps({"data": noise.integers(256, size=(4, 3072), dtype=np.uint8), "labels": [0, 1, 8, 9]})
-        for name in ("data_batch_1", "test_batch")
+        "data_batch_1": pickle.dumps({"data": pixels["train"], "labels": labels}),
+        "test_batch": pickle.dumps({"data": pixels["test"], "labels": labels}),
+        "batches.meta": pickle.dumps({"label_names": ["airplane"]}),
     }
-    batches["batches.meta"] = pickle.dumps({"label_names": ["airplane"]})
     digest = {name: hashlib.md5(content).hexdigest() for name, content in batches.items()}
-
     for attribute, value in {
         "train_list": [["data_batch_1", digest["data_batch_1"]]],
         "test_list": [["test_batch", digest["test_batch"]]],
         "meta": {"filename": "batches.meta", "key": "label_names", "md5": digest["batches.meta"]},
     }.items():
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, attribute, value)
+        patch.setattr(torchvision.datasets.CIFAR10, attribute, value)
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in batches.items():
@@ -386,14 +395,17 @@ def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     files = {"cifar-10-python.tar.gz": archive.getvalue()}
-    publish(monkeypatch, files, name="cifar10")
-    monkeypatch.setenv(downloads.MIRROR_VARIABLE, str(put(tmp_path / "files", files)))
+    publish(patch, files, name="cifar10", max_bytes=MB)
+    patch.setenv(downloads.MIRROR_VARIABLE, str(put(folder, files)))
+    return pixels["train"]
 
+
+def test_cifar10_comes_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = publish_small_cifar10(monkeypatch, tmp_path / "files", count=1)
     _, source = sources.load("cifar10")
-    assert source.train.images.shape == (4, 32, 32, 3)
-    assert source.train.labels.tolist() == [0, 1, 8, 9]
+    assert source.train.images.shape == (10, 32, 32, 3)
+    assert source.train.labels.tolist() == [*range(10)]
     assert source.class_names[8] == "ship"
-    pixels = pickle.loads(batches["data_batch_1"])["data"]
     assert source.train.images[2, 5, 7].tolist() == [
         int(pixels[2, channel * 1024 + 5 * 32 + 7]) for channel in range(3)
     ]
