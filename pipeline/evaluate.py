@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import files
-from pipeline.data.splits import TEST, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
+from pipeline.data.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import UserError, run_command
 from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
@@ -37,7 +37,9 @@ def main() -> None:
         scores["unlike_training"] = trained.novelty.is_unlike(outputs).double().mean().item()
     report = {
         "test": scores,
-        "validation": _basic_scores(metrics.finite(metrics.predict_logits(trained.cnn, validation.images)), validation),
+        "validation": _basic_scores(
+            metrics.finite(metrics.predict_logits(trained.cnn, validation.images)), validation, dataset, VALIDATION
+        ),
         "parameters": parameter_count(trained.cnn.architecture),
         "dataset": dataset.name,
     }
@@ -45,7 +47,8 @@ def main() -> None:
     files.write_json(files.METRICS, report)
     files.write_table(files.PREDICTIONS, _predictions(logits, test, dataset))
 
-    print("logging the model, and comparing it with the champion", flush=True)
+    criterion = params.evaluate.metric.replace("_", " ")
+    print(f"logging the model, and comparing its {criterion} with the champion's", flush=True)
     store.connect()
     runs.close_stale_runs()
     model_sha256 = files.sha256(model)
@@ -67,13 +70,14 @@ def main() -> None:
         correct=(logits.argmax(dim=1) == test.labels).numpy(),
         card=card,
     )
-    registered = promotion.register(entry, dataset, test, params.evaluate.promotion)
+    registered = promotion.register(entry, dataset, test, params.evaluate)
     files.write_json(files.PROMOTION, registered.as_report())
     runs.log_files(run_id, [files.PROMOTION, files.CARD], runs.EVALUATION)
     inputs.check_unchanged()
     print(
         f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {scores['error_count']} errors in "
         f"{len(test):,} images\n"
+        f"{metrics.beside_accuracy(scores)}\n"
         f"{registered.name} version {registered.version} is {registered.decision.alias}: {registered.decision.reason}"
     )
 
@@ -94,7 +98,7 @@ def _test_scores(
     cnn: CNN, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
 ) -> dict[str, object]:
     probabilities = logits.softmax(dim=1)
-    return _basic_scores(logits, test) | {
+    return _basic_scores(logits, test, dataset, TEST) | {
         "error_count": int((logits.argmax(dim=1) != test.labels).sum()),
         "ece": metrics.expected_calibration_error(probabilities, test.labels, params.calibration_bins),
         "per_class": _class_scores(logits, test, dataset.class_names),
@@ -112,8 +116,10 @@ def _robustness(cnn: CNN, test: LabelledImages) -> dict[str, float]:
     return accuracies
 
 
-def _basic_scores(logits: Tensor, split: LabelledImages) -> dict[str, object]:
-    return {name: metric(logits, split.labels) for name, metric in metrics.METRICS.items()}
+def _basic_scores(logits: Tensor, images: LabelledImages, dataset: Dataset, split: str) -> dict[str, object]:
+    training, counts = (dataset.splits[each].per_class for each in (TRAIN, split))
+    found: dict[str, object] = {name: metric(logits, images.labels) for name, metric in metrics.METRICS.items()}
+    return found | {"baseline_accuracy": metrics.baseline_accuracy(training, counts)}
 
 
 def _class_scores(logits: Tensor, test: LabelledImages, class_names: tuple[str, ...]) -> dict[str, object]:

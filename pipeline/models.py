@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pipeline import command_line, files, machine, recipe
 from pipeline.data.splits import read_dataset
 from pipeline.errors import printable, run_command
+from pipeline.model import metrics
 from pipeline.params import read_params
 from pipeline.tracking import lineage, promotion, registry, store
 from pipeline.tracking.gate import CHAMPION
@@ -25,6 +26,7 @@ NEEDED = (
     "test.accuracy",
     "test.error_count",
 )
+SCORES = ("accuracy", *metrics.BESIDE_ACCURACY)  # of the test images; versions of earlier releases have only the first
 
 
 def main() -> None:
@@ -41,16 +43,18 @@ def main() -> None:
             print(f"{record.since}  version {record.version}: {record.reason}")
     else:
         registry.require(version, *NEEDED)
-        accuracy = registry.read_tag(version, "test.accuracy", float)
+        scores = {
+            key: registry.read_tag(version, f"test.{key}", float) for key in SCORES if f"test.{key}" in version.tags
+        }
         trained_with = registry.read_tag(version, lineage.RECIPE, lineage.json_object)
         print(f"{version.name} version {version.version}\n")
-        facts = _facts(version.tags, accuracy, trained_with)
+        facts = _facts(version.tags, scores, trained_with)
         print("\n".join(f"{name:<28}{fact}" for name, fact in facts.items()))
         print()
         print("\n".join(_verdict(version.tags)))
 
 
-def _facts(tags: Mapping[str, str], accuracy: float, trained_with: Mapping[str, object]) -> dict[str, str]:
+def _facts(tags: Mapping[str, str], scores: Mapping[str, float], trained_with: Mapping[str, object]) -> dict[str, str]:
     """The tags of a version as text; "unknown" for missing ones that are not NEEDED."""
     tags = {key: printable(tag) for key, tag in tags.items()}
     known = {key: tags.get(key, "unknown") for key in (*machine.FACTS, "git.commit", "gate.decision", "gate.reason")}
@@ -58,7 +62,8 @@ def _facts(tags: Mapping[str, str], accuracy: float, trained_with: Mapping[str, 
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
     return {
         "model": f"SHA-256 {tags['model.sha256']}",
-        "test": f"{accuracy:.2%} accuracy, {tags['test.error_count']} errors",
+        "test": f"{scores['accuracy']:.2%} accuracy, {tags['test.error_count']} errors",
+        "  by class": metrics.beside_accuracy(scores) if set(scores) == set(SCORES) else "unknown",
         "gate": f"{known['gate.decision']}: {known['gate.reason']}",
         "commit": f"{known['git.commit']}{dirty}{experiment}",
         "data": f"{tags['data.name']}, SHA-256 {tags['data.sha256']}",

@@ -89,6 +89,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     loss: Literal["cross-entropy"] = "cross-entropy"
     label_smoothing: Share = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
     max_shift: int = Field(0, ge=0, le=16)
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -104,6 +105,7 @@ class Promotion(Section):
     """What a model must reach to become champion; None for no requirement."""
 
     min_accuracy: Score | None = None
+    min_balanced_accuracy: Score | None = None
     max_ece: Score | None = None
     max_parameters: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0, lt=1)
@@ -112,6 +114,7 @@ class Promotion(Section):
 class Evaluate(Section):
     """How the trained CNN is scored, and when it becomes champion."""
 
+    metric: Literal["accuracy", "balanced_accuracy"] = "accuracy"
     calibration_bins: int = Field(15, ge=2, le=100)
     promotion: Promotion = Promotion()
 

@@ -8,6 +8,7 @@ import sys
 from pipeline import dvc_files, files
 from pipeline.data.splits import TEST, TRAIN, read_dataset
 from pipeline.errors import Fault, run_command, without_password
+from pipeline.model import metrics
 from pipeline.tracking import registry, store
 
 LACKING = 3  # the exit code where the store lacks results
@@ -16,13 +17,14 @@ LACKING = 3  # the exit code where the store lacks results
 def main() -> None:
     """Read what the stages wrote and print one line per fact."""
     dataset = read_dataset()
-    metrics = files.read_json(files.METRICS, made_by="evaluate")
-    test, count = metrics["test"], dataset.splits[TEST].count
+    scores = files.read_json(files.METRICS, made_by="evaluate")
+    test, count = scores["test"], dataset.splits[TEST].count
     facts = {
         "data set": f"{dataset.label} ({dataset.splits[TRAIN].count:,} training images)",
         "test accuracy": f"{test['accuracy']:.2%} ({test['error_count']} errors in {count:,} images)",
         "test loss": f"{test['loss']:.4f}",
-        "parameters": f"{metrics['parameters']:,}",
+        "by class": metrics.beside_accuracy(test),
+        "parameters": f"{scores['parameters']:,}",
         "figures": f"{files.FIGURES}/",
         "MLflow": "make ui     then open http://127.0.0.1:5000",
     }

@@ -130,13 +130,19 @@ def _line(epoch: Epoch, epochs: int) -> str:
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}"
         f"  train loss {epoch.train_loss:.4f}, accuracy {epoch.train_accuracy:.2%}"
         f"  validation loss {epoch.validation_loss:.4f}, accuracy {epoch.validation_accuracy:.2%}"
+        f" (balanced {epoch.validation_balanced_accuracy:.2%})"
         f"  {epoch.seconds:.1f} s"
     )
 
 
 def _row(epoch: Epoch) -> dict[str, object]:
-    """A row of history.csv. It leaves out the seconds, so that the same inputs give the same bytes."""
-    return {key: value for key, value in asdict(epoch).items() if key != "seconds"}
+    """A row of history.csv. It leaves out the seconds, so that the same inputs give the same bytes.
+
+    The balanced accuracy is in MLflow alone: others read this file, whose columns stay.
+    """
+    return {
+        key: value for key, value in asdict(epoch).items() if key not in ("seconds", "validation_balanced_accuracy")
+    }
 
 
 if __name__ == "__main__":

@@ -127,10 +127,10 @@ def _train_finalists(study: Study, workers: Workers) -> list[Outcome]:
 def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) -> Verdict:
     """Print the tables; write and log the summary and the figures."""
     verdict, name = finalists.judge(outcomes), study.optuna.study_name
-    print(finalists.table(outcomes), verdict, sep="\n")
+    print(finalists.table(outcomes, study.score_in_words), verdict, sep="\n")
     second, front = study.params.tune.second_objective, study.front()
     if second:
-        print(_front_table(front, second))
+        print(_front_table(front, study.score_in_words, second))
     folder = _folder(name)
     summary, figures = folder / "summary.json", folder / "figures"
     facts = {
@@ -143,26 +143,27 @@ def _conclude(study: Study, outcomes: Sequence[Outcome], run: studies.StudyRun) 
             {
                 "trial": each.number,
                 "values": each.values,
-                "validation_accuracy": each.validation_accuracy,
+                study.score: each.validation_score,
                 second: each.sizes[second],
             }
             for each in front
         ]
-    files.write_json(summary, facts | finalists.summary(outcomes, verdict))
+    files.write_json(summary, facts | finalists.summary(outcomes, verdict, study.score))
     run.log_files([summary], "study")
     run.log_files(plots.write(study, figures), "figures")
     best = verdict.best
-    run.log_best(study.counted(), best.finalist.values, {"best_validation_accuracy": best.mean})
+    run.log_best(study.counted(), best.finalist.values, {f"best_{study.score}": best.mean})
     print(f"{summary}, {figures}/, and the MLflow run {run.run_id}")
     return verdict
 
 
-def _front_table(front: Sequence[studies.TrialRecord], size: str) -> str:
+def _front_table(front: Sequence[studies.TrialRecord], score: str, size: str) -> str:
     """One row for each trial of which no other is smaller and as accurate."""
-    rows = [f"{'the front':<12}{'validation accuracy':<24}{size.replace('_', '-'):>15}  values"]
+    width = max(24, len(score) + 2)
+    rows = [f"{'the front':<12}{score:<{width}}{size.replace('_', '-'):>15}  values"]
     for each in front:
-        number, accuracy = f"trial {each.number}", f"{each.validation_accuracy:.3%}"
-        rows.append(f"{number:<12}{accuracy:<24}{each.sizes[size]:>15,}  {finalists.in_words(each.values)}")
+        number, reached = f"trial {each.number}", f"{each.validation_score:.3%}"
+        rows.append(f"{number:<12}{reached:<{width}}{each.sizes[size]:>15,}  {finalists.in_words(each.values)}")
     return "\n".join(rows)
 
 

@@ -147,9 +147,16 @@ def test_the_digest_follows_the_parameters_that_decide_the_model_and_no_others()
         return Params().changed({path: value}).sha256
 
     same = Params().sha256
-    others = {"train.threads": 2, "train.device": "cpu", "visualize.mistakes": 3, "tune.trials": 3}
+    others = {
+        "train.threads": 2,
+        "train.device": "cpu",
+        "visualize.mistakes": 3,
+        "tune.trials": 3,
+        "evaluate.metric": "balanced_accuracy",
+    }
     assert {digest(path, value) for path, value in others.items()} == {same}
-    assert len({same, digest("model.dropout", 0.4), digest("train.epochs", 14), digest("seed", 1)}) == 4
+    decide = {"model.dropout": 0.4, "train.epochs": 14, "train.class_weights": "balanced", "seed": 1}
+    assert len({same, *(digest(path, value) for path, value in decide.items())}) == 5
     assert Params().recipe["train.loss"] == "cross-entropy"
 
 

@@ -91,6 +91,14 @@ def test_the_ranges_that_tuning_shows_are_accepted() -> None:
     assert set(Params.model_validate(content).tune.space) == set(ranges)
 
 
+def test_the_parameters_that_the_page_of_own_pictures_shows_are_accepted() -> None:
+    page = REPOSITORY / "docs/your-own-pictures.md"
+    blocks = [parse_yaml(block.encode(), page) for block in fenced(page, "yaml")]
+    assert {"train", "evaluate"} in [set(block) for block in blocks if isinstance(block, dict)]
+    for block in blocks:
+        Params.model_validate(block)
+
+
 def test_make_help_lists_every_target() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE)

@@ -9,11 +9,14 @@ from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import UserError
 from pipeline.model.augment import AUGMENTATIONS
-from pipeline.model.training import LOSSES, OPTIMIZERS, SCHEDULES
+from pipeline.model.training import CLASS_WEIGHTS, LOSSES, OPTIMIZERS, SCHEDULES
 from pipeline.params import Train, read_params
 
 
-@pytest.mark.parametrize(("name", "table"), [("loss", LOSSES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("loss", LOSSES), ("class_weights", CLASS_WEIGHTS), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)],
+)
 def test_what_params_yaml_may_name_is_there(name: str, table: dict[str, object]) -> None:
     assert set(get_args(Train.model_fields[name].annotation)) == set(table)
 

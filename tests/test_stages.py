@@ -79,6 +79,12 @@ def test_metrics_and_predictions_agree(finished: Path) -> None:
     sevens = [row for row in rows if row["actual"] == "7"]
     right = [row for row in sevens if row["predicted"] == "7"]
     assert metrics["test"]["per_class"]["7"]["recall"] == pytest.approx(len(right) / len(sevens))
+    recalls = [score["recall"] for score in metrics["test"]["per_class"].values()]
+    assert metrics["test"]["balanced_accuracy"] == pytest.approx(sum(recalls) / 10)
+    assert metrics["test"]["macro_f1"] == pytest.approx(metrics["test"]["balanced_accuracy"], abs=0.02)
+    commonest = max(splits.read_dataset().splits[splits.TRAIN].per_class.items(), key=lambda each: each[1])[0]
+    assert metrics["test"]["baseline_accuracy"] == sum(row["actual"] == commonest for row in rows) / 1000
+    assert set(metrics["validation"]) == {"accuracy", "loss", "balanced_accuracy", "macro_f1", "baseline_accuracy"}
     assert metrics["parameters"] == 34826
     assert metrics["dataset"] == "mnist-5k"
     history = files.read_table(files.HISTORY, made_by="train")
@@ -103,9 +109,12 @@ def test_a_second_run_gives_the_same_bytes(finished: Path, workspace: Path) -> N
 def test_results_show_the_data_set_and_the_metrics(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.main()
     printed = capsys.readouterr().out
-    accuracy = json.loads(files.METRICS.read_text())["test"]["accuracy"]
+    test = json.loads(files.METRICS.read_text())["test"]
     assert "mnist-5k (3,600 training images)" in printed
-    assert f"{accuracy:.2%}" in printed
+    assert f"{test['accuracy']:.2%}" in printed
+    balanced, baseline = (f"{test[name]:.2%}" for name in ("balanced_accuracy", "baseline_accuracy"))
+    assert f"by class       {balanced} balanced accuracy, macro F1 {test['macro_f1']:.4f}; always " in printed
+    assert f"answering the most common class: {baseline}\n" in printed
     assert "make ui" in printed
 
 

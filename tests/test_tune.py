@@ -26,7 +26,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline import tune
-from pipeline.data.splits import read_dataset
+from pipeline.data.splits import LabelledImages, read_dataset
 from pipeline.errors import Fault, UserError
 from pipeline.model.training import Epoch
 from pipeline.params import read_params
@@ -37,6 +37,7 @@ from pipeline.tuning.storage import JOURNAL, Journal, open_storage
 from pipeline.tuning.study import STARTUP_TRIALS, Study, counts, open_study
 from tests import forked
 from tests.conftest import QUICK, REPOSITORY, change_training_images, run_command, write_params
+from tests.rare_class import RECIPE, write_imbalanced
 
 SMALL: dict[str, Any] = QUICK | {
     "model.filters.0": 8,
@@ -292,6 +293,55 @@ def test_fault_18_a_study_is_not_resumed_with_other_settings(
     small_study("another")
 
 
+@pytest.mark.faults
+def test_fault_18_a_study_of_an_earlier_release_goes_on_where_new_parameters_have_their_defaults(
+    study_folder: Path,
+) -> None:
+    made_for = dict(small_study().optuna.user_attrs["made_for"])
+    for parameter in ("train.class_weights", "evaluate.metric"):
+        del made_for[parameter]
+    small_study().optuna.set_user_attr("made_for", made_for)
+    small_study()
+    for parameter, value, default in (
+        ("train.class_weights", "balanced", "none"),
+        ("evaluate.metric", "balanced_accuracy", "accuracy"),
+    ):
+        write_params(study_folder, SMALL | {parameter: value})
+        with pytest.raises(UserError, match=f"was created with {parameter} = {default}, and now it is {value}: "):
+            small_study()
+
+
+@pytest.mark.slow
+def test_a_study_by_balanced_accuracy_finds_the_class_weights_that_accuracy_would_not(
+    study_folder: Path, digits: dict[str, LabelledImages]
+) -> None:
+    write_imbalanced(digits)
+    space = {"train.class_weights": {"choices": ["none", "balanced"]}}
+    write_params(
+        study_folder, SMALL | RECIPE | {"evaluate.metric": "balanced_accuracy", "tune.epochs": 4, "tune.space": space}
+    )
+    printed = run("--apply")
+    assert re.search(r"4/4 trials, best validation balanced accuracy \d\d\.\d\d% \(trial \d\)$", printed, re.MULTILINE)
+    assert re.search(r"^ +validation balanced accuracy +n +parameters  values$", printed, re.MULTILINE)
+    found = {trial.params["train.class_weights"]: trial for trial in trials()}
+    errors = {name: trial.values[0] for name, trial in found.items()}
+    for name, trial in found.items():
+        curve = [1 - epoch["validation_balanced_accuracy"] for epoch in trial.user_attrs["history"]]
+        assert errors[name] == curve[-1]
+        assert list(trial.intermediate_values.values()) == curve
+    assert errors["balanced"] < errors["none"]
+    accuracies = {name: trial.user_attrs["history"][-1]["validation_accuracy"] for name, trial in found.items()}
+    assert accuracies["balanced"] < accuracies["none"]
+    assert read_params().train.class_weights == "balanced"
+    summary = json.loads((study_folder / "tuning/summary.json").read_text())
+    assert [each["validation_balanced_accuracy"]["n"] for each in summary["finalists"]] == [2, 2]
+    assert "gain" in summary
+    best = max(each["validation_balanced_accuracy"]["mean"] for each in summary["finalists"])
+    assert parent().data.metrics["best_validation_balanced_accuracy"] == best
+    assert parent().data.metrics["best_trial_validation_balanced_accuracy"] == 1 - errors["balanced"]
+    assert {child.data.metrics["validation_balanced_error"] for child in children()} == set(errors.values())
+
+
 def test_the_tuned_values_may_change_and_the_study_goes_on(study_folder: Path) -> None:
     small_study()
     write_params(
@@ -314,7 +364,7 @@ def test_the_time_left_is_that_of_the_trials_so_far(study_folder: Path, capsys: 
     for seconds, trials_done, left in ((20, 1, "60 s left"), (400, 2, "7 min left")):
         trial = study.next()
         assert trial is not None
-        study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, 0.1, 0.0, 0.0)], pruned=False)
+        study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, 0.1, 0.0, 0.0, 0.1)], pruned=False)
         progress._started = time.monotonic() - seconds
         progress.show()
         shown = capsys.readouterr().out

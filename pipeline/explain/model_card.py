@@ -61,6 +61,9 @@ def _scores(dataset: Dataset, metrics: Mapping[str, Any]) -> list[str]:
     test, count = metrics["test"], dataset.splits[TEST].count
     rows = [
         ("accuracy", f"{test['accuracy']:.2%}", _interval(count - test["error_count"], count)),
+        ("balanced accuracy: the mean recall of the classes", f"{test['balanced_accuracy']:.2%}", ""),
+        ("macro F1", f"{test['macro_f1']:.4f}", ""),
+        ("accuracy of always answering the most common class", f"{test['baseline_accuracy']:.2%}", ""),
         ("cross-entropy", f"{test['loss']:.4f} nats", ""),
         ("expected calibration error", f"{test['ece']:.4f}", ""),
         *_novelty(test, count),

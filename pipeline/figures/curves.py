@@ -36,7 +36,9 @@ def learning_curves(history: Mapping[str, Sequence[float]], dropout: bool) -> Fi
     return figure
 
 
-def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: Sequence[bool]) -> Figure:
+def study_history(
+    numbers: Sequence[int], accuracies: Sequence[float], pruned: Sequence[bool], score: str = "validation accuracy"
+) -> Figure:
     """One point per trial and a line for the best complete trial so far; at least one trial is complete.
 
     A pruned trial is drawn at the accuracy of its last epoch. The axis ends as far below the median as three times the
@@ -61,7 +63,7 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
     steps = list(itertools.accumulate(complete, lambda so_far, trial: (trial[0], max(so_far[1], trial[1]))))
     steps.append((rows[-1][0], best))
     axes.step(*zip(*steps, strict=True), where="post", color=canvas.ORANGE, label="best so far")
-    axes.set(xlabel="trial", ylabel="validation accuracy", ylim=(lowest - room / 4, max(accuracies) + room / 2))
+    axes.set(xlabel="trial", ylabel=score, ylim=(lowest - room / 4, max(accuracies) + room / 2))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
@@ -69,7 +71,9 @@ def study_history(numbers: Sequence[int], accuracies: Sequence[float], pruned: S
     return figure
 
 
-def accuracy_against_size(parameters: Sequence[int], accuracies: Sequence[float]) -> Figure:
+def accuracy_against_size(
+    parameters: Sequence[int], accuracies: Sequence[float], score: str = "validation accuracy"
+) -> Figure:
     """One point per network; a line joins those with no smaller network as accurate (the Pareto front)."""
     figure = canvas.of_height(4.2)
     axes = figure.subplots()
@@ -79,7 +83,7 @@ def accuracy_against_size(parameters: Sequence[int], accuracies: Sequence[float]
         if not front or accuracy > front[-1][1]:
             front.append((size, accuracy))
     axes.step(*zip(*front, strict=True), where="post", color=canvas.ORANGE, label="best for its size")
-    axes.set(xlabel="parameters", ylabel="validation accuracy", xscale="log")
+    axes.set(xlabel="parameters", ylabel=score, xscale="log")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

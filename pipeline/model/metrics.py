@@ -1,9 +1,9 @@
 """How good the CNN is: its logits, and the metrics computed from them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,11 +68,51 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     return F.cross_entropy(logits.double(), labels).item()
 
 
+def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The mean recall of the classes that have images: every class counts the same, however many images it has."""
+    confusion = _confusion(logits, labels)
+    counts = confusion.sum(dim=1)
+    return (confusion.diag() / counts)[counts > 0].mean().item()
+
+
+def macro_f1(logits: Tensor, labels: Tensor) -> float:
+    """The mean F1 score, 2 precision recall / (precision + recall), of the classes that have images or predictions."""
+    confusion = _confusion(logits, labels)
+    counts = confusion.sum(dim=0) + confusion.sum(dim=1)
+    return (2 * confusion.diag() / counts)[counts > 0].mean().item()
+
+
+def _confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """confusion_matrix() of these logits (N, classes), as float64."""
+    return confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1]).double()
+
+
+def baseline_accuracy(training: Mapping[str, int], split: Mapping[str, int]) -> float:
+    """The accuracy on a split of always answering the most common class of the training images.
+
+    Both are numbers of images by class. Of equally common classes it is the first.
+    """
+    return split[max(training, key=training.__getitem__)] / sum(split.values())
+
+
 # Measured on the validation and test images, from logits (N, classes) and labels (N,), by the name in metrics.json.
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "loss": cross_entropy,
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
 }
+
+
+BESIDE_ACCURACY = ("balanced_accuracy", "macro_f1", "baseline_accuracy")
+
+
+def beside_accuracy(scores: Mapping[str, Any]) -> str:
+    """The scores of BESIDE_ACCURACY in words: what an accuracy does not say where classes are not of one size."""
+    return (
+        f"{scores['balanced_accuracy']:.2%} balanced accuracy, macro F1 {scores['macro_f1']:.4f}; always answering the "
+        f"most common class: {scores['baseline_accuracy']:.2%}"
+    )
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int) -> float:

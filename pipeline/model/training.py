@@ -32,8 +32,8 @@ class Epoch:
     """The metrics of one pass over the training images.
 
     The training loss and accuracy are means over the epoch's batches, with dropout and while the weights still change;
-    those of the validation images are computed after the pass, without dropout. Losses are in nats; ``learning_rate``
-    is that of the next step.
+    those of the validation images are computed after the pass, without dropout. Losses are in nats, without class
+    weights; ``learning_rate`` is that of the next step.
     """
 
     epoch: int
@@ -43,6 +43,7 @@ class Epoch:
     validation_accuracy: float
     learning_rate: float
     seconds: float
+    validation_balanced_accuracy: float
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Settings:
     loss: str
     label_smoothing: float
     precision: Precision
+    class_weights: str = "none"
     augmentations: dict[str, float] = field(default_factory=dict)  # strengths by the names in AUGMENTATIONS
     checkpoint_seconds: float | None = None
 
@@ -123,6 +125,16 @@ class Settings:
 def summed_cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     """-log p(label), summed over the images; label smoothing spreads a share of the target evenly over all classes."""
     return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="sum")
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:
+    """A weight for each class (classes,): every class with images counts the same, and the images' mean weight is 1.
+
+    That is n / (k n_class), with n images in k classes; 0 for a class without images. As in scikit-learn.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    weights = len(labels) / (counts.count_nonzero() * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 0).float()
 
 
 def _one_cycle(optimizer: Optimizer, highest: float, steps: int) -> LRScheduler:
@@ -133,6 +145,11 @@ def _one_cycle(optimizer: Optimizer, highest: float, steps: int) -> LRScheduler:
 # divided by the size of the batch.
 LOSSES: dict[str, Callable[[Tensor, Tensor, Settings], Tensor]] = {
     "cross-entropy": summed_cross_entropy,
+}
+# From the labels of all training images and the number of classes: the weight of each class, or None for no weights.
+CLASS_WEIGHTS: dict[str, Callable[[Tensor, int], Tensor | None]] = {
+    "none": lambda labels, classes: None,
+    "balanced": balanced_weights,
 }
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": partial(torch.optim.Adam, eps=1e-7, fused=True),  # eps as in Keras
@@ -178,6 +195,7 @@ def fit(
     )
     schedule = SCHEDULES[settings.schedule](optimizer, settings.learning_rate, settings.epochs * steps)
 
+    class_weights = CLASS_WEIGHTS[settings.class_weights](labels, len(cnn.architecture.class_names))
     in_bfloat16 = settings.precision == "bfloat16"
 
     def forward_backward(
@@ -188,6 +206,10 @@ def fit(
         chunk = augment(images.index_select(0, rows), settings.augmentations, draws)
         with torch.autocast(images.device.type, torch.bfloat16) if in_bfloat16 else nullcontext():
             scores = cnn(chunk, draws).float()
+        if class_weights is not None:
+            # A loss is a sum over images, so its gradient at an image's logits is that of this image's loss alone.
+            weights = class_weights[targets].unsqueeze(1)
+            scores.register_hook(weights.mul)
         loss = LOSSES[settings.loss](scores, targets, settings)
         return loss.detach(), scores.detach(), torch.autograd.grad(loss / batch, parameters)
 
@@ -244,6 +266,7 @@ def fit(
             validation_accuracy=metrics.accuracy(predicted, validation[1]),
             learning_rate=float(schedule.get_last_lr()[0]),
             seconds=before + time.perf_counter() - started,
+            validation_balanced_accuracy=metrics.balanced_accuracy(predicted, validation[1]),
         )
         for split_name, mean_loss in (("training", finished.train_loss), ("validation", finished.validation_loss)):
             if not mean_loss < MAX_LOSS:  # true for NaN too

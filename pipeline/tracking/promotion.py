@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.data.splits import TEST, Dataset, LabelledImages
 from pipeline.errors import Fault, UserError
-from pipeline.params import Promotion
+from pipeline.params import Evaluate
 from pipeline.tracking import gate, locks, registry
 from pipeline.tracking.gate import CHALLENGER, CHAMPION, Decision, ScoredModel
 from pipeline.tracking.registry import CLASS_NAMES, PARAMETERS, PREDICTIONS_SHA256, TEST_SHA256, Entry, Value
@@ -50,7 +50,7 @@ class Registration:
 
 
 @store_faults()
-def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Promotion) -> Registration:
+def register(entry: Entry, dataset: Dataset, test: LabelledImages, rules: Evaluate) -> Registration:
     """Register a logged model and decide between champion and challenger.
 
     A model whose hash is registered already gets no second version, unless the file of the first is gone or damaged.
@@ -83,11 +83,12 @@ def _decide(
     champion: ModelVersion | None,
     dataset: Dataset,
     test: LabelledImages,
-    rules: Promotion,
+    rules: Evaluate,
 ) -> Decision:
     challenger, ece = ScoredModel(entry.correct, entry.parameters), float(str(entry.scores["ece"]))
+    labels = test.labels.numpy()
     if champion is None:
-        return gate.decide(challenger, ece, None, "", rules)
+        return gate.decide(challenger, ece, None, "", labels, rules)
     number = str(champion.version)
     if registered is not None and number == str(registered.version):
         return Decision(CHAMPION, WAS_CHAMPION)
@@ -99,7 +100,7 @@ def _decide(
         current = ScoredModel(_correct(champion, dataset, test), _read_tag(champion, PARAMETERS, int))
     except _CannotCompareError as error:
         return Decision(CHALLENGER, f"version {number}, the champion, {error}")
-    return gate.decide(challenger, ece, current, number, rules)
+    return gate.decide(challenger, ece, current, number, labels, rules)
 
 
 class _CannotCompareError(Exception):
@@ -154,7 +155,7 @@ def _logged_predictions(version: ModelVersion, sha256: str) -> NDArray[np.bool_]
 
 def _decision_tags(decision: Decision, champion: ModelVersion | None) -> dict[str, str]:
     against = f"version {champion.version}" if champion else "none"
-    facts = {"against": against, "p_value": "none", "table": "none", **decision.as_dict()}
+    facts = {"against": against, "metric": "none", "p_value": "none", "table": "none", **decision.as_dict()}
     return {f"gate.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 

@@ -25,7 +25,7 @@ from pipeline.tracking import lineage, runs, store
 from pipeline.tracking.store import equals, store_faults
 
 STUDY, TRIAL = "study.id", "trial.number"
-ERROR = "validation_error"
+ERRORS = {"accuracy": "validation_error", "balanced_accuracy": "validation_balanced_error"}  # by evaluate.metric
 MAX_METRICS = 1000  # that MLflow takes at a time
 Status = Literal["complete", "pruned", "failed"]
 STATUS: dict[Status, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
@@ -35,10 +35,10 @@ STATUS: dict[Status, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed
 class TrialRecord:
     """A trial that has ended.
 
-    ``values`` are those of the tuned parameters by their dotted paths; ``validation_error`` is None unless it is
-    complete; ``sizes`` has the network's parameters and multiply-adds, and is empty for one that failed, whose layers
-    may not even fit; ``history`` has a row for each epoch with its number under "epoch"; ``failure`` says why it
-    failed. Times are milliseconds since 1970.
+    ``values`` are those of the tuned parameters by their dotted paths; ``validation_error`` is 1 minus the score that
+    evaluate.metric names, and None unless it is complete; ``sizes`` has the network's parameters and multiply-adds, and
+    is empty for one that failed, whose layers may not even fit; ``history`` has a row for each epoch with its number
+    under "epoch"; ``failure`` says why it failed. Times are milliseconds since 1970.
     """
 
     number: int
@@ -52,8 +52,8 @@ class TrialRecord:
     ended: int
 
     @property
-    def validation_accuracy(self) -> float:
-        """Of one that is complete."""
+    def validation_score(self) -> float:
+        """Of one that is complete: the score that evaluate.metric names."""
         assert self.validation_error is not None
         return 1 - self.validation_error
 
@@ -64,6 +64,7 @@ class StudyRun:
     def __init__(self, run_id: str, experiment_id: str, params: Params, tags: Mapping[str, str]) -> None:
         self.run_id, self._experiment_id, self.written = run_id, experiment_id, set[int]()
         self._params, self._tags = params, tags  # the tags of every trial
+        self._error = ERRORS[params.evaluate.metric]
         self._unfinished: dict[int, str] = {}  # child runs by the number of their trial
         self._lowest_error = math.inf  # of the trials that are written
 
@@ -90,7 +91,7 @@ class StudyRun:
             if key != "epoch"
         ]
         if trial.validation_error is not None:
-            metrics.append(Metric(ERROR, trial.validation_error, trial.ended, 0))
+            metrics.append(Metric(self._error, trial.validation_error, trial.ended, 0))
         for start in range(0, len(metrics), MAX_METRICS):
             client.log_batch(child, metrics[start : start + MAX_METRICS])
         facts = {**trial.values, **trial.sizes}
@@ -98,7 +99,8 @@ class StudyRun:
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
         self._add_written(trial.number, trial.validation_error)
         if self._lowest_error < math.inf:
-            best = Metric("best_trial_validation_accuracy", 1 - self._lowest_error, trial.ended, len(self.written))
+            name = f"best_trial_validation_{self._params.evaluate.metric}"
+            best = Metric(name, 1 - self._lowest_error, trial.ended, len(self.written))
             client.log_batch(self.run_id, metrics=[best])
 
     def _add_written(self, number: int, validation_error: float | None) -> None:
@@ -130,7 +132,7 @@ class StudyRun:
                 if child.info.status == "RUNNING":
                     self._unfinished[number] = child.info.run_id
                 else:
-                    self._add_written(number, child.data.metrics.get(ERROR))
+                    self._add_written(number, child.data.metrics.get(self._error))
             token = page.token or ""
 
     @store_faults()

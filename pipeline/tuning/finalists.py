@@ -33,20 +33,20 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The validation accuracies of a finalist, one for each seed, in the order of the seeds."""
+    """The validation scores of a finalist by evaluate.metric, one for each seed, in the order of the seeds."""
 
     finalist: Finalist
-    accuracies: tuple[float, ...]
+    scores: tuple[float, ...]
 
     @property
     def mean(self) -> float:
         """Over the seeds."""
-        return statistics.fmean(self.accuracies)
+        return statistics.fmean(self.scores)
 
     @property
     def deviation(self) -> float:
         """The standard deviation over the seeds."""
-        return statistics.stdev(self.accuracies)
+        return statistics.stdev(self.scores)
 
 
 def choose(study: Study) -> list[Finalist]:
@@ -117,14 +117,14 @@ class FinalistStudy(Study):
                 raise Fault(f"{each.name} with seed {values['seed']} failed: {reason}")
 
     def outcomes(self) -> list[Outcome]:
-        """The accuracies of each finalist, once the study is done."""
+        """The scores of each finalist, once the study is done."""
         complete = self.trials(TrialState.COMPLETE)
-        found = [(self.values_of(trial), trial.user_attrs[HISTORY][-1]["validation_accuracy"]) for trial in complete]
+        found = [(self.values_of(trial), trial.user_attrs[HISTORY][-1][self.score]) for trial in complete]
 
-        def accuracy(finalist: Finalist, seed: int) -> float:
+        def score(finalist: Finalist, seed: int) -> float:
             return next(float(value) for values, value in found if values == {**finalist.values, "seed": seed})
 
-        return [Outcome(each, tuple(accuracy(each, seed) for seed in self.seeds)) for each in self.finalists]
+        return [Outcome(each, tuple(score(each, seed) for seed in self.seeds)) for each in self.finalists]
 
 
 @storage_faults()
@@ -144,8 +144,8 @@ def winner(outcomes: Iterable[Outcome]) -> Outcome:
 
 
 def gain(best: Outcome, present: Outcome) -> tuple[float, float]:
-    """By how much ``best`` is more accurate, seed by seed, and the standard error of that mean difference."""
-    differences = [a - b for a, b in zip(best.accuracies, present.accuracies, strict=True)]
+    """By how much the score of ``best`` is higher, seed by seed, and the standard error of that mean difference."""
+    differences = [a - b for a, b in zip(best.scores, present.scores, strict=True)]
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
@@ -176,8 +176,8 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
     return Verdict(best, *gain(best, present))
 
 
-def summary(outcomes: Sequence[Outcome], verdict: Verdict) -> dict[str, object]:
-    """The winner, its gain and all finalists as JSON, the best first."""
+def summary(outcomes: Sequence[Outcome], verdict: Verdict, score: str) -> dict[str, object]:
+    """The winner, its gain and all finalists as JSON, the best first; ``score`` is as in "validation_accuracy"."""
     return {
         "winner": verdict.best.finalist.name,
         "gain": {"mean": verdict.gain, "standard_error": verdict.error, "real": verdict.is_real},
@@ -186,20 +186,21 @@ def summary(outcomes: Sequence[Outcome], verdict: Verdict) -> dict[str, object]:
                 "name": each.finalist.name,
                 "values": dict(each.finalist.values),
                 "parameters": each.finalist.parameters,
-                "validation_accuracy": {"mean": each.mean, "deviation": each.deviation, "n": len(each.accuracies)},
+                score: {"mean": each.mean, "deviation": each.deviation, "n": len(each.scores)},
             }
             for each in sorted(outcomes, key=lambda outcome: -outcome.mean)
         ],
     }
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """One row for each finalist, the best first."""
-    rows = [f"{'':<12}{'validation accuracy':<24}{'n':>3}{'parameters':>12}  values"]
+def table(outcomes: Sequence[Outcome], score: str) -> str:
+    """One row for each finalist, the best first; ``score`` is as in "validation accuracy"."""
+    width = max(24, len(score) + 2)
+    rows = [f"{'':<12}{score:<{width}}{'n':>3}{'parameters':>12}  values"]
     for outcome in sorted(outcomes, key=lambda outcome: -outcome.mean):
-        values, accuracy = in_words(outcome.finalist.values), f"{outcome.mean:.3%} +- {outcome.deviation:.3%}"
-        count = len(outcome.accuracies)
-        rows.append(f"{outcome.finalist.name:<12}{accuracy:<24}{count:>3}{outcome.finalist.parameters:>12,}  {values}")
+        values, reached = in_words(outcome.finalist.values), f"{outcome.mean:.3%} +- {outcome.deviation:.3%}"
+        count, size = len(outcome.scores), outcome.finalist.parameters
+        rows.append(f"{outcome.finalist.name:<12}{reached:<{width}}{count:>3}{size:>12,}  {values}")
     return "\n".join(rows)
 
 

@@ -23,7 +23,7 @@ from pipeline.model.cnn import multiply_adds, parameter_count
 from pipeline.model.training import Epoch
 from pipeline.params import MACHINE_PARAMETERS, Params, Range
 from pipeline.recipe import architecture
-from pipeline.tracking.studies import ERROR, Status, TrialRecord
+from pipeline.tracking.studies import ERRORS, Status, TrialRecord
 from pipeline.tuning.storage import HEARTBEAT, database_lock, expected_warnings, open_storage, storage_faults
 
 Space = dict[str, BaseDistribution]
@@ -52,6 +52,7 @@ class Study:
     def __init__(self, study: optuna.Study, params: Params, dataset: Dataset, total: int) -> None:
         self.optuna, self.params, self.dataset, self.total = study, params, dataset, total
         self.space = space_of(params)
+        self.score = f"validation_{params.evaluate.metric}"  # the field of an Epoch that the study maximises
         self.asked = set[int]()  # numbers of the trials that this process has started
         self._seen, self._last_heartbeat = set[int](), -math.inf
 
@@ -59,6 +60,11 @@ class Study:
     def id(self) -> str:
         """Unique, whatever the study's name."""
         return str(self.optuna.user_attrs["id"])
+
+    @property
+    def score_in_words(self) -> str:
+        """As in "validation accuracy"."""
+        return self.score.replace("_", " ")
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Those in these states, in the order of their numbers; all of them if no state is given."""
@@ -98,7 +104,7 @@ class Study:
         counts, best = self.count_by_status(), self.best(1)
         return [
             *(f"{counts[name]} {name}" for name in ("pruned", "failed") if counts[name]),
-            *(f"best validation accuracy {each.validation_accuracy:.2%} (trial {each.number})" for each in best),
+            *(f"best {self.score_in_words} {each.validation_score:.2%} (trial {each.number})" for each in best),
         ]
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
@@ -176,7 +182,7 @@ class Study:
         """Report an epoch to the pruner; False where the trial should end."""
         if len(self.optuna.directions) > 1:  # Optuna does not prune with several objectives
             return True
-        trial.report(1 - epoch.validation_accuracy, epoch.epoch)
+        trial.report(self._error(epoch), epoch.epoch)
         return epoch.epoch == self.params.tune.epochs or not trial.should_prune()
 
     def finish(self, trial: Trial, history: Sequence[Epoch], pruned: bool) -> None:
@@ -187,7 +193,10 @@ class Study:
             return
         second = self.params.tune.second_objective
         sizes = [self.sizes(self.values_of(trial))[second]] if second else []
-        self.optuna.tell(trial, [1 - history[-1].validation_accuracy, *sizes])
+        self.optuna.tell(trial, [self._error(history[-1]), *sizes])
+
+    def _error(self, epoch: Epoch) -> float:
+        return 1 - float(getattr(epoch, self.score))
 
     def fail(self, trial: Trial, history: Sequence[Epoch], reason: str) -> None:
         """End a trial that would fail again."""
@@ -268,17 +277,20 @@ def load_or_create(
         directions=["minimize"] * (2 if second else 1),
         pruner=pruner,
     )
-    found = study.user_attrs.get("made_for")
+    found, defaults = study.user_attrs.get("made_for"), Params().by_path()
     if found is None:
         study.set_user_attr("id", str(uuid.uuid4()))
         with expected_warnings():
-            study.set_metric_names([ERROR, *([second] if second else [])])
+            study.set_metric_names([ERRORS[params.evaluate.metric], *([second] if second else [])])
         study.set_user_attr("made_for", made_for)
-    elif found != made_for:
-        key = next(key for key in made_for | found if found.get(key) != made_for.get(key))
+        return study
+    # A parameter that is missing was not there in the release that created the study: it had its default.
+    others = [key for key in made_for | found if (defaults | found).get(key) != made_for.get(key)]
+    if others:
+        before, now = (each.get(others[0], "none") for each in (defaults | found, made_for))
         raise UserError(
-            f"the study {name} was created with {key} = {found.get(key, 'none')}, "
-            f"and now it is {made_for.get(key, 'none')}: change it back, or start another study with --study NAME"
+            f"the study {name} was created with {others[0]} = {before}, and now it is {now}: change it back, or start "
+            "another study with --study NAME"
         )
     return study
 
@@ -344,6 +356,7 @@ def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
         "data.sha256": dataset.sha256,
         "tune.epochs": tune.epochs,
         "tune.second_objective": tune.second_objective,
+        "evaluate.metric": params.evaluate.metric,
         **{f"tune.space.{path}": space.model_dump(exclude_defaults=True) for path, space in tune.space.items()},
         **{path: value for path, value in fixed.items() if path not in free},
     }

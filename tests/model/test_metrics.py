@@ -20,6 +20,29 @@ def test_accuracy_and_cross_entropy() -> None:
     assert metrics.cross_entropy(logits, labels) == pytest.approx(-math.log(0.9 * 0.8 * 0.4) / 3)
 
 
+def test_balanced_accuracy_macro_f1_and_the_majority_baseline_by_hand() -> None:
+    """Eight images of class 0, two of class 1, none of class 2: nine answers are 0, and one, for class 0, is 2."""
+    labels, answers = torch.tensor([0] * 8 + [1] * 2), torch.tensor([0] * 7 + [2] + [0] * 2)
+    logits = torch.nn.functional.one_hot(answers, 4).float()
+    assert metrics.accuracy(logits, labels) == pytest.approx(0.7)
+    assert metrics.balanced_accuracy(logits, labels) == pytest.approx((7 / 8 + 0) / 2)  # class 2 has no images
+    assert metrics.macro_f1(logits, labels) == pytest.approx((14 / 17 + 0 + 0) / 3)  # class 2 is answered, 3 is not
+    assert metrics.baseline_accuracy({"a": 5, "b": 9, "c": 9}, {"a": 6, "b": 3, "c": 1}) == 0.3
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (200,), generator=generator) ** 2 // 5  # 0, 1 and 3: classes of three sizes
+    logits = torch.randn(200, 4, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 4)
+    predicted = logits.argmax(dim=1)
+    assert 0.5 < metrics.accuracy(logits, labels) < 1
+    assert metrics.balanced_accuracy(logits, labels) == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert metrics.macro_f1(logits, labels) == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
 def test_confusion_matrix_has_actual_rows_and_predicted_columns() -> None:
     assert metrics.confusion_matrix(LABELS, PREDICTED, 3).tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
 

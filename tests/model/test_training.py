@@ -14,6 +14,7 @@ from pipeline.model import metrics, model_file, training
 from pipeline.model.cnn import CNN, Architecture, as_input
 from pipeline.model.model_file import TrainedModel
 from tests.conftest import needs_a_gpu, needs_bfloat16
+from tests.rare_class import NAMES, imbalanced
 
 ARCHITECTURE = Architecture((28, 28, 1), tuple("0123456789"), (16, 32))
 SETTINGS = training.Settings(
@@ -63,6 +64,58 @@ def test_a_loss_is_the_sum_over_the_images(name: str) -> None:
     of_two = training.LOSSES[name](logits.expand(2, 3), labels.expand(2), SETTINGS)
     assert of_one > 0
     torch.testing.assert_close(of_two, 2 * of_one)
+
+
+@pytest.mark.parametrize("name", training.LOSSES)
+def test_balanced_weights_scale_the_gradient_of_each_image_whatever_the_loss(
+    digits: dict[str, LabelledImages], name: str
+) -> None:
+    """One step of gradient descent, with as much from the 8s as from the 3s, which are 24 times as many."""
+    few = {split: images[-50:] for split, images in imbalanced(digits).items()}
+    architecture = replace(ARCHITECTURE_WITHOUT_DROPOUT, class_names=NAMES)
+    step: dict[str, Any] = {"epochs": 1, "batch_size": 50, "optimizer": "sgd", "learning_rate": 0.1, "loss": name}
+    weighted, _ = fit(few, architecture=architecture, **step, class_weights="balanced")
+
+    plain, (images, labels) = (
+        CNN(architecture, torch.Generator().manual_seed(0)).double(),
+        (few["train"].images, few["train"].labels),
+    )
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True)
+    logits = plain(as_input(images).double())
+    counts = torch.bincount(labels)
+    assert counts.tolist() == [40, 10]
+    of_class = [training.LOSSES[name](logits[labels == label], labels[labels == label], SETTINGS) for label in (0, 1)]
+    torch.autograd.backward(of_class[0] * 50 / (2 * 40) / 50 + of_class[1] * 50 / (2 * 10) / 50)
+    sgd.step()
+    for parameter, weights in plain.named_parameters():
+        torch.testing.assert_close(weighted.get_parameter(parameter).double(), weights, rtol=1e-3, atol=1e-5)
+
+
+def test_a_class_weighs_its_share_of_the_images_and_the_mean_image_weighs_one() -> None:
+    labels = torch.tensor([0] * 6 + [2] * 2)
+    weights = training.CLASS_WEIGHTS["balanced"](labels, 4)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([8 / (2 * 6), 0, 8 / (2 * 2), 0])  # classes 1 and 3 have no image
+    assert weights[labels].mean().item() == pytest.approx(1)
+    assert training.CLASS_WEIGHTS["none"](labels, 4) is None
+
+
+def test_class_weights_find_the_rare_class(digits: dict[str, LabelledImages]) -> None:
+    few, architecture = imbalanced(digits), replace(ARCHITECTURE, class_names=NAMES, filters=(8, 8))
+    found = {}
+    for weights in ("none", "balanced"):
+        cnn, history = fit(few, architecture=architecture, epochs=4, batch_size=32, class_weights=weights)
+        logits = metrics.predict_logits(cnn, few["validation"].images)
+        assert history[-1].validation_balanced_accuracy == metrics.balanced_accuracy(logits, few["validation"].labels)
+        test = few["test"]
+        answers = metrics.predict_logits(cnn, test.images)
+        recall = metrics.accuracy(answers[test.labels == 1], test.labels[test.labels == 1])
+        found[weights] = recall, metrics.balanced_accuracy(answers, test.labels), metrics.accuracy(answers, test.labels)
+    assert found["none"] == pytest.approx((0, 0.5, 140 / 145))  # it always says 3
+    recall, balanced, accuracy = found["balanced"]
+    assert recall >= 0.6
+    assert balanced > 0.7
+    assert accuracy < 140 / 145
 
 
 def test_it_learns_and_reports_every_epoch(digits: dict[str, LabelledImages]) -> None:

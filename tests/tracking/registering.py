@@ -11,13 +11,13 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline import evaluate, files
 from pipeline.data.splits import TEST, Dataset, read_dataset, read_split
 from pipeline.model import model_file
-from pipeline.params import Promotion
+from pipeline.params import Evaluate
 from pipeline.tracking import promotion
 from pipeline.tracking.promotion import Registration
 from pipeline.tracking.registry import Entry
 
 NAME = "mnist-5k-cnn"
-NO_RULES = Promotion(min_accuracy=None, max_ece=None, max_parameters=None, alpha=None)
+NO_RULES = Evaluate()
 
 
 def version(number: int | str) -> ModelVersion:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import sqlite3
 import sys
@@ -17,15 +18,16 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import doctor, evaluate, files, models
+from pipeline import doctor, evaluate, files, models, train
 from pipeline.data.image_files import Preprocessing
-from pipeline.data.splits import TEST, Dataset, read_dataset, read_split
+from pipeline.data.splits import TEST, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, UserError
-from pipeline.model import model_file
+from pipeline.model import metrics, model_file
 from pipeline.tracking import gate, locks, promotion, registry, store
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import Entry
 from tests.conftest import QUICK, write_params
+from tests.rare_class import RECIPE, write_imbalanced
 from tests.tracking.evaluating import change_model
 from tests.tracking.registering import NAME, NO_RULES, Candidates, aliases, artifacts, version
 
@@ -61,6 +63,42 @@ def test_the_model_with_fewer_errors_on_the_same_images_is_champion(candidates: 
         ("1", "there was no champion"),
         ("3", "40 test errors against 50 of version 1 (p = 0.002)"),
     ]
+
+
+@pytest.mark.slow
+def test_the_metric_of_params_yaml_decides_who_is_champion(
+    workspace: Path,
+    digits: dict[str, LabelledImages],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model that always says 3 and one that finds the 8s too, at the price of some 3s."""
+    write_imbalanced(digits)
+    balanced = QUICK | RECIPE | {"train.class_weights": "balanced"}
+    for params in (QUICK | RECIPE, balanced):
+        write_params(workspace, params)
+        train.main()
+        evaluate.main()
+    assert aliases() == {"champion": "1", "challenger": "2"}
+    assert version(2).tags["gate.metric"] == "accuracy"
+    assert "comparing its accuracy with the champion's" in capsys.readouterr().out
+    write_params(workspace, balanced | {"evaluate.metric": "balanced_accuracy"})
+    evaluate.main()
+    assert aliases() == {"champion": "2"}
+    decided = json.loads(files.PROMOTION.read_text())
+    assert (decided["decision"], decided["metric"]) == ("champion", "balanced_accuracy")
+    assert re.match(r"test balanced accuracy 0\.\d{4} against 0\.5000 of version 1 \(p = 0\.\d+\)$", decided["reason"])
+    assert version(2).tags["gate.metric"] == "balanced_accuracy"
+    assert float(version(2).tags["gate.p_value"]) == decided["p_value"]
+    printed = capsys.readouterr().out
+    assert "comparing its balanced accuracy with the champion's" in printed
+    assert decided["reason"] in printed
+    beside = metrics.beside_accuracy(json.loads(files.METRICS.read_text())["test"])
+    assert beside.endswith("always answering the most common class: 96.55%")
+    assert f"\n{beside}\n" in printed
+    monkeypatch.setattr(sys, "argv", ["models"])
+    models.main()
+    assert f"\n  by class                  {beside}\n" in capsys.readouterr().out
 
 
 def test_a_challenger_that_is_scored_again_may_take_over(candidates: Candidates) -> None:

@@ -52,7 +52,7 @@ def test_the_evaluated_model_is_registered_with_its_lineage_and_scores(finished:
         else:
             assert champion.tags[key] == value
     scores = json.loads(files.METRICS.read_text())["test"]
-    for key in ("accuracy", "loss", "ece", "error_count"):
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "baseline_accuracy", "loss", "ece", "error_count"):
         assert champion.tags[f"test.{key}"] == str(scores[key])
 
 
@@ -60,6 +60,10 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
     card = str(version(1).description)
     metrics, dataset = json.loads(files.METRICS.read_text()), read_dataset()
     assert f"| accuracy | {metrics['test']['accuracy']:.2%} |" in card
+    beside = {"the mean recall of the classes": "balanced_accuracy", "most common class": "baseline_accuracy"}
+    for row, score in beside.items():
+        assert f"{row} | {metrics['test'][score]:.2%} |" in card
+    assert f"| macro F1 | {metrics['test']['macro_f1']:.4f} |" in card
     assert f"| expected calibration error | {metrics['test']['ece']:.4f} |" in card
     for change, accuracy in metrics["test"]["robustness"].items():
         assert f"| accuracy, {change.replace('_', ' ')} | {accuracy:.2%} |" in card

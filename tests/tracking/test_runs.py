@@ -125,6 +125,9 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
     run = only_run()
     metrics = json.loads(files.METRICS.read_text())
     assert run.data.metrics["test_accuracy"] == metrics["test"]["accuracy"]
+    for name in ("balanced_accuracy", "macro_f1", "baseline_accuracy"):
+        assert run.data.metrics[f"test_{name}"] == metrics["test"][name]
+    assert run.data.metrics["validation_balanced_accuracy"] == metrics["validation"]["balanced_accuracy"]
     assert run.data.metrics["test_error_count"] == metrics["test"]["error_count"]
     assert run.data.metrics["test_per_class/7.recall"] == metrics["test"]["per_class"]["7"]["recall"]
     logged = {

@@ -30,7 +30,7 @@ def test_a_gain_is_taken_seed_by_seed() -> None:
 
 
 def test_the_table_has_a_row_for_each_the_best_first() -> None:
-    head, *rows = table([PRESENT, LARGE]).splitlines()
+    head, *rows = table([PRESENT, LARGE], "validation accuracy").splitlines()
     assert head.split() == ["validation", "accuracy", "n", "parameters", "values"]
     assert [row.split()[:2] for row in rows] == [["trial", "12"], ["current", "98.600%"]]
     assert rows[0].endswith("99.100% +- 0.100%         3      90,000  model.dropout=0.1235")

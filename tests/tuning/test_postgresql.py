@@ -204,7 +204,7 @@ def run_without_training(rounds: int, total: int) -> None:
         while not study.is_done():
             trial = study.next() if study.needs_another_trial() else None
             if trial is not None:
-                study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, 0.1, 0.0, 0.0)], pruned=False)
+                study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, 0.1, 0.0, 0.0, 0.1)], pruned=False)
 
 
 def test_who_holds_the_lock_is_said_after_two_seconds_of_waiting(
