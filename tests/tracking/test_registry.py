@@ -21,6 +21,7 @@ from starlette.requests import Request
 
 from pipeline import evaluate, files, visualize
 from pipeline.data.splits import TEST, LabelledImages, read_dataset, read_split
+from pipeline.decoder import Decoder
 from pipeline.errors import Fault, UserError
 from pipeline.model import model_file
 from pipeline.model.metrics import wilson_interval
@@ -232,7 +233,8 @@ def test_fault_43_a_model_whose_answer_is_not_a_number_is_refused(finished_copy:
         return {"type": "http.request", "body": json.dumps({"inputs": images.tolist()}).encode()}
 
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
-    answer = asyncio.run(serving.Predictor(loaded).answer(Request(scope, receive)))
+    with Decoder(loaded.preprocessing) as decoder:
+        answer = asyncio.run(serving.Predictor(loaded, decoder).answer(Request(scope, receive)))
     assert answer.status_code == 500
     assert json.loads(bytes(answer.body))["error"].startswith("the model's answer is not a number")
 
