@@ -29,10 +29,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline import multipart
-from pipeline.decoder import Decoder
 from pipeline.errors import Fault, UserError, printable
 from pipeline.model.cnn import MAX_IMAGES
 from pipeline.tracking import registry
+from pipeline.tracking.decoder import Decoder
 from pipeline.tracking.registry import Answers, Loaded
 from pipeline.tracking.store import store_faults
 
@@ -194,10 +194,7 @@ async def _receive(request: Request, body: IO[bytes], most: int) -> None:
             async for part in request.stream():
                 body.write(part)
                 if body.tell() > most:
-                    reason = (
-                        f"more than the {most:,} bytes that a request may have; at most {MAX_IMAGES:,} images at a time"
-                    )
-                    raise RefusedError(413, reason)
+                    raise RefusedError(413, f"more than {most:,} bytes; at most {MAX_IMAGES:,} images at a time")
     except TimeoutError:
         raise RefusedError(408, f"the request was not complete within {BODY_TIMEOUT:.0f} s") from None
     except ClientDisconnect:

@@ -21,11 +21,11 @@ from starlette.requests import Request
 
 from pipeline import evaluate, files, visualize
 from pipeline.data.splits import TEST, LabelledImages, read_dataset, read_split
-from pipeline.decoder import Decoder
 from pipeline.errors import Fault, UserError
 from pipeline.model import model_file
 from pipeline.model.metrics import wilson_interval
 from pipeline.tracking import registry, serving
+from pipeline.tracking.decoder import Decoder
 from tests.conftest import change_dataset_json, run_command
 from tests.tracking.registering import NAME, Candidates, artifacts, version
 

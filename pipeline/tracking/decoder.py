@@ -99,7 +99,7 @@ class Decoder:
 
     def _process_with(self, descriptor: int) -> subprocess.Popen[bytes]:
         # Not by multiprocessing, which would import the server, with MLflow and PyTorch, into it.
-        code = "import sys; from pipeline import decoder; decoder.serve(*sys.argv[1:])"
+        code = "import sys; from pipeline.tracking import decoder; decoder.serve(*sys.argv[1:])"
         arguments = str(descriptor), json.dumps(asdict(self._preprocessing)), str(self._memory), str(self._seconds)
         return subprocess.Popen(
             [sys.executable, "-c", code, *arguments],

@@ -15,9 +15,9 @@ from PIL import Image
 
 from pipeline.data import image_files, own_pictures
 from pipeline.data.image_files import Preprocessing
-from pipeline.decoder import Decoder
 from pipeline.errors import Fault, UserError
 from pipeline.params import Data
+from pipeline.tracking.decoder import Decoder
 from tests.conftest import REPOSITORY
 from tests.data.test_image_files import encoded, scene, stored
 
@@ -157,7 +157,7 @@ def test_the_decoder_ends_with_a_server_that_is_killed() -> None:
     code = """
 import time
 from pipeline.data.image_files import Preprocessing
-from pipeline.decoder import Decoder
+from pipeline.tracking.decoder import Decoder
 print(Decoder(Preprocessing("fit", (8, 8, 1)))._process.pid, flush=True)
 time.sleep(60)
 """
