@@ -45,4 +45,5 @@ def _part(content: memoryview) -> Part:
         raise ValueError(f"a part does not begin with lines of at most {MAX_HEAD:,} bytes that say what it is")
     header = HeaderParser().parsestr(lines[2:].decode(errors="replace"))
     field = collapse_rfc2231_value(header.get_param("name", "", header="content-disposition"))
-    return Part(header.get_filename() or field, content[len(lines + empty_line) :])
+    name = (header.get_filename() or field).encode(errors="replace").decode()  # it may claim an encoding of any kind
+    return Part(name, content[len(lines + empty_line) :])

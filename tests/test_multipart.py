@@ -41,6 +41,8 @@ def test_each_part_has_its_name_and_exactly_its_bytes() -> None:
         ("form-data; name=a; filename*=utf-8''ein%20B%C3%A4r.png", "ein Bär.png"),
         ('form-data; name="a"; filename=""', "a"),
         ('form-data; name="a; b"; filename="c;d.png"', "c;d.png"),
+        ("form-data; name=a; filename*=unicode_escape''%5Cud800.png", "?.png"),
+        ("form-data; name=a; filename*=rot13''a.png", "a.png"),
         ("form-data", ""),
         ("", ""),
     ],

@@ -27,7 +27,7 @@ from pipeline.data import image_files
 from pipeline.data.image_files import Preprocessing
 from pipeline.errors import Fault, UserError
 
-SECONDS = 20.0  # within which the pictures of one request must be decoded
+SECONDS = 30.0  # within which the pictures of one request must be decoded
 START_SECONDS = 60.0  # within which the process must be ready
 MEMORY = 2_000_000_000  # bytes that the process may have: image_files.MAX_MEMORY, the file, and the libraries
 GOOD, BAD = b"+", b"-"  # before an image, and before the reason why there is none
