@@ -83,9 +83,9 @@ def _ui(parser: ArgumentParser) -> None:
 def _predict(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="pictures, folders of them, or - for stdin")
     _add_model(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON object for each picture, with all probabilities"
-    )
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument("--csv", action="store_true", help="print a table with a row for each picture")
+    table.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
 
 
 def _serve(parser: ArgumentParser) -> None:

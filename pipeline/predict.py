@@ -1,17 +1,18 @@
 """Classify pictures with a registered model, by default the champion.
 
-    python -m pipeline.predict FILE_OR_FOLDER... [--model MODEL] [--json]
+    python -m pipeline.predict FILE_OR_FOLDER... [--model MODEL] [--csv | --json]
 
 Prints a line for each picture: the file, its label, the probability, the second guess if it is close, and whether it
-does not look like the images that the model was trained on. `-` reads a picture from standard input. A picture that
-cannot be read gives a line on standard error and does not stop the others.
+does not look like the images that the model was trained on; with --csv as a table. `-` reads a picture from standard
+input. A picture that cannot be read gives a line on standard error and does not stop the others.
 """
 
+import csv
 import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ STDIN = "-"
 MAX_STDIN = 200_000_000  # bytes, which are held in memory beside the pixels
 CLOSE = 0.1  # the probability from which the second guess is shown
 BATCH_SIZE = 250  # pictures
+COLUMNS = ("file", "label", "probability", "second_label", "second_probability", "unlike_training")  # of --csv
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
     arguments = command_line.parse("predict")
     store.connect()
     loaded = registry.load(registry.find(arguments.model))
-    line = _as_json if arguments.json else _as_line
+    show = _table() if arguments.csv else _print_json if arguments.json else _print_line
     count = unread = 0
     paths = _paths(arguments.files)
     while batch := list(itertools.islice(paths, BATCH_SIZE)):
@@ -43,7 +45,7 @@ def main() -> None:
         if images:
             answers = loaded.classify(np.stack([image for _, image in images]))
             for (path, _), probabilities, unlike in zip(images, *answers, strict=True):
-                print(line(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike))
+                show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike)
     if unread:
         raise UserError(f"{unread} of {count} pictures could not be read")
 
@@ -87,24 +89,38 @@ def _from_stdin() -> io.BytesIO:
     return io.BytesIO(content)
 
 
+def _print_line(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> None:
+    print(_as_line(path, probabilities, unlike_training))
+
+
 def _as_line(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> str:
-    (label, first), *others = sorted(probabilities.items(), key=lambda each: -each[1])
-    doubt = "".join(f"  (or {printable(other)}, {second:.1%})" for other, second in others[:1] if second >= CLOSE)
+    (label, first), *others = _best_two(probabilities)
+    doubt = "".join(f"  (or {printable(other)}, {second:.1%})" for other, second in others if second >= CLOSE)
     warning = "  does not look like the training images" if unlike_training else ""
     return f"{printable(path)}  {printable(label)}  {first:.1%}{doubt}{warning}"
 
 
-def _as_json(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> str:
-    label = max(probabilities, key=lambda name: probabilities[name])
-    return json.dumps(
-        {
-            "file": path,
-            "label": label,
-            "probability": probabilities[label],
-            "unlike_training": unlike_training,
-            "probabilities": probabilities,
-        }
-    )
+def _best_two(probabilities: Mapping[str, float]) -> list[tuple[str, float]]:
+    """The label and the second guess, if there is more than one class, with their probabilities."""
+    return sorted(probabilities.items(), key=lambda each: -each[1])[:2]
+
+
+def _print_json(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> None:
+    print(json.dumps(registry.described(path, probabilities, unlike_training)))
+
+
+def _table() -> Callable[[str, Mapping[str, float], bool | None], None]:
+    """Prints the heads of the columns; what it returns prints a row. What is not known is left empty."""
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(COLUMNS)
+
+    def row(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> None:
+        name = path.encode(errors="backslashreplace").decode()  # one that is not UTF-8 would make the table unreadable
+        (label, first), *others = _best_two(probabilities)
+        second = others[0] if others else ("", None)
+        table.writerow([name, label, first, *second, unlike_training])
+
+    return row
 
 
 if __name__ == "__main__":

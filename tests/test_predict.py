@@ -1,5 +1,7 @@
 """`python -m pipeline.predict` as its users meet it."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -64,6 +66,26 @@ def test_json_has_all_probabilities_and_a_picture_may_come_from_standard_input(f
     assert set(answer["probabilities"]) == set("0123456789")
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
     assert answer["probability"] == max(answer["probabilities"].values())
+
+
+def test_a_folder_gives_a_table_that_programs_can_read(folder: Path, tmp_path: Path) -> None:
+    names = ['a, b\n"c".png', "plain.jpg", os.fsdecode(b"z\xe9ro.png")]
+    for name, digit in zip(names, (3, 7, 0), strict=True):
+        drawn(digit, 20).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    done = run_command("predict", "--csv", str(tmp_path), folder=folder)
+    assert done.returncode == 2
+    assert b"1 of 4 pictures could not be read" in done.stderr
+    head, *rows = csv.reader(io.StringIO(done.stdout.decode()))
+    assert head == ["file", "label", "probability", "second_label", "second_probability", "unlike_training"]
+    assert [row[0] for row in rows] == [f"{tmp_path}/{name}" for name in (*names[:2], "z\\udce9ro.png")]
+    assert [row[1] for row in rows] == ["3", "7", "0"]
+    assert all(float(row[2]) > float(row[4]) > 0 and row[1] != row[3] and row[5] == "False" for row in rows)
+
+
+def test_the_table_of_a_model_with_one_class_has_no_second_guess(capsys: pytest.CaptureFixture[str]) -> None:
+    predict._table()("x.png", {"the only class": 1.0}, None)
+    assert capsys.readouterr().out.splitlines()[1] == "x.png,the only class,1.0,,,"
 
 
 def test_what_is_asked_is_what_evaluate_saw(folder: Path, tmp_path: Path) -> None:

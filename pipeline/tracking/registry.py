@@ -273,6 +273,18 @@ class Loaded:
         return Answers(probabilities, found.is_unlike(outputs).tolist() if found else [None] * len(images))
 
 
+def described(file: str | None, probabilities: Mapping[str, float], unlike_training: bool | None) -> dict[str, object]:
+    """The answer for a picture as JSON has it. ``probabilities`` are by class name, in the model's order."""
+    label = max(probabilities, key=lambda name: probabilities[name])
+    return {
+        "file": file,
+        "label": label,
+        "probability": probabilities[label],
+        "unlike_training": unlike_training,
+        "probabilities": dict(probabilities),
+    }
+
+
 def require(version: ModelVersion, *tags: str) -> None:
     """Raises UserError for a version without one of these tags: it was not registered by `evaluate`."""
     for tag in tags:

@@ -1,9 +1,11 @@
 """The served champion, over real HTTP: right answers, and clear ones to whatever else is sent."""
 
 import asyncio
+import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +21,16 @@ import numpy as np
 import psutil
 import pytest
 import requests
+from PIL import Image
 
 from pipeline import files, http_server
+from pipeline.data import image_files
 from pipeline.data.splits import TEST, read_dataset, read_split
+from pipeline.tracking import registry
 from tests.conftest import REPOSITORY, free_port, run_command
+from tests.data.test_image_files import encoded, png
+from tests.drawn import drawn
+from tests.test_readme import fenced
 
 JSON = {"Content-Type": "application/json"}
 
@@ -180,6 +188,129 @@ def test_fault_24_a_hundred_thousand_rows_and_endless_words_take_no_memory(serve
         answer = requests.post(f"{address}/invocations", body, headers=JSON, timeout=60)
         assert answer.status_code == status
         assert process.memory_info().rss - before < 100_000_000
+
+
+def picture(digit: int, form: str = "JPEG") -> bytes:
+    """A drawn digit as the content of a file."""
+    if form == "HEIF":
+        pytest.importorskip("pillow_heif", reason="writes a HEIC picture").register_heif_opener()
+    return encoded(drawn(digit, 20), form)
+
+
+def send(address: str, body: bytes, content_type: str, **headers: str) -> requests.Response:
+    return requests.post(f"{address}/invocations", body, headers={"Content-Type": content_type} | headers, timeout=60)
+
+
+def predicted(content: bytes) -> dict[str, Any]:
+    """The answer of `predict` for a picture."""
+    loaded = registry.load(registry.find("champion"))
+    image = image_files.read(io.BytesIO(content), "it", loaded.preprocessing).image
+    (probabilities,), (unlike,) = loaded.classify(image[None])
+    return registry.described(None, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike)
+
+
+@pytest.mark.parametrize(
+    ("form", "content_type"),
+    [("JPEG", "image/jpeg"), ("PNG", "image/png"), ("HEIF", "image/heic"), ("WEBP", "IMAGE/*; q=1")],
+)
+def test_a_picture_as_the_body_gets_the_answer_of_predict(
+    server: tuple[str, psutil.Process], finished: Path, form: str, content_type: str
+) -> None:
+    answer = send(server[0], picture(7, form), content_type)
+    assert answer.status_code == 200
+    (found,) = answer.json()["predictions"]
+    expected = predicted(picture(7, form))
+    assert found.pop("probabilities") == pytest.approx(expected.pop("probabilities"), abs=1e-5)
+    assert found.pop("probability") == pytest.approx(expected.pop("probability"), abs=1e-5)
+    assert found == expected
+
+
+def test_several_pictures_are_answered_by_their_names(server: tuple[str, psutil.Process], finished: Path) -> None:
+    names = {"drei.jpg": picture(3), "sieben ü.png": picture(7, "PNG"), "zero": picture(0)}
+    files = [("picture", (name, content)) for name, content in names.items()]
+    answer = requests.post(f"{server[0]}/invocations", files=files, timeout=60)
+    assert answer.status_code == 200
+    found = {each["file"]: each["label"] for each in answer.json()["predictions"]}
+    assert found == {name: predicted(content)["label"] for name, content in names.items()}
+
+
+def form(*contents: bytes, end: bytes = b"\r\n--x--") -> bytes:
+    """The body of a form with these files, named 1.jpg and so on, whose boundary is x."""
+    head = 'Content-Disposition: form-data; name="picture"; filename="{}.jpg"\r\n\r\n'
+    parts = [head.format(number).encode() + content for number, content in enumerate(contents, start=1)]
+    return b"--x" + b"\r\n--x".join(b"\r\n" + part for part in parts) + end
+
+
+FORM = "multipart/form-data; boundary=x"
+BOMB = png((60_000, 60_000), 1, 0, b"")
+REFUSED_PICTURES: dict[str, tuple[int, str, bytes, str]] = {
+    "text": (422, "the body is not a picture; allowed: AVIF, BMP", b"words", "image/jpeg"),
+    "nothing": (422, "the body is empty", b"", "image/jpeg"),
+    "a picture that was cut off": (422, "the body cannot be read: ", picture(3, "PNG")[:-100], "image/png"),
+    "a blank picture": (422, "the body is blank", encoded(Image.new("L", (50, 50))), "image/png"),
+    "a bomb": (422, "the body has more than 300,000,000 pixels", BOMB, "image/png"),
+    "a vector graphic": (422, "the body is not a picture", b"<svg width='9'/>", "image/svg+xml"),
+    "a part that is text": (422, "part 2 (2.jpg) is not a picture", form(picture(3), b"words"), FORM),
+    "a part without content": (422, "part 1 (1.jpg) is empty", form(b""), FORM),
+    "a form that was cut off": (400, "the body was cut off", form(picture(3), end=b""), FORM),
+    "a form without boundary": (400, "needs a boundary", form(picture(3)), "multipart/form-data"),
+    "a form without parts": (400, "1 to 1,000 pictures at a time", b"--x--", FORM),
+    "1,001 parts": (413, "1 to 1,000 pictures at a time", form(*[b""] * 1001), FORM),
+    "100 MB": (413, "more than 100,000,000 bytes", bytes(100_000_001), "image/jpeg"),
+    "an unknown type": (415, "(arrays), image/... (a picture) or multipart/form-data", b"", "text/csv"),
+}  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", REFUSED_PICTURES)
+def test_fault_24_what_is_not_a_picture_is_refused_with_the_reason(
+    server: tuple[str, psutil.Process], what: str
+) -> None:
+    status, reason, body, content_type = REFUSED_PICTURES[what]
+    answer = send(server[0], body, content_type)
+    assert answer.status_code == status
+    assert reason in answer.json()["error"]
+    assert "\n" not in answer.json()["error"]
+    assert send(server[0], picture(3), "image/jpeg").status_code == 200
+
+
+@pytest.mark.faults
+def test_a_decoder_that_is_killed_or_hangs_ends_neither_the_server_nor_its_other_answers(
+    server: tuple[str, psutil.Process],
+) -> None:
+    (decoder,) = server[1].children()
+    decoder.kill()
+    assert send(server[0], picture(3), "image/jpeg").status_code == 200
+    (decoder,) = server[1].children()
+    decoder.suspend()
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(send, server[0], picture(3), "image/jpeg")
+        assert ask(server[0], BLACK).status_code == 200
+        decoder.resume()
+        assert waits.result(60).status_code == 200
+
+
+def test_a_form_on_a_page_of_another_site_is_refused(server: tuple[str, psutil.Process]) -> None:
+    for origin, status in (("https://evil.example", 403), ("null", 403), (server[0], 200)):
+        assert send(server[0], form(picture(3)), FORM, Origin=origin).status_code == status
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="runs the commands of docs/serving.md, which need curl")
+def test_the_requests_of_the_documentation_are_answered(server: tuple[str, psutil.Process], tmp_path: Path) -> None:
+    (block,) = (block for block in fenced(REPOSITORY / "docs/serving.md", "bash") if "curl" in block)
+    (tmp_path / "digit.jpg").write_bytes(picture(3))
+    (tmp_path / "other.png").write_bytes(picture(7, "PNG"))
+    commands = block.replace("\\\n", "").splitlines()
+    asked = [line.replace("http://127.0.0.1:5002", server[0]) for line in commands if line.startswith("curl")]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    answers = []
+    for command in asked:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=60
+        )
+        answers.append(json.loads(done.stdout)["predictions"])
+    assert [len(answer) for answer in answers] == [1, 2, 1]
+    assert [each["file"] for each in answers[1]] == ["digit.jpg", "other.png"]
 
 
 def test_requests_with_another_host_name_are_refused(server: tuple[str, psutil.Process]) -> None:
