@@ -18,7 +18,7 @@ from tests.test_clone import ONE_EPOCH, clone, repro, run, succeed
 
 __all__ = ["clone"]
 pytestmark = pytest.mark.slow
-OWN = ONE_EPOCH | {"data.dataset": "folder", "train.epochs": 2}
+OWN = ONE_EPOCH | {"data.dataset": "folder", "train.epochs": 2, "data.memory_limit": 1e-6}  # splits stay on the disk
 
 
 @pytest.fixture(scope="module")
