@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline import files
-from pipeline.data import image_files
+from pipeline.data import image_files, mapped_files
 from pipeline.data.cache import Cache
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Facts, Preprocessing
@@ -91,12 +92,20 @@ class PictureReader:
         return found
 
     def images(
-        self, pictures: Sequence[Inspected], preprocessing: Preprocessing
+        self, pictures: Sequence[Inspected], preprocessing: Preprocessing, folder: Path
     ) -> tuple[list[Decoded], NDArray[np.uint8]]:
-        """The pictures that can be decoded, and their images (N, H, W, C)."""
-        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
-        images = np.empty((len(pictures), *preprocessing.image_shape), np.uint8)
+        """The pictures that can be decoded, and their images (N, H, W, C), which are in a file in ``folder``."""
         decoded = list[Decoded]()
+        images = mapped_files.spooled(
+            self._decoded(pictures, preprocessing, decoded), preprocessing.image_shape, folder
+        )
+        return decoded, images
+
+    def _decoded(
+        self, pictures: Sequence[Inspected], preprocessing: Preprocessing, decoded: list[Decoded]
+    ) -> Iterator[bytes]:
+        """The images one after the other; ``decoded`` is filled with their pictures."""
+        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
 
         def decode(picture: Inspected) -> Result:
             with self._large if _pixels(picture.facts) > LARGE else nullcontext():
@@ -108,9 +117,8 @@ class PictureReader:
                 found = list(self._good(some, [each.entry for each in some], results))
                 keys = self._keys(pool, found, preprocessing)
                 for picture, content in found:
-                    images[len(decoded)] = np.frombuffer(content, np.uint8).reshape(preprocessing.image_shape)
                     decoded.append(Decoded(picture.entry, picture.facts, keys[picture]))
-        return decoded, images[: len(decoded)]
+                    yield content
 
     def has_colour(self, pictures: Sequence[Inspected]) -> bool:
         """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
