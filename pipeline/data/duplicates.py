@@ -4,7 +4,6 @@ A model that has seen a copy of a test image knows the answer, and its test scor
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from pipeline.data import mapped_files
 
 DHASH_ROWS, DHASH_COLUMNS = 8, 9  # areas; they give 8 x 8 differences
 NOTICEABLE = 4  # of 255: a difference between two areas that compression does not make
@@ -49,7 +50,8 @@ def connected(count: int, pairs: Indices) -> Indices:
 
 def _distinct(images: NDArray[np.uint8]) -> tuple[Indices, Indices]:
     """The indices of one image of each kind, and the kind (N,) of each image."""
-    digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+    chunks = mapped_files.chunks(images)
+    digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some)
     _, first, numbers = np.unique(np.frombuffer(digests, "V16"), return_index=True, return_inverse=True)
     return first, numbers.astype(np.int64)
 
@@ -60,25 +62,26 @@ def difference_hashes(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
     Those of copies differ in few bits (Krawetz, 2013, "Kind of Like That").
     """
     areas = _areas(images, DHASH_ROWS, DHASH_COLUMNS)
+    areas = areas @ LUMA if images.shape[3] == len(LUMA) else areas.mean(axis=3)
     brighter = np.diff(areas, axis=2) > NOTICEABLE
     return np.packbits(brighter.reshape(len(images), -1), axis=1).view(np.uint64).ravel()
 
 
-def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float16]:
+def _thumbnails(images: NDArray[np.uint8]) -> FloatArray:
     """(N, SIDE * SIDE * C): small images, all of the same brightness and contrast. Things may differ in colour only."""
-    channels = [_areas(images[..., [channel]], SIDE, SIDE) for channel in range(images.shape[3])]
-    flat = np.stack(channels, axis=3).reshape(len(images), -1)
+    flat = _areas(images, SIDE, SIDE).reshape(len(images), -1)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.abs(flat).mean(axis=1, keepdims=True), 1)
-    return flat.astype(np.float16)  # there is one for each picture of a folder
+    return flat
 
 
 def _areas(images: NDArray[np.uint8], rows: int, columns: int) -> FloatArray:
-    """The mean grey level of each of ``rows`` x ``columns`` areas of equal size: (N, rows, columns)."""
-    down, across = _shares(images.shape[1], rows), _shares(images.shape[2], columns)
-    grey = images @ LUMA if images.shape[3] == len(LUMA) else images.mean(axis=3, dtype=np.float32)
-    areas: FloatArray = down @ grey @ across.T
-    return areas
+    """The mean level of each channel in each of ``rows`` x ``columns`` areas of equal size: (N, rows, columns, C)."""
+    count, height, width, channels = images.shape
+    down, across = _shares(height, rows), _shares(width, columns)
+    halfway = (down @ images.reshape(count, height, -1).astype(np.float32)).reshape(count, rows, width, channels)
+    areas: FloatArray = halfway.transpose(0, 1, 3, 2) @ across.T
+    return areas.transpose(0, 1, 3, 2)
 
 
 def _shares(pixels: int, areas: int) -> FloatArray:
@@ -95,17 +98,19 @@ class Fingerprints:
     """What tells copies of N images: hashes (N,), thumbnails (N, SIDE * SIDE * C) and, smaller, ``coarse`` (N, 16)."""
 
     hashes: NDArray[np.uint64]
-    thumbnails: NDArray[np.float16]
+    thumbnails: NDArray[np.float16]  # half the size, since there is one for each picture of a folder
     coarse: FloatArray
     max_distance: int
 
     @classmethod
     def of(cls, images: NDArray[np.uint8], max_distance: int, rows: Indices | None = None) -> Self:
-        """Those of the images (N, H, W, C), or of some of them, a chunk at a time: there may be more than memory."""
-        rows = np.arange(len(images)) if rows is None else rows
-        chunks = (images[rows[start : start + CHUNK]] for start in range(0, len(rows), CHUNK))
-        fingerprints = [(difference_hashes(chunk), _thumbnails(chunk)) for chunk in chunks]
-        hashes, thumbnails = (np.concatenate(each) for each in zip(*fingerprints, strict=True))
+        """Those of the images (N, H, W, C), or of some of them. There may be more images than memory."""
+        count, filled = len(images if rows is None else rows), 0
+        hashes = np.empty(count, np.uint64)
+        thumbnails = np.empty((count, SIDE * SIDE * images.shape[3]), np.float16)
+        for some in mapped_files.chunks(images, rows):
+            place = slice(filled, filled := filled + len(some))
+            hashes[place], thumbnails[place] = difference_hashes(some), _thumbnails(some)
         return cls(hashes, thumbnails, _coarse(thumbnails), max_distance)
 
     def close_hashes(self, some: Indices, others: Indices) -> tuple[Indices, Indices]:
@@ -157,7 +162,7 @@ def _connections(alike: Indices, fingerprints: Fingerprints) -> Iterator[Indices
     An image that is found is compared with those that are not found yet. The frames of a fixed camera are all found by
     the first one: their number of comparisons, not its square.
     """
-    rest = alike
+    rest = _without_singles(alike, fingerprints)
     while len(rest):
         found, rest = rest[:1], rest[1:]
         while len(found) and len(rest):
@@ -169,18 +174,34 @@ def _connections(alike: Indices, fingerprints: Fingerprints) -> Iterator[Indices
                 yield np.stack([some[one[copies]], rest[other[copies]]], axis=1)
                 new = np.unique(other[copies])
                 found, rest = np.concatenate([found, rest[new]]), np.delete(rest, new)
+        rest = _without_singles(rest, fingerprints)
+
+
+def _without_singles(rest: Indices, fingerprints: Fingerprints) -> Indices:
+    """The images from the first one on that has a copy among those behind it: more and more are tried together."""
+    count = 1
+    while len(rest):
+        some = rest[:count]
+        one, other = fingerprints.close_hashes(some, rest)
+        behind = one < other
+        one, other = one[behind], other[behind]
+        copies = fingerprints.are_copies(some[one], rest[other])
+        if copies.any():
+            return rest[one[copies].min() :]
+        rest, count = rest[count:], min(2 * count, max(1, PAIRS // len(rest)))
+    return rest
 
 
 def _equal_parts(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[Indices]:
     """Groups of images, at least two; any two whose hashes differ in at most ``max_distance`` bits are in one of them.
 
-    The 64 bits are cut into one part more than may differ: one of the parts is then the same in both hashes. A group
+    The 64 bits are dealt to one part more than may differ: one of the parts is then the same in both hashes. A group
     is of images that have a part in common, and not all of them another that came before.
     """
-    edges = np.linspace(0, 64, max_distance + 2).astype(int)
+    bits = np.random.default_rng(0).permutation(64)  # neighbours are often equal, and would make large groups
     parts = list[NDArray[np.uint64]]()
-    for low, high in itertools.pairwise(edges):
-        part = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+    for own in np.array_split(bits, max_distance + 1):
+        part = hashes & np.uint64(sum(1 << int(bit) for bit in own))
         order = np.argsort(part, kind="stable").astype(np.int64)
         starts = np.flatnonzero(np.diff(part[order], prepend=part[order][:1] + np.uint64(1)))
         for alike in np.split(order, starts[1:]):

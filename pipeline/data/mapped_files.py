@@ -7,7 +7,8 @@ import mmap
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import Fault
 
+CHUNK = 1000  # rows, which are images
 Bytes = NDArray[np.uint8]
+_mappings = weakref.WeakSet[mmap.mmap]()
 
 
 def content(file: BufferedReader | BufferedRandom, memory_limit: float) -> Bytes:
@@ -38,7 +41,9 @@ def mapped(file: BufferedReader | BufferedRandom) -> Bytes:
     """
     if os.fstat(file.fileno()).st_size == 0:
         return np.empty(0, np.uint8)  # cannot be mapped
-    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _mappings.add(mapping)
+    return np.frombuffer(mapping, np.uint8)
 
 
 def tensor(array: NDArray[np.generic]) -> torch.Tensor:
@@ -46,6 +51,16 @@ def tensor(array: NDArray[np.generic]) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def chunks(array: Bytes, rows: Sequence[int] | NDArray[np.int64] | None = None) -> Iterator[Bytes]:
+    """The rows of an array, or some of them, CHUNK at a time; what was read of mapped files for them is let go."""
+    for start in range(0, len(array if rows is None else rows), CHUNK):
+        some = slice(start, start + CHUNK)
+        yield array[some] if rows is None else array[rows[some]]
+        for mapping in list(_mappings):
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on every system, and only memory that looks used would grow
+                mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def spooled(rows: Iterable[bytes | memoryview], shape: tuple[int, ...], folder: Path) -> Bytes:

@@ -28,7 +28,6 @@ from pipeline.errors import UserError, printable
 from pipeline.params import Data
 
 CACHE = Path("data/decoded/pictures.db")  # in the repository
-CHUNK = 1000  # images
 AUTO_SIDE = 64  # pixels; the CNN is slow on larger images
 MOVED = "published in {}, with copies or pictures of its subject elsewhere"
 FEW, IMBALANCE = 10, 20  # pictures in a class, and times the smallest class: worth a warning
@@ -175,7 +174,7 @@ def _in_order(read: Sequence[Decoded], labels: NDArray[np.int64], assignment: As
 
 def _in_file(images: NDArray[np.uint8], rows: Sequence[int], folder: Path) -> torch.Tensor:
     """These rows of the images, in a file too: there may be more of them than memory."""
-    parts = (images[rows[start : start + CHUNK]].data for start in range(0, len(rows), CHUNK))
+    parts = (some.data for some in mapped_files.chunks(images, rows))
     return mapped_files.tensor(mapped_files.spooled(parts, images.shape[1:], folder))
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -24,6 +25,7 @@ from pipeline.data.image_files import Facts, Preprocessing
 from pipeline.errors import UserError, printable
 
 BATCH = 500  # pictures whose results are written into the cache together
+TASK = 10  # pictures that a thread reads before it asks for more
 FIRST = 50  # pictures that are searched for colour together
 LARGE = 25_000_000  # pixels; larger pictures are decoded one at a time, since each takes much memory
 SMALL = 64 * 64  # pixels; pictures of more are known by their files
@@ -84,7 +86,7 @@ class PictureReader:
             for some in _shown(entries, "looking at"):
                 hashed = [
                     HashedFile(entry, sha256.decode())
-                    for entry, sha256 in self._good(some, some, pool.map(digest, some))
+                    for entry, sha256 in self._good(some, some, _mapped(pool, digest, some))
                 ]
                 results = self._results(pool, hashed, "facts", inspect)
                 facts = self._good(hashed, [file.entry for file in hashed], results)
@@ -179,7 +181,7 @@ class PictureReader:
         keys = [f"{item.digest} {what} {_version()}" for item in items]
         known = self._cache.get(keys)
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
-        computed = dict(zip(new, pool.map(compute, new.values()), strict=True))
+        computed = dict(zip(new, _mapped(pool, compute, list(new.values())), strict=True))
         self._cache.put({key: result for key, result in computed.items() if isinstance(result, bytes)})
         return [known[key] if key in known else computed[key] for key in keys]
 
@@ -193,6 +195,12 @@ def _shown(items: Sequence[Item], what: str) -> Iterator[Sequence[Item]]:
             some = items[start : start + BATCH]
             yield some
             bar.update(len(some))
+
+
+def _mapped(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """The function's results. A task of the pool is for several items: with small pictures it costs as much as one."""
+    tasks = (items[start : start + TASK] for start in range(0, len(items), TASK))
+    return itertools.chain.from_iterable(pool.map(lambda some: [function(item) for item in some], tasks))
 
 
 def _sha256_of(file: IO[bytes]) -> bytes:

@@ -20,7 +20,6 @@ from pipeline.data.image_files import Preprocessing
 from pipeline.errors import Fault, UserError, check_class_names, printable
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
-CHUNK = 1000  # images
 GIB = 2**30  # bytes
 
 
@@ -165,7 +164,8 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
 
 
 def _digests(split: LabelledImages) -> set[bytes]:
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in split.images.numpy()}
+    chunks = mapped_files.chunks(split.images.numpy())
+    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some}
 
 
 def write_splits(prepared: Prepared, folder: Path = files.PREPARED) -> Dataset:
@@ -202,8 +202,8 @@ def _parts(split: LabelledImages) -> Iterator[bytes | memoryview]:
     """The content of a split's file, a part at a time."""
     yield _header(len(split), tuple(split.images.shape[1:]))
     yield split.labels.numpy().tobytes()
-    for some in torch.split(split.images, CHUNK):
-        yield some.contiguous().numpy().data
+    for some in mapped_files.chunks(split.images.numpy()):
+        yield np.ascontiguousarray(some).data
 
 
 def _header(count: int, image_shape: tuple[int, ...]) -> bytes:
@@ -220,19 +220,22 @@ def _header(count: int, image_shape: tuple[int, ...]) -> bytes:
 
 def _mean_and_deviation(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The mean and the standard deviation of the pixels in [0, 1] of each channel, rounded to six digits."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([_histograms(some) for some in torch.split(images, CHUNK)]).sum(dim=0)
-    means = [(count @ levels / count.sum()).item() for count in counts]
-    variances = [
-        (count @ (levels - mean) ** 2 / (count.sum() - 1)).item() for count, mean in zip(counts, means, strict=True)
+    sums = squares = np.zeros(images.shape[-1], np.int64)
+    for some in mapped_files.chunks(images.numpy()):
+        levels = some.astype(np.uint16)
+        sums, squares = sums + _sum(levels), squares + _sum(levels * levels)
+    count = images[..., 0].numel()
+    means = [total / count for total in sums.tolist()]
+    variances = [  # of whole numbers: nothing is lost
+        (square * count - total * total) / (count * (count - 1))
+        for total, square in zip(sums.tolist(), squares.tolist(), strict=True)
     ]
-    return tuple(round(mean, 6) for mean in means), tuple(round(math.sqrt(each), 6) for each in variances)
+    return tuple(round(mean / 255, 6) for mean in means), tuple(round(math.sqrt(each) / 255, 6) for each in variances)
 
 
-def _histograms(images: torch.Tensor) -> torch.Tensor:
-    """How often each channel has each of the 256 levels: (C, 256) float64."""
-    channels = (images[..., channel].flatten() for channel in range(images.shape[-1]))
-    return torch.stack([torch.bincount(each, minlength=256) for each in channels]).double()
+def _sum(levels: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """The sum for each channel (C,) of some images (N, H, W, C); over the images first, which is fast."""
+    return np.asarray(levels.sum(axis=0, dtype=np.uint32).sum(axis=(0, 1), dtype=np.int64))
 
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:
