@@ -10,7 +10,7 @@ LOG_AGAIN := dvc repro --force --single-item evaluate visualize
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow faults browser kill-test verify doctor audit lint ui tune label-check serve seeds pooling overhead bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow many-pictures faults browser kill-test verify doctor audit lint ui tune label-check serve seeds pooling overhead bench bench-training bench-tuning lock
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(INSTALLED)  ## run the test suite without the slow tests: real DVC, MLfl
 
 slow: $(INSTALLED)  ## run the slow tests, and those of the changes shown in docs/make-it-yours.md
 	$(ACTIVATE) && $(PYTEST) -m 'slow or page' $(ARGS)
+
+many-pictures: $(INSTALLED)  ## prepare 100,000 pictures and train with them: speed and memory; ten minutes with nothing else running
+	$(ACTIVATE) && MANY_PICTURES=100000 python -m pytest -s tests/test_many_pictures.py $(ARGS)
 
 faults: $(INSTALLED)  ## run the tests that cause real faults: signals, full disks, closed ports, damaged files
 	$(ACTIVATE) && $(PYTEST) -m faults $(ARGS)

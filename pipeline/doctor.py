@@ -94,7 +94,7 @@ def _images() -> Lines:
         return
     dataset = splits.read_dataset()
     for split in splits.SPLITS:
-        yield from _errors_of(splits.read_split, dataset, split)
+        yield from _errors_of(splits.read_split, dataset, split, files.PREPARED, 0)
     yield f"{dataset.label}, {sum(facts.count for facts in dataset.splits.values()):,} images"
     if dataset.name != dataset.requested:
         yield Problem(f"{dataset.label}: {downloads.NETWORK_REMEDY}, then `dvc repro -f prepare` and `dvc repro`")

@@ -33,7 +33,12 @@ def is_whole(lock: bytes) -> bool:
 
 def digests(paths: Mapping[str, Path]) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    return {name: files.sha256(path.read_bytes()) for name, path in paths.items()}
+    return {name: _sha256(path) for name, path in paths.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return files.sha256_of(file)
 
 
 def code_of(stage: str) -> dict[str, str]:

@@ -27,7 +27,8 @@ def main() -> None:
     trained = model_file.from_bytes(model, str(files.MODEL), check_model)
     _check_origin(trained, params, dataset)
     history = files.read_table(files.HISTORY, made_by="train")
-    test, validation = (read_split(dataset, split) for split in (TEST, VALIDATION))
+    limit = params.data.memory_limit
+    test, validation = (read_split(dataset, split, memory_limit=limit) for split in (TEST, VALIDATION))
 
     print(f"scoring {len(test):,} test images", flush=True)
     outputs = novelty.outputs(trained.cnn, test.images)

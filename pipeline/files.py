@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,18 @@ def checkpoints_folder() -> Path:
     return root() / "checkpoints"
 
 
-def read(path: Path, made_by: str) -> bytes:
-    """The bytes of ``path``. A missing file is a UserError that names the stage to run."""
+def open_input(path: Path, made_by: str) -> BufferedReader:
+    """``path``, open for reading. A missing file is a UserError that names the stage to run."""
     try:
-        return path.read_bytes()
+        return path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro {made_by}` first") from None
+
+
+def read(path: Path, made_by: str) -> bytes:
+    """The bytes of ``path``. A missing file is a UserError that names the stage to run."""
+    with open_input(path, made_by) as file:
+        return file.read()
 
 
 def runs_in_dvc() -> bool:
@@ -80,17 +87,26 @@ def runs_in_dvc() -> bool:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write ``path`` atomically and durably: neither a reader nor a power failure ever sees half a file.
+    """Write ``path`` atomically and durably: see write_parts."""
+    write_parts(path, [content])
 
-    Raises Fault if it cannot be written; the older file is then kept.
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write ``path`` from its parts, and return the SHA-256 of the whole.
+
+    Atomically and durably: neither a reader nor a power failure ever sees half a file. Raises Fault if it cannot be
+    written; the older file is then kept.
     """
+    digest = hashlib.sha256()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
         with unfinished.open("wb") as file:
             processes.mark(file.fileno())
-            file.write(content)
+            for part in parts:
+                file.write(part)
+                digest.update(part)
             file.flush()
             os.fsync(file.fileno())
             unfinished.replace(path)
@@ -100,6 +116,7 @@ def write(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):  # the folder may be what cannot be written
             unfinished.unlink(missing_ok=True)
+    return digest.hexdigest()
 
 
 def check_writable(folder: Path) -> None:
@@ -207,3 +224,9 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
 def sha256(content: bytes) -> str:
     """The SHA-256 of ``content`` as 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of(file: BufferedReader) -> str:
+    """The SHA-256 of an open file's content, from its beginning. The content is not read as a whole."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()

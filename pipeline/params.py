@@ -63,6 +63,7 @@ class Data(Section):
     validation_fraction: SplitFraction = 0.1
     test_fraction: SplitFraction = 0.2
     split_seed: Seed = 0
+    memory_limit: float = Field(4.0, gt=0)
 
 
 class Model(Section):

@@ -1,7 +1,6 @@
 """Stage `prepare`: download and verify the images, or read your own, split them, and write them to data/prepared."""
 
 import sys
-from dataclasses import asdict
 
 from pipeline import files
 from pipeline.data import own_pictures, sources, splits
@@ -45,7 +44,7 @@ def _published(params: Data) -> Prepared:
 def _own_pictures(params: Data) -> Prepared:
     """The folder that params.yaml names. Writes a table of its pictures, and prints what a person should know."""
     own = own_pictures.prepare(params)
-    files.write_table(files.IMAGES, [asdict(row) for row in own.rows])
+    files.write_table(files.IMAGES, [vars(row) for row in own.rows])
     for line in own.left_out:
         print(line)
     for line in own.warnings:

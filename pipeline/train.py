@@ -26,7 +26,8 @@ def main() -> None:
     inputs = StageInputs("train")
     params, dataset = read_params(), read_dataset()
     device = recipe.device_for(params)
-    train, validation = (read_split(dataset, split).to(device) for split in (TRAIN, VALIDATION))
+    limit = params.data.memory_limit
+    train, validation = (read_split(dataset, split, memory_limit=limit).to(device) for split in (TRAIN, VALIDATION))
     cnn = recipe.build(params, dataset)
     print(summary(cnn.architecture), flush=True)
 

@@ -83,7 +83,7 @@ def _check_needs(params: Params, dataset: Dataset) -> None:
     """Raise one error here for what every trial needs, instead of one from each worker."""
     recipe.device_for(params)
     for split in (TRAIN, VALIDATION):
-        read_split(dataset, split)
+        read_split(dataset, split, memory_limit=0)  # only checked
 
 
 def _run_trials(study: Study, workers: Workers, run: studies.StudyRun) -> None:

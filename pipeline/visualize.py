@@ -27,8 +27,8 @@ def main() -> None:
     inputs = ReportInputs(
         saved.cnn,
         dataset,
-        read_split(dataset, TRAIN),
-        read_split(dataset, TEST),
+        read_split(dataset, TRAIN, memory_limit=params.data.memory_limit),
+        read_split(dataset, TEST, memory_limit=params.data.memory_limit),
         files.read_table(files.HISTORY, made_by="train"),
         files.read_table(files.PREDICTIONS, made_by="evaluate"),
         params.visualize,

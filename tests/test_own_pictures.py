@@ -32,7 +32,12 @@ from tests.test_clone import ONE_EPOCH, clone, environment, repro, run, succeed
 
 __all__ = ["clone"]
 pytestmark = pytest.mark.slow
-OWN = ONE_EPOCH | {"data.dataset": "folder", "data.test_fraction": 0.38, "train.epochs": 2}
+OWN = ONE_EPOCH | {
+    "data.dataset": "folder",
+    "data.test_fraction": 0.38,
+    "data.memory_limit": 1e-6,  # splits stay on the disk
+    "train.epochs": 2,
+}
 
 
 @pytest.fixture(scope="module")

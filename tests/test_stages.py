@@ -100,7 +100,10 @@ def test_the_model_file_rebuilds_the_network(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_run_gives_the_same_bytes(finished: Path, workspace: Path) -> None:
+def test_a_second_run_gives_the_same_bytes_with_splits_that_are_read_from_the_disk(
+    finished: Path, workspace: Path
+) -> None:
+    write_params(workspace, QUICK | {"data.memory_limit": 1e-6})
     for stage in (train, evaluate, visualize):
         stage.main()
     assert contents(workspace) == contents(finished)

@@ -121,6 +121,7 @@ def parent() -> Run:
 
 def test_a_study_from_its_first_trial_to_params_yaml(study_folder: Path) -> None:
     (study_folder / "data/prepared/test.safetensors").unlink()  # it decides nothing, so it is not missed
+    write_params(study_folder, SMALL | {"data.memory_limit": 1e-6})  # the splits stay on the disk
     before = Path("params.yaml").read_text()
     printed = run()
     assert Path("params.yaml").read_text() == before

@@ -3,20 +3,27 @@
 A model that has seen a copy of a test image knows the answer, and its test scores are too good.
 """
 
-import itertools
+import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pipeline.data import mapped_files
+
 DHASH_ROWS, DHASH_COLUMNS = 8, 9  # areas; they give 8 x 8 differences
 NOTICEABLE = 4  # of 255: a difference between two areas that compression does not make
 SIDE = 16  # pixels of the thumbnails that are compared where the hashes are close
 MAX_DIFFERENCE = 0.1  # of two thumbnails, as a share of their contrast
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue in grey (ITU-R BT.601), as in Pillow
+ROUNDING = 0.001  # of differences between means
 CHUNK = 1000  # images
+PAIRS = 100_000  # that are compared at a time
+MANY = 10  # close hashes of each image in a group: they are not all compared with each other
 FloatArray = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
@@ -30,9 +37,8 @@ def clusters(images: NDArray[np.uint8], max_distance: int | None) -> Indices:
     first, numbers = _distinct(images)
     if max_distance is None:
         return numbers
-    hashes, thumbnails = difference_hashes(images[first]), _thumbnails(images[first])
-    pairs = np.concatenate([np.empty((0, 2), np.int64), *_copies(hashes, thumbnails, max_distance)])
-    return connected(len(first), pairs)[numbers]
+    pairs = [np.empty((0, 2), np.int64), *_copies(Fingerprints.of(images, max_distance, first))]
+    return connected(len(first), np.concatenate(pairs))[numbers]
 
 
 def connected(count: int, pairs: Indices) -> Indices:
@@ -44,8 +50,9 @@ def connected(count: int, pairs: Indices) -> Indices:
 
 def _distinct(images: NDArray[np.uint8]) -> tuple[Indices, Indices]:
     """The indices of one image of each kind, and the kind (N,) of each image."""
-    rows = np.ascontiguousarray(images).reshape(len(images), -1)
-    _, first, numbers = np.unique(rows.view(f"V{rows.shape[1]}").ravel(), return_index=True, return_inverse=True)
+    chunks = mapped_files.chunks(images)
+    digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some)
+    _, first, numbers = np.unique(np.frombuffer(digests, "V16"), return_index=True, return_inverse=True)
     return first, numbers.astype(np.int64)
 
 
@@ -55,28 +62,26 @@ def difference_hashes(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
     Those of copies differ in few bits (Krawetz, 2013, "Kind of Like That").
     """
     areas = _areas(images, DHASH_ROWS, DHASH_COLUMNS)
+    areas = areas @ LUMA if images.shape[3] == len(LUMA) else areas.mean(axis=3)
     brighter = np.diff(areas, axis=2) > NOTICEABLE
     return np.packbits(brighter.reshape(len(images), -1), axis=1).view(np.uint64).ravel()
 
 
 def _thumbnails(images: NDArray[np.uint8]) -> FloatArray:
     """(N, SIDE * SIDE * C): small images, all of the same brightness and contrast. Things may differ in colour only."""
-    channels = [_areas(images[..., [channel]], SIDE, SIDE) for channel in range(images.shape[3])]
-    flat = np.stack(channels, axis=3).reshape(len(images), -1)
+    flat = _areas(images, SIDE, SIDE).reshape(len(images), -1)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.abs(flat).mean(axis=1, keepdims=True), 1)
     return flat
 
 
 def _areas(images: NDArray[np.uint8], rows: int, columns: int) -> FloatArray:
-    """The mean grey level of each of ``rows`` x ``columns`` areas of equal size: (N, rows, columns)."""
-    down, across = _shares(images.shape[1], rows), _shares(images.shape[2], columns)
-    found = np.empty((len(images), rows, columns), np.float32)
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK]
-        grey = chunk @ LUMA if chunk.shape[3] == len(LUMA) else chunk.mean(axis=3, dtype=np.float32)
-        found[start : start + CHUNK] = down @ grey @ across.T
-    return found
+    """The mean level of each channel in each of ``rows`` x ``columns`` areas of equal size: (N, rows, columns, C)."""
+    count, height, width, channels = images.shape
+    down, across = _shares(height, rows), _shares(width, columns)
+    halfway = (down @ images.reshape(count, height, -1).astype(np.float32)).reshape(count, rows, width, channels)
+    areas: FloatArray = halfway.transpose(0, 1, 3, 2) @ across.T
+    return areas.transpose(0, 1, 3, 2)
 
 
 def _shares(pixels: int, areas: int) -> FloatArray:
@@ -88,29 +93,118 @@ def _shares(pixels: int, areas: int) -> FloatArray:
     return shares
 
 
-def _copies(hashes: NDArray[np.uint64], thumbnails: FloatArray, max_distance: int) -> Iterator[Indices]:
-    """Pairs (P, 2) of copies."""
-    for one, other in _close_hashes(hashes, max_distance):
-        for start in range(0, len(one), CHUNK):
-            pair = one[start : start + CHUNK], other[start : start + CHUNK]
-            difference = np.abs(thumbnails[pair[0]] - thumbnails[pair[1]]).mean(axis=1)
-            yield np.stack(pair, axis=1)[difference <= MAX_DIFFERENCE]
+@dataclass(frozen=True)
+class Fingerprints:
+    """What tells copies of N images: hashes (N,), thumbnails (N, SIDE * SIDE * C) and, smaller, ``coarse`` (N, 16)."""
+
+    hashes: NDArray[np.uint64]
+    thumbnails: NDArray[np.float16]  # half the size, since there is one for each picture of a folder
+    coarse: FloatArray
+    max_distance: int
+
+    @classmethod
+    def of(cls, images: NDArray[np.uint8], max_distance: int, rows: Indices | None = None) -> Self:
+        """Those of the images (N, H, W, C), or of some of them. There may be more images than memory."""
+        count, filled = len(images if rows is None else rows), 0
+        hashes = np.empty(count, np.uint64)
+        thumbnails = np.empty((count, SIDE * SIDE * images.shape[3]), np.float16)
+        for some in mapped_files.chunks(images, rows):
+            place = slice(filled, filled := filled + len(some))
+            hashes[place], thumbnails[place] = difference_hashes(some), _thumbnails(some)
+        return cls(hashes, thumbnails, _coarse(thumbnails), max_distance)
+
+    def close_hashes(self, some: Indices, others: Indices) -> tuple[Indices, Indices]:
+        """The places in ``some`` and in ``others`` of each pair whose hashes are close."""
+        distance = np.bitwise_count(self.hashes[some][:, None] ^ self.hashes[others][None])
+        one, other = np.nonzero(distance <= self.max_distance)
+        return one, other
+
+    def are_copies(self, one: Indices, other: Indices) -> NDArray[np.bool_]:
+        """Whether the thumbnails of pairs, (P,) and (P,), hardly differ.
+
+        Means of areas differ no more than what they are the means of, so these are compared first.
+        """
+        found = np.zeros(len(one), bool)
+        for start in range(0, len(one), PAIRS):
+            chunk = slice(start, start + PAIRS)
+            found[chunk] = self._difference(self.coarse, one[chunk], other[chunk]) <= MAX_DIFFERENCE + ROUNDING
+        for places in np.array_split(np.flatnonzero(found), max(1, found.sum() // CHUNK)):
+            found[places] = self._difference(self.thumbnails, one[places], other[places]) <= MAX_DIFFERENCE
+        return found
+
+    @staticmethod
+    def _difference(values: NDArray[np.floating[Any]], one: Indices, other: Indices) -> FloatArray:
+        first, second = (values[each].astype(np.float32) for each in (one, other))
+        return np.asarray(np.abs(first - second).mean(axis=1), np.float32)
 
 
-def _close_hashes(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple[Indices, Indices]]:
-    """Pairs of images whose hashes differ in at most ``max_distance`` bits.
+def _coarse(thumbnails: NDArray[np.float16]) -> FloatArray:
+    """The mean of each of 4 x 4 areas of thumbnails: (N, 16)."""
+    areas = thumbnails.reshape(len(thumbnails), 4, SIDE // 4, 4, -1)
+    means: FloatArray = areas.mean(axis=(2, 4), dtype=np.float32).reshape(len(thumbnails), 16)
+    return means
 
-    The 64 bits are cut into one part more than may differ: one of the parts is then the same in both hashes, so only
-    images with an equal part are compared.
+
+def _copies(fingerprints: Fingerprints) -> Iterator[Indices]:
+    """Pairs (P, 2) of copies, which connect all that are copies of each other, directly or over others."""
+    for alike in _equal_parts(fingerprints.hashes, fingerprints.max_distance):
+        one, other = fingerprints.close_hashes(alike, alike) if len(alike) <= CHUNK else (alike, alike)
+        if len(alike) <= CHUNK and len(one) < MANY * len(alike):
+            pairs = np.stack([alike[one[one < other]], alike[other[one < other]]], axis=1)
+            yield pairs[fingerprints.are_copies(pairs[:, 0], pairs[:, 1])]
+        else:
+            yield from _connections(alike, fingerprints)
+
+
+def _connections(alike: Indices, fingerprints: Fingerprints) -> Iterator[Indices]:
+    """Pairs that connect the copies among many images.
+
+    An image that is found is compared with those that are not found yet. The frames of a fixed camera are all found by
+    the first one: their number of comparisons, not its square.
     """
-    edges = np.linspace(0, 64, max_distance + 2).astype(int)
-    for low, high in itertools.pairwise(edges):
-        part = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+    rest = _without_singles(alike, fingerprints)
+    while len(rest):
+        found, rest = rest[:1], rest[1:]
+        while len(found) and len(rest):
+            count = max(1, PAIRS // len(rest))
+            some, found = found[:count], found[count:]
+            one, other = fingerprints.close_hashes(some, rest)
+            copies = fingerprints.are_copies(some[one], rest[other])
+            if copies.any():
+                yield np.stack([some[one[copies]], rest[other[copies]]], axis=1)
+                new = np.unique(other[copies])
+                found, rest = np.concatenate([found, rest[new]]), np.delete(rest, new)
+        rest = _without_singles(rest, fingerprints)
+
+
+def _without_singles(rest: Indices, fingerprints: Fingerprints) -> Indices:
+    """The images from the first one on that has a copy among those behind it: more and more are tried together."""
+    count = 1
+    while len(rest):
+        some = rest[:count]
+        one, other = fingerprints.close_hashes(some, rest)
+        behind = one < other
+        one, other = one[behind], other[behind]
+        copies = fingerprints.are_copies(some[one], rest[other])
+        if copies.any():
+            return rest[one[copies].min() :]
+        rest, count = rest[count:], min(2 * count, max(1, PAIRS // len(rest)))
+    return rest
+
+
+def _equal_parts(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[Indices]:
+    """Groups of images, at least two; any two whose hashes differ in at most ``max_distance`` bits are in one of them.
+
+    The 64 bits are dealt to one part more than may differ: one of the parts is then the same in both hashes. A group
+    is of images that have a part in common, and not all of them another that came before.
+    """
+    bits = np.random.default_rng(0).permutation(64)  # neighbours are often equal, and would make large groups
+    parts = list[NDArray[np.uint64]]()
+    for own in np.array_split(bits, max_distance + 1):
+        part = hashes & np.uint64(sum(1 << int(bit) for bit in own))
         order = np.argsort(part, kind="stable").astype(np.int64)
         starts = np.flatnonzero(np.diff(part[order], prepend=part[order][:1] + np.uint64(1)))
         for alike in np.split(order, starts[1:]):
-            for row in range(0, len(alike) - 1, CHUNK):
-                some = alike[row : row + CHUNK]
-                distance = np.bitwise_count(hashes[some][:, None] ^ hashes[alike[row:]][None])
-                one, other = np.nonzero(np.triu(distance <= max_distance, 1))
-                yield some[one], alike[row:][other]
+            if len(alike) > 1 and not any((before[alike] == before[alike[0]]).all() for before in parts):
+                yield alike
+        parts.append(part)

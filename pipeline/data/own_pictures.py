@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.data import duplicates, image_files, splitting
+from pipeline.data import duplicates, image_files, mapped_files, splitting
 from pipeline.data.cache import Cache
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Preprocessing
@@ -67,14 +67,14 @@ class OwnPictures:
 
 def prepare(params: Data) -> OwnPictures:
     """The pictures that ``data`` in params.yaml names. Raises UserError where it asks for what cannot be had."""
-    path = Path(params.path)
+    path, scratch = Path(params.path), (files.root() / CACHE).parent
     with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache:
         listing = pictures.listing(params.labels, params.label_pattern, params.group)
         reader = PictureReader(pictures, cache)
         inspected = reader.inspected(listing.entries)
         _check_problems(reader.problems, len(listing.entries), params)
         preprocessing = _preprocessing(inspected, reader, params)
-        read, images = reader.images(inspected, preprocessing)
+        read, images = reader.images(inspected, preprocessing, scratch)
         _check_problems(reader.problems, len(listing.entries), params)
     class_names = _classes(read, listing.class_names)
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -98,7 +98,7 @@ def prepare(params: Data) -> OwnPictures:
     return OwnPictures(
         Prepared(
             splits={
-                split: LabelledImages(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
+                split: LabelledImages(_in_file(images, rows, scratch), torch.from_numpy(labels[rows]))
                 for split, rows in order.items()
             },
             name=name,
@@ -170,6 +170,12 @@ def _in_order(read: Sequence[Decoded], labels: NDArray[np.int64], assignment: As
     """The pictures of a split in the order of their digests, which their names and places do not change."""
     rows = [row for row, found in enumerate(assignment.splits) if found == split]
     return sorted(rows, key=lambda row: (read[row].key, labels[row]))
+
+
+def _in_file(images: NDArray[np.uint8], rows: Sequence[int], folder: Path) -> torch.Tensor:
+    """These rows of the images, in a file too: there may be more of them than memory."""
+    parts = (some.data for some in mapped_files.chunks(images, rows))
+    return mapped_files.tensor(mapped_files.spooled(parts, images.shape[1:], folder))
 
 
 def _rows(

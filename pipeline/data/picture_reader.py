@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,13 +18,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline import files
-from pipeline.data import image_files
+from pipeline.data import image_files, mapped_files
 from pipeline.data.cache import Cache
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Facts, Preprocessing
 from pipeline.errors import UserError, printable
 
 BATCH = 500  # pictures whose results are written into the cache together
+TASK = 10  # pictures that a thread reads before it asks for more
 FIRST = 50  # pictures that are searched for colour together
 LARGE = 25_000_000  # pixels; larger pictures are decoded one at a time, since each takes much memory
 SMALL = 64 * 64  # pixels; pictures of more are known by their files
@@ -83,7 +86,7 @@ class PictureReader:
             for some in _shown(entries, "looking at"):
                 hashed = [
                     HashedFile(entry, sha256.decode())
-                    for entry, sha256 in self._good(some, some, pool.map(digest, some))
+                    for entry, sha256 in self._good(some, some, _mapped(pool, digest, some))
                 ]
                 results = self._results(pool, hashed, "facts", inspect)
                 facts = self._good(hashed, [file.entry for file in hashed], results)
@@ -91,12 +94,20 @@ class PictureReader:
         return found
 
     def images(
-        self, pictures: Sequence[Inspected], preprocessing: Preprocessing
+        self, pictures: Sequence[Inspected], preprocessing: Preprocessing, folder: Path
     ) -> tuple[list[Decoded], NDArray[np.uint8]]:
-        """The pictures that can be decoded, and their images (N, H, W, C)."""
-        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
-        images = np.empty((len(pictures), *preprocessing.image_shape), np.uint8)
+        """The pictures that can be decoded, and their images (N, H, W, C), which are in a file in ``folder``."""
         decoded = list[Decoded]()
+        images = mapped_files.spooled(
+            self._decoded(pictures, preprocessing, decoded), preprocessing.image_shape, folder
+        )
+        return decoded, images
+
+    def _decoded(
+        self, pictures: Sequence[Inspected], preprocessing: Preprocessing, decoded: list[Decoded]
+    ) -> Iterator[bytes]:
+        """The images one after the other; ``decoded`` is filled with their pictures."""
+        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
 
         def decode(picture: Inspected) -> Result:
             with self._large if _pixels(picture.facts) > LARGE else nullcontext():
@@ -108,9 +119,8 @@ class PictureReader:
                 found = list(self._good(some, [each.entry for each in some], results))
                 keys = self._keys(pool, found, preprocessing)
                 for picture, content in found:
-                    images[len(decoded)] = np.frombuffer(content, np.uint8).reshape(preprocessing.image_shape)
                     decoded.append(Decoded(picture.entry, picture.facts, keys[picture]))
-        return decoded, images[: len(decoded)]
+                    yield content
 
     def has_colour(self, pictures: Sequence[Inspected]) -> bool:
         """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
@@ -171,7 +181,7 @@ class PictureReader:
         keys = [f"{item.digest} {what} {_version()}" for item in items]
         known = self._cache.get(keys)
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
-        computed = dict(zip(new, pool.map(compute, new.values()), strict=True))
+        computed = dict(zip(new, _mapped(pool, compute, list(new.values())), strict=True))
         self._cache.put({key: result for key, result in computed.items() if isinstance(result, bytes)})
         return [known[key] if key in known else computed[key] for key in keys]
 
@@ -185,6 +195,12 @@ def _shown(items: Sequence[Item], what: str) -> Iterator[Sequence[Item]]:
             some = items[start : start + BATCH]
             yield some
             bar.update(len(some))
+
+
+def _mapped(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """The function's results. A task of the pool is for several items: with small pictures it costs as much as one."""
+    tasks = (items[start : start + TASK] for start in range(0, len(items), TASK))
+    return itertools.chain.from_iterable(pool.map(lambda some: [function(item) for item in some], tasks))
 
 
 def _sha256_of(file: IO[bytes]) -> bytes:

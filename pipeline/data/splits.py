@@ -4,21 +4,23 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import files
+from pipeline.data import mapped_files
 from pipeline.data.image_files import Preprocessing
 from pipeline.errors import Fault, UserError, check_class_names, printable
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
-MAX_HEADER_SIZE = 1000  # bytes, of a split's file; ours have less than 200
+GIB = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
 
 
 def _digests(split: LabelledImages) -> set[bytes]:
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in split.images.numpy()}
+    chunks = mapped_files.chunks(split.images.numpy())
+    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some}
 
 
 def write_splits(prepared: Prepared, folder: Path = files.PREPARED) -> Dataset:
@@ -190,22 +193,49 @@ def _digest(facts: dict[str, Any]) -> str:
 
 
 def _write_split(split: LabelledImages, path: Path, class_names: tuple[str, ...]) -> SplitFacts:
-    content = safetensors.torch.save({"images": split.images.contiguous(), "labels": split.labels.contiguous()})
-    files.write(path, content)
+    sha256 = files.write_parts(path, _parts(split))
     counts = torch.bincount(split.labels, minlength=len(class_names)).tolist()
-    return SplitFacts(len(split), dict(zip(class_names, counts, strict=True)), files.sha256(content))
+    return SplitFacts(len(split), dict(zip(class_names, counts, strict=True)), sha256)
+
+
+def _parts(split: LabelledImages) -> Iterator[bytes | memoryview]:
+    """The content of a split's file, a part at a time."""
+    yield _header(len(split), tuple(split.images.shape[1:]))
+    yield split.labels.numpy().tobytes()
+    for some in mapped_files.chunks(split.images.numpy()):
+        yield np.ascontiguousarray(some).data
+
+
+def _header(count: int, image_shape: tuple[int, ...]) -> bytes:
+    """What a split's file begins with, as the library safetensors writes it: it needs all images in memory."""
+    labels, images = 8 * count, count * math.prod(image_shape)
+    content = {
+        "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, labels]},
+        "images": {"dtype": "U8", "shape": [count, *image_shape], "data_offsets": [labels, labels + images]},
+    }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _mean_and_deviation(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The mean and the standard deviation of the pixels in [0, 1] of each channel, rounded to six digits."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = [torch.bincount(images[..., channel].flatten(), minlength=256) for channel in range(images.shape[-1])]
-    means = [(count @ levels / count.sum()).item() for count in (each.double() for each in counts)]
-    variances = [
-        (count.double() @ (levels - mean) ** 2 / (count.sum() - 1)).item()
-        for count, mean in zip(counts, means, strict=True)
+    sums = squares = np.zeros(images.shape[-1], np.int64)
+    for some in mapped_files.chunks(images.numpy()):
+        levels = some.astype(np.uint16)
+        sums, squares = sums + _sum(levels), squares + _sum(levels * levels)
+    count = images[..., 0].numel()
+    means = [total / count for total in sums.tolist()]
+    variances = [  # of whole numbers: nothing is lost
+        (square * count - total * total) / (count * (count - 1))
+        for total, square in zip(sums.tolist(), squares.tolist(), strict=True)
     ]
-    return tuple(round(mean, 6) for mean in means), tuple(round(math.sqrt(each), 6) for each in variances)
+    return tuple(round(mean / 255, 6) for mean in means), tuple(round(math.sqrt(each) / 255, 6) for each in variances)
+
+
+def _sum(levels: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """The sum for each channel (C,) of some images (N, H, W, C); over the images first, which is fast."""
+    return np.asarray(levels.sum(axis=0, dtype=np.uint32).sum(axis=(0, 1), dtype=np.int64))
 
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:
@@ -233,30 +263,35 @@ def _typed(content: dict[str, Any]) -> Dataset:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def read_split(dataset: Dataset, split: str, folder: Path = files.PREPARED) -> LabelledImages:
+def read_split(
+    dataset: Dataset, split: str, folder: Path = files.PREPARED, memory_limit: float = math.inf
+) -> LabelledImages:
     """One split. Its SHA-256 is checked, because DVC does not hash the files in its cache again.
 
-    Raises Fault where it is not what ``dataset`` says: the number of images, their shape, the labels.
+    A file of more than ``memory_limit`` GiB is mapped: its images are read from the disk when they are used, and cannot
+    be changed. Raises Fault where the file is not what ``dataset`` says: the number of images, their shape, the labels.
     """
     path = folder / f"{split}.safetensors"
-    content = files.read(path, made_by="prepare")
-    if files.sha256(content) != dataset.splits[split].sha256:
-        raise Fault(f"{path} is damaged (its SHA-256 is not the one in dataset.json): run `dvc repro -f prepare`")
+    with files.open_input(path, made_by="prepare") as file:
+        if files.sha256_of(file) != dataset.splits[split].sha256:
+            raise Fault(f"{path} is damaged (its SHA-256 is not the one in dataset.json): run `dvc repro -f prepare`")
+        content = mapped_files.content(file, memory_limit * GIB)
     try:
-        if int.from_bytes(content[:8], "little") > MAX_HEADER_SIZE:
-            raise ValueError(f"its header is longer than {MAX_HEADER_SIZE:,} bytes")
-        return _labelled(safetensors.torch.load(content), dataset, split)
-    except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        return _labelled(content, dataset, split)
+    except ValueError as error:
         raise Fault(f"{path} is damaged ({printable(str(error))}): run `dvc repro -f prepare`") from error
 
 
-def _labelled(tensors: dict[str, torch.Tensor], dataset: Dataset, split: str) -> LabelledImages:
-    """The tensors of a split's file. Raises ValueError where they are not what ``dataset`` says."""
+def _labelled(content: NDArray[np.uint8], dataset: Dataset, split: str) -> LabelledImages:
+    """What a split's file holds. Raises ValueError where it is not what ``dataset`` says."""
     count = dataset.splits[split].count
-    expected = {"images": (torch.uint8, (count, *dataset.image_shape)), "labels": (torch.int64, (count,))}
-    if (found := {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}) != expected:
-        raise ValueError(f"it holds {found}, not {expected}")
-    images = LabelledImages(**tensors)
-    if count == 0 or images.labels.min() < 0 or images.labels.max() >= len(dataset.class_names):
+    header = _header(count, dataset.image_shape)
+    labels_end = len(header) + 8 * count
+    size = labels_end + count * math.prod(dataset.image_shape)
+    if content[: len(header)].tobytes() != header or len(content) != size:
+        raise ValueError(f"it is not {count:,} images of {dataset.image_shape} and their labels")
+    labels = torch.from_numpy(content[len(header) : labels_end].copy().view(np.int64))
+    images = mapped_files.tensor(content[labels_end:].reshape(count, *dataset.image_shape))
+    if count == 0 or labels.min() < 0 or labels.max() >= len(dataset.class_names):
         raise ValueError("it has no images, or labels that are not a class")
-    return images
+    return LabelledImages(images, labels)

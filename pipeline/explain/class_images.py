@@ -12,7 +12,7 @@ from pipeline.explain.activation_maximization import Ascent, Regularization
 from pipeline.model.cnn import CNN, as_input
 from pipeline.params import Maximisation
 
-CHUNK = 10_000  # training images at a time
+MAX_VALUES = 10_000 * 28 * 28  # of the pixels of training images that are compared at a time
 
 
 class ClassImages(NamedTuple):
@@ -68,9 +68,10 @@ def nearest_images(images: Tensor, candidates: Tensor) -> Tensor:
         return F.normalize(pixels - pixels.mean(dim=1, keepdim=True))
 
     targets = normalised(images.flatten(1))
+    count = max(1, MAX_VALUES // candidates[0].numel())
     best, index = torch.full((len(images),), -2.0), torch.zeros(len(images), dtype=torch.long)
-    for start in range(0, len(candidates), CHUNK):
-        chunk = normalised(as_input(candidates[start : start + CHUNK]).flatten(1))
+    for start in range(0, len(candidates), count):
+        chunk = normalised(as_input(candidates[start : start + count]).flatten(1))
         similarity, place = (targets @ chunk.T).max(dim=1)
         index = torch.where(similarity > best, place + start, index)
         best = torch.maximum(similarity, best)

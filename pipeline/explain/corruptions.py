@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from pipeline.model.cnn import CNN
 from pipeline.model.metrics import accuracy, predict_logits
 
+MAX_CHUNK, MAX_VALUES = 2000, 1 << 24  # images that are corrupted at a time, and values of their pixels
+
 
 def moved(images: Tensor, down: int, right: int) -> Tensor:
     """Images (N, H, W, C) moved down and to the right (up and to the left if negative), filled up with black."""
@@ -50,9 +52,9 @@ def _resampled(images: Tensor, affine: list[list[float]]) -> Tensor:
     return sampled.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def noisy(images: Tensor, deviation: float) -> Tensor:
-    """Images uint8 with Gaussian noise, the same at each call; ``deviation`` is a share of the whole range."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+def noisy(images: Tensor, deviation: float, draws: torch.Generator) -> Tensor:
+    """Images uint8 with Gaussian noise; ``deviation`` is a share of the whole range. ``draws`` is one of the CPU."""
+    noise = torch.randn(images.shape, generator=draws).to(images.device)
     return (images + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -75,22 +77,30 @@ def with_contrast(images: Tensor, contrast: float) -> Tensor:
 
 
 class Corruption(NamedTuple):
-    """What corrupts images (N, H, W, C) uint8, the strengths to try, ascending, and their unit."""
+    """What corrupts images (N, H, W, C) uint8, the strengths to try, ascending, and their unit.
 
-    apply: Callable[[Tensor, float], Tensor]
+    It is given some of the images at a time, the strength, and a generator that goes on from one time to the next.
+    """
+
+    apply: Callable[[Tensor, float, torch.Generator], Tensor]
     strengths: tuple[float, ...]
     unit: str
 
 
+def _fixed(function: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, torch.Generator], Tensor]:
+    """One that draws nothing."""
+    return lambda images, strength, draws: function(images, strength)
+
+
 CORRUPTIONS = {
     "shift": Corruption(
-        lambda images, by: moved(images, int(by), int(by)), (0, 1, 2, 3, 4, 5, 6), "pixels, right and down"
+        _fixed(lambda images, by: moved(images, int(by), int(by))), (0, 1, 2, 3, 4, 5, 6), "pixels, right and down"
     ),
-    "rotation": Corruption(rotated, (0, 10, 20, 30, 40, 50, 60), "degrees"),
-    "scale": Corruption(scaled, (0.5, 0.65, 0.8, 1, 1.2, 1.35, 1.5), "times its size"),
+    "rotation": Corruption(_fixed(rotated), (0, 10, 20, 30, 40, 50, 60), "degrees"),
+    "scale": Corruption(_fixed(scaled), (0.5, 0.65, 0.8, 1, 1.2, 1.35, 1.5), "times its size"),
     "noise": Corruption(noisy, (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), "deviation / range"),
-    "blur": Corruption(blurred, (0, 0.5, 1, 1.5, 2, 2.5, 3), "deviation, pixels"),
-    "contrast": Corruption(with_contrast, (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1), "times its own"),
+    "blur": Corruption(_fixed(blurred), (0, 0.5, 1, 1.5, 2, 2.5, 3), "deviation, pixels"),
+    "contrast": Corruption(_fixed(with_contrast), (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1), "times its own"),
 }
 REPORTED = {  # in metrics.json
     "shifted_2_pixels": ("shift", 2),
@@ -114,5 +124,14 @@ def reported_accuracy(cnn: CNN, images: Tensor, labels: Tensor, name: str) -> fl
 
 
 def _accuracy(cnn: CNN, images: Tensor, labels: Tensor, corruption: str, strength: float) -> float:
-    corrupted = CORRUPTIONS[corruption].apply(images, strength)
-    return accuracy(predict_logits(cnn, corrupted), labels)
+    apply, draws = CORRUPTIONS[corruption].apply, torch.Generator().manual_seed(0)
+    chunks = torch.split(images, _chunk(images[0].numel()))
+    return accuracy(torch.cat([predict_logits(cnn, apply(chunk, strength, draws)) for chunk in chunks]), labels)
+
+
+def _chunk(values: int) -> int:
+    """How many images of so many ``values`` are corrupted at a time.
+
+    A multiple of 16: torch then draws the same random numbers as for all images at once.
+    """
+    return max(16, min(MAX_CHUNK, MAX_VALUES // values // 16 * 16))

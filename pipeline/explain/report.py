@@ -20,7 +20,7 @@ from pipeline.model import metrics
 from pipeline.model.cnn import CNN, as_input, layer_names
 
 Rows = list[dict[str, object]]
-MAX_POINTS = 1000  # images drawn as points, besides the mistakes; more would hide each other
+MAX_POINTS = 1000  # images drawn as points, and as many mistakes; more would hide each other
 
 
 def _learning_curves(inputs: ReportInputs) -> Figure:
@@ -192,9 +192,10 @@ def _captioned(inputs: ReportInputs, images: Tensor, classes: Tensor, probabilit
 
 
 def _principal_components(inputs: ReportInputs) -> Figure:
-    """The first thousand test images and all mistakes in the plane in which their features differ most."""
+    """The first thousand test images and mistakes in the plane in which their features differ most."""
     classes, labels = inputs.hardest_classes, inputs.test.labels
-    shown = (inputs.wrong | (torch.arange(len(labels)) < MAX_POINTS)) & torch.isin(labels, classes)
+    mistakes = inputs.wrong & (inputs.wrong.cumsum(dim=0) <= MAX_POINTS)
+    shown = (mistakes | (torch.arange(len(labels)) < MAX_POINTS)) & torch.isin(labels, classes)
     features = attribution.penultimate_features(inputs.cnn, inputs.test.images[shown])
     points, variance = attribution.principal_components(features, 2)
     rank = torch.searchsorted(classes, labels[shown])  # of each image's class among those that are drawn

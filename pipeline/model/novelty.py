@@ -18,6 +18,7 @@ from pipeline.model.cnn import CNN, Architecture, output_shape
 GRID = 3  # the last maps are averaged over a grid of at most this many cells a side
 CENTRES = 5  # of each class
 IMAGES = 10_000  # training images that the centres are computed from
+CHUNK = 2000  # of these images at a time
 ITERATIONS = 10  # of k-means
 FALSE_ALARMS = 0.005  # the share of validation images above the threshold
 MIN_VALIDATION = 200  # images; of fewer, not one would be above it
@@ -90,7 +91,8 @@ def fit(
     if len(validation_images) < MIN_VALIDATION:
         return None
     chosen = torch.randperm(len(images), generator=generator)[:IMAGES]
-    features = outputs(cnn, images[chosen.to(images.device)]).features
+    some = torch.split(chosen.to(images.device), CHUNK)
+    features = torch.cat([outputs(cnn, images[rows]).features for rows in some])
     labels = labels.cpu()[chosen]
     validation = outputs(cnn, validation_images)
     with cpu_threads.single_thread():

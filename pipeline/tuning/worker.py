@@ -14,14 +14,15 @@ from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import UserError, run_command
 from pipeline.model.training import DivergedError, set_up
-from pipeline.params import Params
+from pipeline.params import Params, read_params
 from pipeline.tuning.workers import Done, Failed, Message
 
 
 def main() -> None:
     """Train with the parameters that arrive, until the coordinator ends."""
     dataset = read_dataset()
-    train, validation = read_split(dataset, TRAIN), read_split(dataset, VALIDATION)
+    limit = read_params().data.memory_limit
+    train, validation = (read_split(dataset, split, memory_limit=limit) for split in (TRAIN, VALIDATION))
     set_up("auto", None, "float32")  # its imports take most of a second, which the first trial need not wait for
     with Connection(int(sys.argv[1])) as coordinator:
         try:

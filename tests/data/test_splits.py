@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,27 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         read = splits.read_split(written, name, tmp_path)
         assert torch.equal(read.images, expected[name].images)
         assert torch.equal(read.labels, expected[name].labels)
+
+
+def test_a_split_beyond_the_memory_limit_stays_on_the_disk_and_has_the_same_images(tmp_path: Path) -> None:
+    dataset = write(tmp_path)
+    path = tmp_path / "train.safetensors"
+    gibibytes = path.stat().st_size / 2**30
+    whole, mapped = (splits.read_split(dataset, "train", tmp_path, limit) for limit in (gibibytes, gibibytes * 0.99))
+    assert torch.equal(whole.images, mapped.images)
+    assert torch.equal(whole.labels, mapped.labels)
+    with path.open("r+b") as file:  # what changes on the disk shows which of them is there
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    assert [int(each.images[-1, -1, -1]) for each in (whole, mapped)] == [0, 255]
+
+
+def test_a_splits_file_is_what_the_library_safetensors_writes(tmp_path: Path) -> None:
+    write(tmp_path)
+    made = cut(numbered(600))
+    for name in splits.SPLITS:
+        expected = safetensors.torch.save({"images": made[name].images, "labels": made[name].labels})
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == expected
 
 
 def test_dataset_json_records_what_was_used(tmp_path: Path) -> None:

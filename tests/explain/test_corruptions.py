@@ -19,10 +19,10 @@ def test_corruptions_do_what_their_names_say() -> None:
     assert int(quarter.sum()) == pytest.approx(400, abs=8)
     assert quarter[0].argmax() != images[0].argmax()
     torch.testing.assert_close(corruptions.rotated(images, 360), images)
-    noisy = corruptions.noisy(torch.full((100, 9, 9, 1), 128, dtype=torch.uint8), 0.1).double()
+    grey = torch.full((100, 9, 9, 1), 128, dtype=torch.uint8)
+    noisy = corruptions.noisy(grey, 0.1, torch.Generator().manual_seed(0)).double()
     assert float(noisy.mean()) == pytest.approx(128, abs=1)
     assert float(noisy.std()) == pytest.approx(25.5, abs=1)
-    assert torch.equal(corruptions.noisy(images, 0.1), corruptions.noisy(images, 0.1))
     assert sorted(set(corruptions.with_contrast(images, 0.5).flatten().tolist())) == [64, 164]
 
 
@@ -32,6 +32,23 @@ def test_the_reported_accuracy_is_that_on_the_corrupted_images(digits: dict[str,
     assert set(corruptions.REPORTED) == {"shifted_2_pixels", "rotated_15_degrees", "noise_20_percent", "half_contrast"}
     logits = metrics.predict_logits(cnn, corruptions.moved(test.images, 2, 2))
     assert found == metrics.accuracy(logits, test.labels)
+
+
+def test_images_that_are_corrupted_a_few_at_a_time_are_the_same(
+    digits: dict[str, LabelledImages], learned: CNN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = digits["test"]
+
+    def accuracies() -> list[float]:
+        names = corruptions.REPORTED
+        return [corruptions.reported_accuracy(learned, test.images, test.labels, name) for name in names]
+
+    whole = accuracies()
+    monkeypatch.setattr(corruptions, "MAX_VALUES", 50 * 28 * 28)  # 48 images, and 40 at last
+    assert accuracies() == whole
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    some = [corruptions.noisy(each, 0.2, draws[0]) for each in torch.split(test.images, 48)]
+    assert torch.equal(torch.cat(some), corruptions.noisy(test.images, 0.2, draws[1]))
 
 
 def noise(*shape: int) -> torch.Tensor:

@@ -1,0 +1,79 @@
+"""Files as arrays of bytes, also those that are larger than the memory.
+
+Such a file is mapped: the system reads the parts that are used, and drops them again where memory is short.
+"""
+
+import mmap
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedRandom, BufferedReader
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import Fault
+
+CHUNK = 1000  # rows, which are images
+Bytes = NDArray[np.uint8]
+_mappings = weakref.WeakSet[mmap.mmap]()
+
+
+def content(file: BufferedReader | BufferedRandom, memory_limit: float) -> Bytes:
+    """The bytes of an open file: read, or only mapped where there are more than ``memory_limit``."""
+    size = os.fstat(file.fileno()).st_size
+    if size > memory_limit:
+        return mapped(file)
+    file.seek(0)
+    found = np.empty(size, np.uint8)
+    file.readinto(found.data)
+    return found
+
+
+def mapped(file: BufferedReader | BufferedRandom) -> Bytes:
+    """The bytes of an open file, which stays on the disk. They cannot be changed.
+
+    Only for reading: a mapping that could be written to would count as memory in use, and be refused where it is large.
+    """
+    if os.fstat(file.fileno()).st_size == 0:
+        return np.empty(0, np.uint8)  # cannot be mapped
+    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _mappings.add(mapping)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def tensor(array: NDArray[np.generic]) -> torch.Tensor:
+    """A tensor of the same memory. Writing to that of a mapped array would end the process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def chunks(array: Bytes, rows: Sequence[int] | NDArray[np.int64] | None = None) -> Iterator[Bytes]:
+    """The rows of an array, or some of them, CHUNK at a time; what was read of mapped files for them is let go."""
+    for start in range(0, len(array if rows is None else rows), CHUNK):
+        some = slice(start, start + CHUNK)
+        yield array[some] if rows is None else array[rows[some]]
+        for mapping in list(_mappings):
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on every system, and only memory that looks used would grow
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def spooled(rows: Iterable[bytes | memoryview], shape: tuple[int, ...], folder: Path) -> Bytes:
+    """All ``rows``, one or more arrays of ``shape`` each, one after the other: (N, *shape).
+
+    They are in a file in ``folder`` without a name. The system removes it once the array is gone, and also when this
+    process is killed. Raises Fault where the disk is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for some in rows:
+                file.write(some)
+            file.flush()
+            return mapped(file).reshape(-1, *shape)
+    except OSError as error:
+        raise Fault(f"{folder} cannot be written ({error.strerror}): make room on that disk, then run again") from error
