@@ -14,10 +14,11 @@ import logging
 import math
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -65,8 +66,11 @@ DAMAGED = (
 )  # fmt: skip
 # Tags of EXIF and TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP = 258, 262, 274, 277, 278
+TILE_WIDTH, TILE_LENGTH = 322, 323
 MAX_PIXELS = 300_000_000
 MAX_MEMORY = 1_250_000_000  # bytes that decoding may take
+LARGE = 25_000_000  # pixels; more are decoded in one thread at a time
+ONE_AT_A_TIME = threading.RLock()
 TILE = 1024  # pixels; a larger picture is converted in parts, so that there is no second copy of it
 REDUCING_GAP = 3  # the result is within a few grey levels of that without reducing
 MAX_STROKE_PIXELS = 16_000_000  # larger pictures are reduced before the character is looked for
@@ -305,10 +309,10 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
             if not stat.S_ISREG(kind := file.stat().st_mode) and not stat.S_ISDIR(kind):
                 raise UserError(f"{name} is not a regular file")  # a named pipe, for instance, would be waited for
             # Pillow would map a file that it opens itself into memory, and crash if that became shorter meanwhile.
-            with file.open("rb") as content, _identified(content, name) as picture:
+            with file.open("rb") as content, _identified(content, name) as picture, _alone(picture):
                 yield picture
         else:
-            with _identified(file, name) as picture:
+            with _identified(file, name) as picture, _alone(picture):
                 yield picture
     except UnidentifiedImageError as error:
         raise UserError(f"{name} cannot be read: it is damaged, or of a kind that Pillow does not know") from error
@@ -316,6 +320,11 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
         raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels") from error
     except DAMAGED as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+
+
+def _alone(picture: ImageFile.ImageFile) -> AbstractContextManager[object]:
+    """Threads use large pictures one after the other, since each takes much memory."""
+    return ONE_AT_A_TIME if picture.width * picture.height > LARGE else nullcontext()
 
 
 def _identified(content: IO[bytes], name: str) -> ImageFile.ImageFile:
@@ -382,12 +391,19 @@ def _bytes_per_pixel(picture: ImageFile.ImageFile) -> float:
     if isinstance(picture, JpegImagePlugin.JpegImageFile) and "progressive" in picture.info:
         return own + 2 * picture.layers  # the coefficients
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        rows = min(picture.height, picture.tag_v2.get(ROWS_PER_STRIP, picture.height))
         samples = picture.tag_v2.get(SAMPLES_PER_PIXEL, 1) * picture.tag_v2.get(BITS_PER_SAMPLE, (1,))[0] / 8
-        strip = max(4, samples) * rows / picture.height if picture.use_load_libtiff else 0
+        strip = max(4, samples) * _part_at_once(picture) if picture.use_load_libtiff else 0
         turned = own if picture.tag_v2.get(ORIENTATION, 1) != 1 else 0  # by Pillow, as a whole
         return own + max(float(strip), turned)
     return own
+
+
+def _part_at_once(picture: TiffImagePlugin.TiffImageFile) -> float:
+    """The share of a TIFF picture that is unpacked together: a tile or a strip, or all of it."""
+    if TILE_WIDTH in picture.tag_v2:
+        pixels = picture.tag_v2[TILE_WIDTH] * picture.tag_v2.get(TILE_LENGTH, picture.height)
+        return float(min(1, pixels / (picture.width * picture.height)))
+    return float(min(1, picture.tag_v2.get(ROWS_PER_STRIP, picture.height) / picture.height))
 
 
 def _frames(picture: ImageFile.ImageFile) -> int:

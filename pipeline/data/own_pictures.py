@@ -79,10 +79,11 @@ def prepare(params: Data) -> OwnPictures:
     class_names = _classes(read, listing.class_names)
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = np.array([numbers[each.entry.label] for each in read], np.int64)
+    keys = [each.key for each in read]
     copies = duplicates.clusters(images, params.near_duplicates)
     assignment = splitting.assign(
         splitting.Pictures(
-            keys=[each.key for each in read],
+            keys=keys,
             labels=labels,
             class_names=class_names,
             groups=[each.entry.group for each in read],
@@ -93,7 +94,7 @@ def prepare(params: Data) -> OwnPictures:
         test_fraction=params.test_fraction,
         seed=params.split_seed,
     )
-    order = {split: _in_order(read, labels, assignment, split) for split in SPLITS}
+    order = {split: splitting.in_order(keys, labels, assignment, split) for split in SPLITS}
     name = _name(path)
     return OwnPictures(
         Prepared(
@@ -164,12 +165,6 @@ def _name(path: Path) -> str:
     plain = unicodedata.normalize("NFKD", path.resolve().stem if path.is_file() else path.resolve().name)
     name = re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode().lower()).strip("-") or "pictures"
     return f"own-{name}" if name in DATASETS else name
-
-
-def _in_order(read: Sequence[Decoded], labels: NDArray[np.int64], assignment: Assignment, split: str) -> list[int]:
-    """The pictures of a split in the order of their digests, which their names and places do not change."""
-    rows = [row for row, found in enumerate(assignment.splits) if found == split]
-    return sorted(rows, key=lambda row: (read[row].key, labels[row]))
 
 
 def _rows(

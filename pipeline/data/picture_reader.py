@@ -4,10 +4,8 @@ import functools
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -24,7 +22,6 @@ from pipeline.errors import UserError, printable
 
 BATCH = 500  # pictures whose results are written into the cache together
 FIRST = 50  # pictures that are searched for colour together
-LARGE = 25_000_000  # pixels; larger pictures are decoded one at a time, since each takes much memory
 SMALL = 64 * 64  # pixels; pictures of more are known by their files
 YES, NO = b"yes", b"no"
 Result = bytes | UserError
@@ -67,7 +64,6 @@ class PictureReader:
     def __init__(self, pictures: Pictures, cache: Cache) -> None:
         self.problems = dict[str, str]()
         self._pictures, self._cache = pictures, cache
-        self._large = threading.Lock()
 
     def inspected(self, entries: Sequence[Entry]) -> list[Inspected]:
         """The pictures whose facts can be read."""
@@ -99,8 +95,7 @@ class PictureReader:
         decoded = list[Decoded]()
 
         def decode(picture: Inspected) -> Result:
-            with self._large if _pixels(picture.facts) > LARGE else nullcontext():
-                return self._decode(picture, preprocessing)
+            return self._decode(picture, preprocessing)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for some in _shown(pictures, "decoding"):
