@@ -42,6 +42,7 @@ from PIL import (
 )
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.data import own_process
 from pipeline.data.file_trees import is_system
 from pipeline.errors import UserError, printable
 
@@ -69,6 +70,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP = 2
 TILE_WIDTH, TILE_LENGTH = 322, 323
 MAX_PIXELS = 300_000_000
 MAX_MEMORY = 1_250_000_000  # bytes that decoding may take
+MUCH_MEMORY = 500_000_000  # bytes; a picture that takes more is decoded in a process of its own
 LARGE = 25_000_000  # pixels; more are decoded in one thread at a time
 ONE_AT_A_TIME = threading.RLock()
 TILE = 1024  # pixels; a larger picture is converted in parts, so that there is no second copy of it
@@ -166,10 +168,22 @@ def read(file: Path | IO[bytes], name: str, preprocessing: Preprocessing) -> Pic
     Raises UserError with ``name`` and the reason where a file cannot be read as a whole.
     """
     with _opened(file, name) as picture:
-        mode, frames = picture.mode, _frames(picture)
-        upright = Upright(picture, name, preprocessing)
-        image = np.array(RESIZE[preprocessing.resize](upright)).reshape(preprocessing.image_shape)
-        return Picture(image, str(picture.format), upright.size, mode, frames)
+        if _takes_much_memory(picture):
+            return own_process.call(read_here, file, name, preprocessing)
+        return _read(picture, name, preprocessing)
+
+
+def read_here(file: IO[bytes], name: str, preprocessing: Preprocessing) -> Picture:
+    """`read`, in this process whatever it takes."""
+    with _opened(file, name) as picture:
+        return _read(picture, name, preprocessing)
+
+
+def _read(picture: ImageFile.ImageFile, name: str, preprocessing: Preprocessing) -> Picture:
+    mode, frames = picture.mode, _frames(picture)
+    upright = Upright(picture, name, preprocessing)
+    image = np.array(RESIZE[preprocessing.resize](upright)).reshape(preprocessing.image_shape)
+    return Picture(image, str(picture.format), upright.size, mode, frames)
 
 
 def inspect(file: Path | IO[bytes], name: str) -> Facts:
@@ -179,9 +193,19 @@ def inspect(file: Path | IO[bytes], name: str) -> Facts:
         facts = Facts(str(picture.format), size, picture.mode, _frames(picture))
         if not _is_deep(picture.mode):
             return facts
-        picture.load()
-        lowest, highest = _extremes(picture)
+        if _takes_much_memory(picture):
+            lowest, highest = own_process.call(extremes_here, file, name)
+        else:
+            picture.load()
+            lowest, highest = _extremes(picture)
         return facts._replace(lowest=lowest, highest=highest)
+
+
+def extremes_here(file: IO[bytes], name: str) -> tuple[float, float]:
+    """The lowest and the highest value that is a number, in this process whatever it takes."""
+    with _opened(file, name) as picture:
+        picture.load()
+        return _extremes(picture)
 
 
 def has_colour(file: Path | IO[bytes], name: str) -> bool:
@@ -189,13 +213,25 @@ def has_colour(file: Path | IO[bytes], name: str) -> bool:
     with _opened(file, name) as picture:
         if picture.mode in GREY_MODES or _is_deep(picture.mode):
             return False
-        picture.load()
-        in_colour = Preprocessing("stretch", (1, 1, 3))
-        for _, part in _parts(picture, (TILE, TILE)):
-            pixels = np.asarray(_converted(part, in_colour, None))
-            if (pixels != pixels[..., :1]).any():
-                return True
-        return False
+        if _takes_much_memory(picture):
+            return own_process.call(has_colour_here, file, name)
+        return _has_colour(picture)
+
+
+def has_colour_here(file: IO[bytes], name: str) -> bool:
+    """`has_colour` of a picture of 8 bits, in this process whatever it takes."""
+    with _opened(file, name) as picture:
+        return _has_colour(picture)
+
+
+def _has_colour(picture: ImageFile.ImageFile) -> bool:
+    picture.load()
+    in_colour = Preprocessing("stretch", (1, 1, 3))
+    for _, part in _parts(picture, (TILE, TILE)):
+        pixels = np.asarray(_converted(part, in_colour, None))
+        if (pixels != pixels[..., :1]).any():
+            return True
+    return False
 
 
 class Upright:
@@ -320,6 +356,11 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
         raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels") from error
     except DAMAGED as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+
+
+def _takes_much_memory(picture: ImageFile.ImageFile) -> bool:
+    """Whether it is decoded in a process of its own."""
+    return picture.width * picture.height * _bytes_per_pixel(picture) > MUCH_MEMORY
 
 
 def _alone(picture: ImageFile.ImageFile) -> AbstractContextManager[object]:

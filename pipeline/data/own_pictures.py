@@ -3,6 +3,8 @@
 The folder is only read. What comes out depends on the pictures' contents and labels, not on their names or order.
 """
 
+import math
+import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -30,6 +32,8 @@ from pipeline.params import Data
 CACHE = Path("data/decoded/pictures.db")  # in the repository
 AUTO_SIDE = 64  # pixels; the CNN is slow on larger images
 MOVED = "published in {}, with copies or pictures of its subject elsewhere"
+MAX_NAME = 100  # characters of the data set's name: MLflow takes 250 of a model's
+COPIES = 3  # of all images that are in memory at once
 FEW, IMBALANCE = 10, 20  # pictures in a class, and times the smallest class: worth a warning
 
 
@@ -74,6 +78,7 @@ def prepare(params: Data) -> OwnPictures:
         inspected = reader.inspected(listing.entries)
         _check_problems(reader.problems, len(listing.entries), params)
         preprocessing = _preprocessing(inspected, reader, params)
+        _check_memory(len(inspected), preprocessing.image_shape)
         read, images = reader.images(inspected, preprocessing)
         _check_problems(reader.problems, len(listing.entries), params)
     class_names = _classes(read, listing.class_names)
@@ -143,6 +148,17 @@ def _preprocessing(pictures: Sequence[Inspected], reader: PictureReader, params:
     return Preprocessing(params.resize, (height, width, channels), params.background, values)
 
 
+def _check_memory(count: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where the images would fill the memory, which would end this process, or another one."""
+    needed, there = COPIES * count * math.prod(image_shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        size = " x ".join(map(str, image_shape))
+        raise UserError(
+            f"params.yaml: {count:,} images of {size} need {needed / 1e9:,.1f} GB of memory, of which this machine has "
+            f"{there / 1e9:,.1f}: give data.image_size a smaller value"
+        )
+
+
 def _image_size(sizes: Sequence[tuple[int, int]], params: Data) -> tuple[int, int]:
     """Height and width of the images. "auto": of the pictures, if they are all alike and small; else a square."""
     if params.image_size != "auto":
@@ -164,7 +180,7 @@ def _name(path: Path) -> str:
     """The name of the data set, under which its models are registered: that of the folder, in plain letters."""
     plain = unicodedata.normalize("NFKD", path.resolve().stem if path.is_file() else path.resolve().name)
     name = re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode().lower()).strip("-") or "pictures"
-    return f"own-{name}" if name in DATASETS else name
+    return f"own-{name}" if name in DATASETS else name[:MAX_NAME]
 
 
 def _rows(
@@ -206,6 +222,9 @@ def _split_warnings(
     class_names: Sequence[str],
     assignment: Assignment,
 ) -> Iterator[str]:
+    if several := [each for each in read if each.facts.frames > 1]:
+        example = f"{printable(several[0].entry.path)} ({several[0].facts.frames:,})"
+        yield f"{len(several):,} pictures have several frames or pages, the first of which is used, such as {example}"
     counts = Counter(copies.tolist())
     if repeated := sum(count for count in counts.values() if count > 1):
         yield f"{repeated:,} pictures have copies, which are all in one split"
