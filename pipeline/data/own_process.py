@@ -23,6 +23,7 @@ module, function, file, arguments = pickle.load(sys.stdin.buffer)
 from pipeline.errors import UserError
 try:
     with open(file, "rb") as content:
+        content.seek(0)
         answer = getattr(importlib.import_module(module), function)(content, *arguments)
 except UserError as error:
     answer = error
@@ -31,7 +32,7 @@ pickle.dump(answer, sys.stdout.buffer)
 
 
 def call(function: Callable[..., Answer], file: Path | IO[bytes], name: str, *arguments: object) -> Answer:
-    """The answer of ``function(file, name, *arguments)``, a function of a module, whose file is open for reading.
+    """The answer of ``function(file, name, *arguments)``, a function of a module, which gets the file at its beginning.
 
     Raises the UserError that it raises, or one that says how the process ended without an answer.
     """
