@@ -16,6 +16,7 @@ NO_MEMORY = re.compile(
 )
 PATIENCE = 2.0  # seconds within which another Ctrl-C is taken for the same one
 MAX_NAME_LENGTH = 300  # characters of a name
+JOINERS = "\u200c\u200d"  # invisible parts of words in Persian and Hindi, and of emoji such as that of a family
 # In a URL all before the last @ of its host, also if somebody has not escaped an @ or a slash in the password. What
 # follows the first colon of a host without them is its port.
 USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*|[^\s/?#]*)(?=@)")
@@ -80,7 +81,8 @@ def without_password(text: str) -> str:
 
 def printable(text: str) -> str:
     """An untrusted name, for a message: on one line, escaped, and truncated if it is too long."""
-    printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    shown = (each if each.isprintable() or each in JOINERS else each.encode("unicode_escape").decode() for each in text)
+    printable = "".join(shown)
     return printable if len(printable) <= MAX_NAME_LENGTH else f"{printable[:MAX_NAME_LENGTH]}..."
 
 

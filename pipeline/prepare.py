@@ -3,7 +3,7 @@
 import sys
 
 from pipeline import files
-from pipeline.data import own_pictures, sources, splits
+from pipeline.data import own_pictures, sources, splits, splitting
 from pipeline.data.image_files import Preprocessing
 from pipeline.data.splits import TRAIN, Prepared
 from pipeline.errors import run_command
@@ -29,16 +29,20 @@ def main() -> None:
 def _published(params: Data) -> Prepared:
     """A data set of the table DATASETS."""
     name, source = sources.load(params.dataset, params.offline_fallback)
-    cut = splits.cut(
-        source.train,
-        source.test,
-        validation_fraction=params.validation_fraction,
-        test_fraction=params.test_fraction,
-        seed=params.split_seed,
-    )
-    height, width, channels = cut[TRAIN].images.shape[1:]
+    if source.test is None:
+        made = splitting.split(
+            source.train,
+            source.class_names,
+            near_duplicates=params.near_duplicates,
+            validation_fraction=params.validation_fraction,
+            test_fraction=params.test_fraction,
+            seed=params.split_seed,
+        )
+    else:
+        made = splits.cut(source.train, source.test, validation_fraction=params.validation_fraction)
+    height, width, channels = made[TRAIN].images.shape[1:]
     preprocessing = Preprocessing(sources.DATASETS[name].resize, (height, width, channels))
-    return Prepared(cut, name, params.dataset, source.origin, source.class_names, preprocessing)
+    return Prepared(made, name, params.dataset, source.origin, source.class_names, preprocessing)
 
 
 def _own_pictures(params: Data) -> Prepared:

@@ -1,179 +1,100 @@
 """A person's own pictures in a clone: `dvc repro`, and the same answers for the same files."""
 
 import csv
-import itertools
 import json
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
-import requests
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline import files, predict
-from pipeline.data import image_files
-from pipeline.data.splits import LabelledImages
-from pipeline.tracking import registry, store
-from pipeline.tracking.decoder import Decoder
+from pipeline import files
+from pipeline.data import sources, splits
 from tests import forked
-from tests.conftest import free_port, write_params
-from tests.data.test_image_files import stored
-from tests.test_clone import ONE_EPOCH, clone, environment, repro, run, succeed
+from tests.conftest import write_params
+from tests.test_clone import ONE_EPOCH, clone, repro, run, succeed
 
 __all__ = ["clone"]
 pytestmark = pytest.mark.slow
-OWN = ONE_EPOCH | {
-    "data.dataset": "folder",
-    "data.test_fraction": 0.38,
-    "data.memory_limit": 1e-6,  # splits stay on the disk
-    "train.epochs": 2,
-}
+OWN = ONE_EPOCH | {"data.dataset": "folder", "data.memory_limit": 1e-6}  # splits stay on the disk
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, digits: dict[str, LabelledImages]) -> Path:
-    """1,500 real digits as JPEG files in class folders, outside the repository."""
+def packaged(clone: Path) -> dict[str, object]:
+    """What `data.dataset: mnist-5k` gives."""
+    return outputs(clone)
+
+
+def outputs(folder: Path) -> dict[str, object]:
+    """The digest of the images, the trained weights, and the scores with all predictions."""
+    scores = json.loads((folder / files.METRICS).read_text())
+    weights = load_file(folder / files.MODEL)
+    return {
+        "data": splits.read_dataset(folder / files.PREPARED).sha256,
+        "weights": {name: weight.numpy().tobytes() for name, weight in weights.items()},
+        "scores": (scores["test"], scores["validation"]),
+        "predictions": (folder / files.PREDICTIONS).read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 5,000 digits of mnist-5k as PNG files in class folders, outside the repository."""
     folder = tmp_path_factory.mktemp("pictures") / "my digits ü"
-    images = digits["train"][slice(1500)]
-    for index, (image, label) in enumerate(zip(images.images, images.labels.tolist(), strict=True)):
-        path = folder / str(label) / f"{index}.jpg"
+    _, source = sources.load("mnist-5k")
+    for index, (image, label) in enumerate(zip(source.train.images, source.train.labels.tolist(), strict=True)):
+        path = folder / source.class_names[label] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[:, :, 0].numpy()).save(path, quality=90)
+        Image.fromarray(image[:, :, 0].numpy()).save(path)
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(clone: Path, pictures: Path) -> Path:
+def trained(clone: Path, packaged: dict[str, object], pictures: Path) -> Path:
     """The clone, with a model of these pictures."""
     write_params(clone, OWN | {"data.path": str(pictures)})
     repro("evaluate", folder=clone)
     return clone
 
 
+@pytest.fixture(scope="module")
+def model(trained: Path) -> bytes:
+    """The model file of the class folders."""
+    return (trained / files.MODEL).read_bytes()
+
+
+def test_the_digits_as_class_folders_give_the_same_pixels_weights_and_scores_as_mnist_5k(
+    trained: Path, packaged: dict[str, object]
+) -> None:
+    assert outputs(trained) == packaged
+
+
 def table(path: Path) -> list[dict[str, str]]:
     return list(files.read_table(path, made_by="prepare"))
 
 
-def test_every_way_to_a_model_gives_each_test_picture_the_label_that_evaluate_gave(
-    trained: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert check_every_way(trained, pictures, monkeypatch) >= 500
-
-
-def check_every_way(folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """`predict`, the server and the exports agree with `evaluate` on each test picture; how many these are."""
-    rows = [row for row in table(folder / files.IMAGES) if row["split"] == "test"]
-    expected = table(folder / files.PREDICTIONS)
-    assert len(rows) == len(expected)
-    expected = [expected[int(row["index"])] for row in rows]
-    assert [row["label"] for row in rows] == [each["actual"] for each in expected]
-    labels, confidence = [each["predicted"] for each in expected], [float(each["confidence"]) for each in expected]
-    paths = [pictures / row["path"] for row in rows]
-    command = [forked.python(), "-m", "pipeline.predict", "--csv", *map(str, paths)]
-    answers: dict[str, list[dict[str, Any]]] = {
-        "predict": list(csv.DictReader(succeed(*command, folder=folder).splitlines())),
-        "one at a time": [],
-        "a hundred at a time": [],
-    }
-    with served(folder) as address:
-        for path in paths:
-            header = {"Content-Type": "image/jpeg"}
-            answers["one at a time"] += predictions(requests.post(address, path.read_bytes(), headers=header))
-        for start in range(0, len(paths), 100):
-            form = [("picture", (path.name, path.read_bytes())) for path in paths[start : start + 100]]
-            answers["a hundred at a time"] += predictions(requests.post(address, files=form))
-    assert [each["file"] for each in answers["a hundred at a time"]] == [path.name for path in paths]
-    for way, found in answers.items():
-        assert [each["label"] for each in found] == labels, way
-        assert [float(each["probability"]) for each in found] == pytest.approx(confidence, abs=1e-5), way
-    images = check_bytes(folder, paths, [int(row["index"]) for row in rows], monkeypatch)
-    check_exports(folder, images, [list(each["probabilities"].values()) for each in answers["one at a time"]])
-    return len(paths)
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Where the champion of a clone takes requests."""
-    port = free_port()
-    command = [forked.python(), "-m", "pipeline.serve", "--port", str(port)]
-    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        assert b"is served at" in b"".join(itertools.islice(process.stdout, 2))
-        yield f"http://127.0.0.1:{port}/invocations"
-        process.terminate()
-
-
-def predictions(answer: requests.Response) -> list[dict[str, Any]]:
-    assert answer.status_code == 200, answer.text
-    return list(answer.json()["predictions"])
-
-
-def check_bytes(
-    folder: Path, paths: list[Path], indices: list[int], monkeypatch: pytest.MonkeyPatch
-) -> NDArray[np.uint8]:
-    """What `train` and `evaluate` read, what `predict` makes of the files, and what the server makes of them."""
-    prepared = load_file(folder / files.PREPARED / "test.safetensors")["images"].numpy()[indices]
-    monkeypatch.setenv("DVC_ROOT", str(folder))
-    monkeypatch.chdir(folder)
-    store.connect()
-    loaded = registry.load(registry.find("champion"))
-    assert np.stack([predict._image(str(path), loaded) for path in paths]).tobytes() == prepared.tobytes()
-    with Decoder(loaded.preprocessing) as decoder:
-        decoded = decoder.images([(path.name, memoryview(path.read_bytes())) for path in paths])
-    assert np.stack(decoded).tobytes() == prepared.tobytes()
-    return prepared
-
-
-def check_exports(folder: Path, images: NDArray[np.uint8], expected: list[list[float]]) -> None:
-    """On the same bytes, the files that `export` writes give the same probabilities."""
-    for form in ("onnx", "pt2"):
-        succeed(forked.python(), "-m", "pipeline.export", "--format", form, "--out", f"../it.{form}", folder=folder)
-    (of_onnx,) = onnxruntime.InferenceSession(folder.parent / "it.onnx").run(["probabilities"], {"images": images})
-    np.testing.assert_allclose(of_onnx, expected, atol=1e-4)
-    with torch.no_grad():
-        of_pt2 = torch.export.load(folder.parent / "it.pt2").module()(torch.from_numpy(images))
-    np.testing.assert_allclose(of_pt2.numpy(), expected, atol=1e-4)
+def test_predict_gives_each_test_picture_the_label_that_evaluate_gave(trained: Path, pictures: Path) -> None:
+    rows = [row for row in table(trained / files.IMAGES) if row["split"] == "test"]
+    expected = table(trained / files.PREDICTIONS)
+    assert len(rows) == len(expected) > 200
+    paths = [str(pictures / row["path"]) for row in rows]
+    answers = [
+        json.loads(line)
+        for line in succeed(forked.python(), "-m", "pipeline.predict", "--json", *paths, folder=trained).splitlines()
+    ]
+    for row, answer in zip(rows, answers, strict=True):
+        evaluated = expected[int(row["index"])]
+        assert evaluated["actual"] == row["label"]
+        assert answer["label"] == evaluated["predicted"]
+        assert answer["probability"] == pytest.approx(float(evaluated["confidence"]), abs=1e-5)
 
 
 def test_the_folders_name_is_that_of_the_model(trained: Path) -> None:
     assert "my-digits-u-cnn version 1" in succeed(forked.python(), "-m", "pipeline.models", folder=trained)
-
-
-def stages_that_ran(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def test_another_name_or_a_stray_file_trains_nothing_anew_and_a_changed_picture_does(
-    trained: Path, pictures: Path
-) -> None:
-    assert stages_that_ran(repro("evaluate", folder=trained)) == []
-    before = (trained / files.MODEL).read_bytes()
-    (pictures / "3/.DS_Store").write_bytes(b"junk")
-    first = next(path for path in sorted((pictures / "3").glob("*.jpg")))
-    first.rename(first.with_name("renamed.jpg"))
-    assert stages_that_ran(repro("evaluate", folder=trained)) == ["prepare"]
-    Image.open(first.with_name("renamed.jpg")).rotate(180).save(first.with_name("renamed.jpg"))
-    assert stages_that_ran(repro("evaluate", folder=trained)) == ["prepare", "train", "evaluate"]
-    assert (trained / files.MODEL).read_bytes() != before
-
-
-def test_a_zip_of_the_same_pictures_gives_the_same_model(trained: Path, pictures: Path, tmp_path: Path) -> None:
-    before = (trained / files.MODEL).read_bytes()
-    archive = shutil.make_archive(str(tmp_path / pictures.name), "zip", pictures)
-    write_params(trained, OWN | {"data.path": archive})
-    repro("prepare", folder=trained)
-    assert (trained / files.MODEL).read_bytes() == before
-    assert stages_that_ran(run("dvc", "repro", "--dry", folder=trained).stdout) in ([], ["visualize"])
 
 
 def test_the_model_holds_how_a_picture_becomes_an_image(trained: Path) -> None:
@@ -184,19 +105,66 @@ def test_the_model_holds_how_a_picture_becomes_an_image(trained: Path) -> None:
     assert load_file(trained / files.PREPARED / "train.safetensors")["images"].shape[1:] == (28, 28, 1)
 
 
-def test_colour_pictures_turned_by_exif_data_come_out_alike_everywhere(
-    trained: Path, digits: dict[str, LabelledImages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def stages_that_ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_a_zip_of_the_same_pictures_trains_nothing_anew(
+    trained: Path, model: bytes, pictures: Path, tmp_path: Path
 ) -> None:
-    """Digits in colour, as a camera held in any way stores them."""
-    images = digits["train"][slice(300)]
-    for index, (image, label) in enumerate(zip(images.images, images.labels.tolist(), strict=True)):
-        path = tmp_path / "colours" / str(label) / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray(image[:, :, 0].numpy()).resize((60, 80))
-        exif = Image.Exif()
-        exif[image_files.ORIENTATION] = orientation = 1 + index % 8
-        upright = ImageOps.colorize(grey, (10 * label, 0, 90), ("yellow", "white", "lime")[index % 3])
-        stored(upright, orientation).save(path, exif=exif)
-    write_params(trained, OWN | {"data.path": str(tmp_path / "colours"), "data.image_size": 32})
-    repro("evaluate", folder=trained)
-    assert check_every_way(trained, tmp_path / "colours", monkeypatch) > 50
+    archive = shutil.make_archive(str(tmp_path / pictures.name), "zip", pictures)
+    write_params(trained, OWN | {"data.path": archive})
+    repro("prepare", folder=trained)
+    assert (trained / files.MODEL).read_bytes() == model
+    assert stages_that_ran(run("dvc", "repro", "--dry", folder=trained).stdout) in ([], ["visualize"])
+
+
+def test_a_ds_store_or_another_name_trains_nothing_anew_and_a_changed_picture_does(
+    trained: Path, model: bytes, pictures: Path
+) -> None:
+    write_params(trained, OWN | {"data.path": str(pictures)})
+    assert stages_that_ran(repro("evaluate", folder=trained)) in ([], ["prepare"])  # the latter after the zip
+    (pictures / "3/.DS_Store").write_bytes(b"junk")
+    first = next(path for path in sorted((pictures / "3").glob("*.png")))
+    content = first.read_bytes()
+    first.rename(first.with_name("renamed.png"))
+    assert stages_that_ran(repro("evaluate", folder=trained)) == ["prepare"]
+    Image.open(first.with_name("renamed.png")).rotate(180).save(first.with_name("renamed.png"))
+    assert stages_that_ran(repro("evaluate", folder=trained)) == ["prepare", "train", "evaluate"]
+    assert (trained / files.MODEL).read_bytes() != model
+    first.with_name("renamed.png").write_bytes(content)
+
+
+def as_table(pictures: Path, folder: Path) -> dict[str, object]:
+    """In one folder, with a table of their paths and labels."""
+    with (folder / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("path", "label"))
+        for path in pictures.rglob("*.png"):
+            shutil.copy(path, folder / path.name)
+            rows.writerow((path.name, path.parent.name))
+    return {"data.path": str(folder), "data.labels": "labels.csv"}
+
+
+def as_names(pictures: Path, folder: Path) -> dict[str, object]:
+    """In one folder, with the label in their names."""
+    for path in pictures.rglob("*.png"):
+        shutil.copy(path, folder / f"{path.stem} is a {path.parent.name}.png")
+    return {"data.path": str(folder), "data.label_pattern": r"is a (?P<label>\d)\.png"}
+
+
+@pytest.mark.parametrize("form", [as_table, as_names])
+def test_the_digits_as_a_table_or_as_names_give_the_same_pixels_weights_and_scores_as_mnist_5k(
+    trained: Path,
+    packaged: dict[str, object],
+    model: bytes,
+    pictures: Path,
+    tmp_path: Path,
+    form: Callable[[Path, Path], dict[str, object]],
+) -> None:
+    folder = tmp_path / pictures.name
+    folder.mkdir()
+    write_params(trained, OWN | form(pictures, folder))
+    assert stages_that_ran(repro("evaluate", folder=trained)) == ["prepare", "train", "evaluate"]
+    assert outputs(trained) == packaged
+    assert (trained / files.MODEL).read_bytes() == model

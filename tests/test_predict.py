@@ -29,7 +29,7 @@ def folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_digits_from_outside_come_out_right(folder: Path) -> None:
-    """By the model that has seen 3,600 digits, most of them; CI asks that of all of MNIST, too."""
+    """By the model that has seen 3,644 digits, most of them; CI asks that of all of MNIST, too."""
     store.connect()
     model = registry.load(registry.find("champion"))
     answers = []

@@ -393,7 +393,10 @@ def _with_classes(labelled: _Labelled, name: str) -> list[Entry]:
         )
     learned = {entry.label for entry in entries if entry.split in (TRAIN, None)}
     if unknown := sorted(set(classes) - learned):
-        raise UserError(f"{name} has no pictures in train for {len(unknown):,} of its classes: {_some(unknown)}")
+        raise UserError(
+            f"{name} has no pictures in train for {len(unknown):,} of its classes: {_some(unknown)}: put some there, "
+            "or leave these classes out"
+        )
     if spaces := _alike({unicodedata.normalize("NFC", label) for label in normal}, _normal):
         labelled.warnings.append(f"names that differ only in spaces around them are one class: {_some(spaces)}")
     if case := _alike(classes, str.casefold):

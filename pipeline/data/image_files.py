@@ -14,10 +14,11 @@ import logging
 import math
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ from PIL import (
 )
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.data import own_process
 from pipeline.data.file_trees import is_system
 from pipeline.errors import UserError, printable
 
@@ -65,8 +67,12 @@ DAMAGED = (
 )  # fmt: skip
 # Tags of EXIF and TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP = 258, 262, 274, 277, 278
+TILE_WIDTH, TILE_LENGTH = 322, 323
 MAX_PIXELS = 300_000_000
 MAX_MEMORY = 1_250_000_000  # bytes that decoding may take
+MUCH_MEMORY = 500_000_000  # bytes; a picture that takes more is decoded in a process of its own
+LARGE = 25_000_000  # pixels; more are decoded in one thread at a time
+ONE_AT_A_TIME = threading.RLock()
 TILE = 1024  # pixels; a larger picture is converted in parts, so that there is no second copy of it
 REDUCING_GAP = 3  # the result is within a few grey levels of that without reducing
 MAX_STROKE_PIXELS = 16_000_000  # larger pictures are reduced before the character is looked for
@@ -162,10 +168,22 @@ def read(file: Path | IO[bytes], name: str, preprocessing: Preprocessing) -> Pic
     Raises UserError with ``name`` and the reason where a file cannot be read as a whole.
     """
     with _opened(file, name) as picture:
-        mode, frames = picture.mode, _frames(picture)
-        upright = Upright(picture, name, preprocessing)
-        image = np.array(RESIZE[preprocessing.resize](upright)).reshape(preprocessing.image_shape)
-        return Picture(image, str(picture.format), upright.size, mode, frames)
+        if _takes_much_memory(picture):
+            return own_process.call(read_here, file, name, preprocessing)
+        return _read(picture, name, preprocessing)
+
+
+def read_here(file: IO[bytes], name: str, preprocessing: Preprocessing) -> Picture:
+    """`read`, in this process whatever it takes."""
+    with _opened(file, name) as picture:
+        return _read(picture, name, preprocessing)
+
+
+def _read(picture: ImageFile.ImageFile, name: str, preprocessing: Preprocessing) -> Picture:
+    mode, frames = picture.mode, _frames(picture)
+    upright = Upright(picture, name, preprocessing)
+    image = np.array(RESIZE[preprocessing.resize](upright)).reshape(preprocessing.image_shape)
+    return Picture(image, str(picture.format), upright.size, mode, frames)
 
 
 def inspect(file: Path | IO[bytes], name: str) -> Facts:
@@ -175,9 +193,19 @@ def inspect(file: Path | IO[bytes], name: str) -> Facts:
         facts = Facts(str(picture.format), size, picture.mode, _frames(picture))
         if not _is_deep(picture.mode):
             return facts
-        picture.load()
-        lowest, highest = _extremes(picture)
+        if _takes_much_memory(picture):
+            lowest, highest = own_process.call(extremes_here, file, name)
+        else:
+            picture.load()
+            lowest, highest = _extremes(picture)
         return facts._replace(lowest=lowest, highest=highest)
+
+
+def extremes_here(file: IO[bytes], name: str) -> tuple[float, float]:
+    """The lowest and the highest value that is a number, in this process whatever it takes."""
+    with _opened(file, name) as picture:
+        picture.load()
+        return _extremes(picture)
 
 
 def has_colour(file: Path | IO[bytes], name: str) -> bool:
@@ -185,13 +213,25 @@ def has_colour(file: Path | IO[bytes], name: str) -> bool:
     with _opened(file, name) as picture:
         if picture.mode in GREY_MODES or _is_deep(picture.mode):
             return False
-        picture.load()
-        in_colour = Preprocessing("stretch", (1, 1, 3))
-        for _, part in _parts(picture, (TILE, TILE)):
-            pixels = np.asarray(_converted(part, in_colour, None))
-            if (pixels != pixels[..., :1]).any():
-                return True
-        return False
+        if _takes_much_memory(picture):
+            return own_process.call(has_colour_here, file, name)
+        return _has_colour(picture)
+
+
+def has_colour_here(file: IO[bytes], name: str) -> bool:
+    """`has_colour` of a picture of 8 bits, in this process whatever it takes."""
+    with _opened(file, name) as picture:
+        return _has_colour(picture)
+
+
+def _has_colour(picture: ImageFile.ImageFile) -> bool:
+    picture.load()
+    in_colour = Preprocessing("stretch", (1, 1, 3))
+    for _, part in _parts(picture, (TILE, TILE)):
+        pixels = np.asarray(_converted(part, in_colour, None))
+        if (pixels != pixels[..., :1]).any():
+            return True
+    return False
 
 
 class Upright:
@@ -305,10 +345,10 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
             if not stat.S_ISREG(kind := file.stat().st_mode) and not stat.S_ISDIR(kind):
                 raise UserError(f"{name} is not a regular file")  # a named pipe, for instance, would be waited for
             # Pillow would map a file that it opens itself into memory, and crash if that became shorter meanwhile.
-            with file.open("rb") as content, _identified(content, name) as picture:
+            with file.open("rb") as content, _identified(content, name) as picture, _alone(picture):
                 yield picture
         else:
-            with _identified(file, name) as picture:
+            with _identified(file, name) as picture, _alone(picture):
                 yield picture
     except UnidentifiedImageError as error:
         raise UserError(f"{name} cannot be read: it is damaged, or of a kind that Pillow does not know") from error
@@ -316,6 +356,16 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
         raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels") from error
     except DAMAGED as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+
+
+def _takes_much_memory(picture: ImageFile.ImageFile) -> bool:
+    """Whether it is decoded in a process of its own."""
+    return picture.width * picture.height * _bytes_per_pixel(picture) > MUCH_MEMORY
+
+
+def _alone(picture: ImageFile.ImageFile) -> AbstractContextManager[object]:
+    """Threads use large pictures one after the other, since each takes much memory."""
+    return ONE_AT_A_TIME if picture.width * picture.height > LARGE else nullcontext()
 
 
 def _identified(content: IO[bytes], name: str) -> ImageFile.ImageFile:
@@ -382,12 +432,19 @@ def _bytes_per_pixel(picture: ImageFile.ImageFile) -> float:
     if isinstance(picture, JpegImagePlugin.JpegImageFile) and "progressive" in picture.info:
         return own + 2 * picture.layers  # the coefficients
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        rows = min(picture.height, picture.tag_v2.get(ROWS_PER_STRIP, picture.height))
         samples = picture.tag_v2.get(SAMPLES_PER_PIXEL, 1) * picture.tag_v2.get(BITS_PER_SAMPLE, (1,))[0] / 8
-        strip = max(4, samples) * rows / picture.height if picture.use_load_libtiff else 0
+        strip = max(4, samples) * _part_at_once(picture) if picture.use_load_libtiff else 0
         turned = own if picture.tag_v2.get(ORIENTATION, 1) != 1 else 0  # by Pillow, as a whole
         return own + max(float(strip), turned)
     return own
+
+
+def _part_at_once(picture: TiffImagePlugin.TiffImageFile) -> float:
+    """The share of a TIFF picture that is unpacked together: a tile or a strip, or all of it."""
+    if TILE_WIDTH in picture.tag_v2:
+        pixels = picture.tag_v2[TILE_WIDTH] * picture.tag_v2.get(TILE_LENGTH, picture.height)
+        return float(min(1, pixels / (picture.width * picture.height)))
+    return float(min(1, picture.tag_v2.get(ROWS_PER_STRIP, picture.height) / picture.height))
 
 
 def _frames(picture: ImageFile.ImageFile) -> int:

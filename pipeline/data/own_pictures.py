@@ -3,7 +3,9 @@
 The folder is only read. What comes out depends on the pictures' contents and labels, not on their names or order.
 """
 
+import math
 import re
+import shutil
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ from pipeline.params import Data
 CACHE = Path("data/decoded/pictures.db")  # in the repository
 AUTO_SIDE = 64  # pixels; the CNN is slow on larger images
 MOVED = "published in {}, with copies or pictures of its subject elsewhere"
+MAX_NAME = 100  # characters of the data set's name: MLflow takes 250 of a model's
+COPIES = 5  # of all images that are on the disk at once, the prepared ones among them
 FEW, IMBALANCE = 10, 20  # pictures in a class, and times the smallest class: worth a warning
 
 
@@ -74,15 +78,17 @@ def prepare(params: Data) -> OwnPictures:
         inspected = reader.inspected(listing.entries)
         _check_problems(reader.problems, len(listing.entries), params)
         preprocessing = _preprocessing(inspected, reader, params)
+        _check_room(scratch, len(inspected), preprocessing.image_shape)
         read, images = reader.images(inspected, preprocessing, scratch)
         _check_problems(reader.problems, len(listing.entries), params)
     class_names = _classes(read, listing.class_names)
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = np.array([numbers[each.entry.label] for each in read], np.int64)
+    keys = [each.key for each in read]
     copies = duplicates.clusters(images, params.near_duplicates)
     assignment = splitting.assign(
         splitting.Pictures(
-            keys=[each.key for each in read],
+            keys=keys,
             labels=labels,
             class_names=class_names,
             groups=[each.entry.group for each in read],
@@ -93,7 +99,7 @@ def prepare(params: Data) -> OwnPictures:
         test_fraction=params.test_fraction,
         seed=params.split_seed,
     )
-    order = {split: _in_order(read, labels, assignment, split) for split in SPLITS}
+    order = {split: splitting.in_order(keys, labels, assignment, split) for split in SPLITS}
     name = _name(path)
     return OwnPictures(
         Prepared(
@@ -142,6 +148,17 @@ def _preprocessing(pictures: Sequence[Inspected], reader: PictureReader, params:
     return Preprocessing(params.resize, (height, width, channels), params.background, values)
 
 
+def _check_room(folder: Path, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where ``folder``, which holds the images while they are split, is on too small a disk."""
+    needed, there = COPIES * count * math.prod(image_shape), shutil.disk_usage(folder).free
+    if needed > there:
+        size = " x ".join(map(str, image_shape))
+        raise UserError(
+            f"{count:,} images of {size} need {needed / 1e9:,.1f} GB on the disk of {folder}, which has "
+            f"{there / 1e9:,.1f} GB free: give data.image_size in params.yaml a smaller value, or make room"
+        )
+
+
 def _image_size(sizes: Sequence[tuple[int, int]], params: Data) -> tuple[int, int]:
     """Height and width of the images. "auto": of the pictures, if they are all alike and small; else a square."""
     if params.image_size != "auto":
@@ -163,13 +180,7 @@ def _name(path: Path) -> str:
     """The name of the data set, under which its models are registered: that of the folder, in plain letters."""
     plain = unicodedata.normalize("NFKD", path.resolve().stem if path.is_file() else path.resolve().name)
     name = re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode().lower()).strip("-") or "pictures"
-    return f"own-{name}" if name in DATASETS else name
-
-
-def _in_order(read: Sequence[Decoded], labels: NDArray[np.int64], assignment: Assignment, split: str) -> list[int]:
-    """The pictures of a split in the order of their digests, which their names and places do not change."""
-    rows = [row for row, found in enumerate(assignment.splits) if found == split]
-    return sorted(rows, key=lambda row: (read[row].key, labels[row]))
+    return f"own-{name}" if name in DATASETS else name[:MAX_NAME]
 
 
 def _in_file(images: NDArray[np.uint8], rows: Sequence[int], folder: Path) -> torch.Tensor:
@@ -217,6 +228,9 @@ def _split_warnings(
     class_names: Sequence[str],
     assignment: Assignment,
 ) -> Iterator[str]:
+    if several := [each for each in read if each.facts.frames > 1]:
+        example = f"{printable(several[0].entry.path)} ({several[0].facts.frames:,})"
+        yield f"{len(several):,} pictures have several frames or pages, the first of which is used, such as {example}"
     counts = Counter(copies.tolist())
     if repeated := sum(count for count in counts.values() if count > 1):
         yield f"{repeated:,} pictures have copies, which are all in one split"

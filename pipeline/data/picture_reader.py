@@ -5,10 +5,8 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -27,7 +25,6 @@ from pipeline.errors import UserError, printable
 BATCH = 500  # pictures whose results are written into the cache together
 TASK = 10  # pictures that a thread reads before it asks for more
 FIRST = 50  # pictures that are searched for colour together
-LARGE = 25_000_000  # pixels; larger pictures are decoded one at a time, since each takes much memory
 SMALL = 64 * 64  # pixels; pictures of more are known by their files
 YES, NO = b"yes", b"no"
 Result = bytes | UserError
@@ -70,7 +67,6 @@ class PictureReader:
     def __init__(self, pictures: Pictures, cache: Cache) -> None:
         self.problems = dict[str, str]()
         self._pictures, self._cache = pictures, cache
-        self._large = threading.Lock()
 
     def inspected(self, entries: Sequence[Entry]) -> list[Inspected]:
         """The pictures whose facts can be read."""
@@ -110,8 +106,7 @@ class PictureReader:
         how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
 
         def decode(picture: Inspected) -> Result:
-            with self._large if _pixels(picture.facts) > LARGE else nullcontext():
-                return self._decode(picture, preprocessing)
+            return self._decode(picture, preprocessing)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for some in _shown(pictures, "decoding"):

@@ -101,31 +101,17 @@ class Prepared:
     preprocessing: Preprocessing
 
 
-def cut(
-    train: LabelledImages,
-    test: LabelledImages | None,
-    *,
-    validation_fraction: float,
-    test_fraction: float,
-    seed: int,
-) -> dict[str, LabelledImages]:
-    """The three splits. Validation is the last part of the published training images, in their published order.
+def cut(train: LabelledImages, test: LabelledImages, *, validation_fraction: float) -> dict[str, LabelledImages]:
+    """The three splits of published ones. Validation is the last part of the training images, in their order.
 
-    If there is no published test split, the images are first shuffled with ``seed``, and the last
-    ``test_fraction`` of them become the test split. Raises UserError where a split would have no images.
+    Raises UserError where it would have no images.
     """
-    if test is None:
-        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
-        train, test = _cut_off(train, test_fraction, TEST)
-    train, validation = _cut_off(train, validation_fraction, VALIDATION)
-    return {TRAIN: train, VALIDATION: validation, TEST: test}
-
-
-def _cut_off(images: LabelledImages, fraction: float, split: str) -> tuple[LabelledImages, LabelledImages]:
-    kept = len(images) - round(len(images) * fraction)
-    if kept == len(images):
-        raise UserError(f"params.yaml: data.{split}_fraction is {fraction}, less than one image of {len(images):,}")
-    return images[:kept], images[kept:]
+    kept = len(train) - round(len(train) * validation_fraction)
+    if kept == len(train):
+        raise UserError(
+            f"params.yaml: data.validation_fraction is {validation_fraction}, less than one image of {len(train):,}"
+        )
+    return {TRAIN: train[:kept], VALIDATION: train[kept:], TEST: test}
 
 
 def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:

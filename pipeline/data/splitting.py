@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pipeline import files
 from pipeline.data import duplicates
-from pipeline.data.splits import SPLITS, TEST, TRAIN, VALIDATION
+from pipeline.data.splits import SPLITS, TEST, TRAIN, VALIDATION, LabelledImages
 from pipeline.errors import UserError, printable
 
 Indices = NDArray[np.int64]
@@ -59,6 +61,37 @@ class Assignment:
     moved: tuple[int, ...]
     completed: tuple[tuple[str, str], ...]
     leaks: int
+
+
+def split(
+    images: LabelledImages,
+    class_names: tuple[str, ...],
+    *,
+    near_duplicates: int | None,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, LabelledImages]:
+    """Images without published splits in the splits, and the order, that picture files of the same pixels get.
+
+    Raises UserError as `assign` does.
+    """
+    pixels, labels, count = images.images.numpy(), images.labels.numpy(), len(images)
+    keys = [files.sha256(image.tobytes()) for image in pixels]
+    copies = duplicates.clusters(pixels, near_duplicates)
+    assignment = assign(
+        Pictures(keys, labels, class_names, groups=[None] * count, copies=copies, published=[None] * count),
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
+    return {name: images[torch.tensor(in_order(keys, labels, assignment, name))] for name in SPLITS}
+
+
+def in_order(keys: Sequence[str], labels: Indices, assignment: Assignment, split: str) -> list[int]:
+    """The pictures of a split in the order of their digests, which their names and places do not change."""
+    rows = [row for row, found in enumerate(assignment.splits) if found == split]
+    return sorted(rows, key=lambda row: (keys[row], labels[row]))
 
 
 def assign(pictures: Pictures, *, validation_fraction: float, test_fraction: float, seed: int) -> Assignment:

@@ -55,7 +55,12 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a success rate, after ``right`` successes in ``count`` (Wilson, 1927)."""
+    """The 95 % confidence interval of a success rate, after ``right`` successes in ``count`` (Wilson, 1927).
+
+    Without any trial it is all of 0 to 1.
+    """
+    if not count:
+        return 0.0, 1.0
     z = 1.959964  # 2.5 % of the normal distribution lie above
     share, spread = right / count, z * z / count
     middle = share + spread / 2
@@ -160,10 +165,7 @@ def shares(confusion: Tensor) -> Shares:
     right = confusion.diag().tolist()
     of = {"precision": confusion.sum(dim=0).tolist(), "recall": confusion.sum(dim=1).tolist()}
     return {
-        fact: [
-            (hits / max(count, 1), *(wilson_interval(hits, count) if count else (0.0, 1.0)))
-            for hits, count in zip(right, counts, strict=True)
-        ]
+        fact: [(hits / max(count, 1), *wilson_interval(hits, count)) for hits, count in zip(right, counts, strict=True)]
         for fact, counts in of.items()
     }
 

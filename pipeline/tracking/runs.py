@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -41,6 +42,8 @@ FINGERPRINT = "fingerprint"
 HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, the run is closed
 SEQUENCE = "run.sequence"  # which run is newer: clocks step back
 MAX_TAG_LENGTH = 5000  # characters of a tag
+MAX_METRIC_NAME = 250  # characters
+MAX_METRICS = 1000  # that mlflow takes at once
 
 
 @store_faults()
@@ -289,16 +292,31 @@ def lineage_of(run_id: str) -> dict[str, str]:
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """Write the scores on the test images, and that data set, into a run that has ended; its status stays."""
     numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
-    named = {_metric_name(f"test_{key}"): value for key, value in numbers.items()}
+    named = _by_metric_name({f"test_{key}": value for key, value in numbers.items()})
     # MLflow shows the value of the highest step, and of equal steps that of the latest time.
     step = len(MlflowClient().get_metric_history(run_id, next(iter(named))))
-    mlflow.log_metrics(named, step=step, run_id=run_id)
+    for start in range(0, len(named), MAX_METRICS):
+        mlflow.log_metrics(dict(list(named.items())[start : start + MAX_METRICS]), step=step, run_id=run_id)
     _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 
-def _metric_name(key: str) -> str:
-    """A name that mlflow takes, whatever a class is called. The part before the slash is a section in the UI."""
-    return re.sub(r"[^\w\-. :/]", "_", key.replace(".", "/", 1))
+def _by_metric_name(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Under names that mlflow takes, whatever a class is called. The part before the slash is a section in the UI.
+
+    Names that would be the same, such as those of two emoji, get a number.
+    """
+    found: dict[str, float] = {}
+    counts = Counter[str]()
+    for key, value in numbers.items():
+        section, dot, rest = key.partition(".")
+        name = plain = section + dot.replace(".", "/") + re.sub(r"[^\w\-. :]", "_", rest)
+        if len(plain) > MAX_METRIC_NAME:
+            name = plain = f"{plain[: MAX_METRIC_NAME - 50]}...{plain[-30:]}"
+        while name in found:
+            counts[plain] += 1
+            name = f"{plain} {counts[plain] + 1}"
+        found[name] = value
+    return found
 
 
 @store_faults()

@@ -588,7 +588,11 @@ def test_a_large_jpeg_is_decoded_small_with_nearly_the_same_result() -> None:
 
 def in_a_process(code: str, *arguments: str) -> tuple[str, str, int]:
     """Standard output and standard error of Python code, and its peak of memory in bytes."""
-    ending = "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    ending = """
+import resource
+who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+print(max(resource.getrusage(each).ru_maxrss for each in who))
+"""
     # A process starts with the peak of the one that starts it, which is large here and small for the shell.
     shell = ["sh", "-c", '"$0" "$@"; exit $?']
     done = subprocess.run(
@@ -664,6 +668,22 @@ def test_300_megapixels_are_read_in_bounded_memory(
     assert peak < MAX_MEMORY
 
 
+PREPARE = """
+import csv, os, sys
+from pathlib import Path
+from pipeline.data import own_pictures
+from pipeline.params import Data
+folder, os.environ["DVC_ROOT"] = Path(sys.argv[1]), sys.argv[2]
+paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+with (folder / "labels.csv").open("w", newline="") as table:
+    csv.writer(table).writerows([("path", "label"), *((path, number % 2) for number, path in enumerate(paths))])
+own = own_pictures.prepare(Data(dataset="folder", path=str(folder), labels="labels.csv", max_bad_fraction=0.9))
+assert [row.path for row in own.rows] == paths
+assert all(row.split or row.reason.startswith(row.path) for row in own.rows)
+print(sum(bool(row.split) for row in own.rows), sum(not row.split for row in own.rows))
+"""
+
+
 @pytest.mark.slow
 def test_the_odd_pictures_of_pillows_own_tests_are_read_or_refused(tmp_path: Path) -> None:
     wanted = ["--no-deps", "--no-binary", "pillow", f"pillow=={metadata.version('pillow')}"]
@@ -684,7 +704,13 @@ def test_the_odd_pictures_of_pillows_own_tests_are_read_or_refused(tmp_path: Pat
     assert said == ""
     assert peak < MAX_MEMORY
     assert [line.startswith(path.name) for path, line in zip(paths, lines, strict=True)] == [True] * len(paths)
-    assert sum(line.endswith("]") for line in lines) > 650
+    read = sum(line.endswith("]") for line in lines)
+    assert read > 650
+    printed, said, peak = in_a_process(PREPARE, str(next(tmp_path.glob("*/Tests/images"))), str(tmp_path))
+    used, refused = map(int, printed.splitlines()[-1].split())
+    assert (used, used + refused) == (read, len(paths))
+    assert said == ""
+    assert peak < MAX_MEMORY
 
 
 FACTS = {"resize": "fit", "image_shape": [20, 30, 3], "background": [255, 0, 9], "value_range": [0.5, 4000.0]}

@@ -216,7 +216,7 @@ def test_wrong_labels_are_flagged(learned: CNN, digits: dict[str, LabelledImages
     test = digits["test"]
     probabilities = predict_logits(learned, test.images).softmax(dim=1)
     before = set(attribution.likely_label_errors(probabilities, test.labels).images.tolist())
-    labels, wrong = test.labels.clone(), list(range(0, 1000, 50))
+    labels, wrong = test.labels.clone(), list(range(0, len(test), 50))
     labels[wrong] = (labels[wrong] + 1) % 10
     doubts = attribution.likely_label_errors(probabilities, labels)
     assert (doubts.classes != labels[doubts.images]).all()

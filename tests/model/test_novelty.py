@@ -46,7 +46,7 @@ def test_few_of_the_drawn_digits_are_found(trained: TrainedModel) -> None:
     ("kind", "least"), [("noise", 0.5), ("photograph", 0.35), ("word", 0.8), ("two_digits", 0.9), ("three_digits", 0.9)]
 )
 def test_most_pictures_of_other_things_are_found(trained: TrainedModel, kind: str, least: float) -> None:
-    """By the model that has seen 3,600 digits; CI asks more of the one that has seen all of MNIST."""
+    """By the model that has seen 3,644 digits; CI asks more of the one that has seen all of MNIST."""
     images = []
     for picture in unlike.pictures(kind):
         with suppress(UserError):  # a part of a photograph that is blank, which `predict` refuses

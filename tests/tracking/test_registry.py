@@ -73,7 +73,8 @@ def test_the_card_says_what_metrics_and_data_say(finished: Path) -> None:
     assert f"SHA-256 `{dataset.sha256}`" in card
     assert "conv2d_1          (11, 11, 64)            18,496" in card
     assert "| model.dropout | 0.5 |" in card
-    low, high = wilson_interval(1000 - metrics["test"]["error_count"], 1000)
+    count = dataset.splits[TEST].count
+    low, high = wilson_interval(count - metrics["test"]["error_count"], count)
     assert f"| {low:.2%} ... {high:.2%} |" in card
     for split, facts in dataset.splits.items():
         assert f"| {split} | {facts.count:,} |" in card
