@@ -3,8 +3,6 @@
 The folder is only read. What comes out depends on the pictures' contents and labels, not on their names or order.
 """
 
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,13 +54,15 @@ class Row:
 class OwnPictures:
     """What became of a folder: its images, a row for each picture, and what to tell a person.
 
-    ``left_out`` are lines about files that are no pictures, ``warnings`` those about what may be wrong.
+    ``left_out`` are lines about files that are no pictures, ``warnings`` those about what may be wrong. Those of them
+    that depend on the pictures that are used, and on no other file, are ``data_warnings`` too.
     """
 
     prepared: Prepared
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    data_warnings: tuple[str, ...]
 
 
 def prepare(params: Data) -> OwnPictures:
@@ -94,6 +94,7 @@ def prepare(params: Data) -> OwnPictures:
         seed=params.split_seed,
     )
     order = {split: _in_order(read, labels, assignment, split) for split in SPLITS}
+    data_warnings = tuple(_split_warnings(read, labels, copies, class_names, assignment))
     name = _name(path)
     return OwnPictures(
         Prepared(
@@ -114,8 +115,9 @@ def prepare(params: Data) -> OwnPictures:
         warnings=(
             *listing.warnings,
             *(f"{path} is not used: {reason}" for path, reason in sorted(reader.problems.items())),
-            *_split_warnings(read, labels, copies, class_names, assignment),
+            *data_warnings,
         ),
+        data_warnings=data_warnings,
     )
 
 
@@ -161,8 +163,7 @@ def _classes(read: Iterable[Decoded], listed: Sequence[str]) -> tuple[str, ...]:
 
 def _name(path: Path) -> str:
     """The name of the data set, under which its models are registered: that of the folder, in plain letters."""
-    plain = unicodedata.normalize("NFKD", path.resolve().stem if path.is_file() else path.resolve().name)
-    name = re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode().lower()).strip("-") or "pictures"
+    name = files.plain_name(path.resolve().stem if path.is_file() else path.resolve().name, otherwise="pictures")
     return f"own-{name}" if name in DATASETS else name
 
 
@@ -235,10 +236,16 @@ def _split_warnings(
     per_class = Counter(labels.tolist())
     few = [class_names[label] for label, count in sorted(per_class.items()) if count < FEW]
     if few:
-        yield f"classes with fewer than {FEW} pictures: {', '.join(map(printable, few))}"
+        yield f"classes with fewer than {FEW} pictures: {_some(few)}"
     if max(per_class.values()) >= IMBALANCE * min(per_class.values()):
         rare, common = (pick(per_class, key=lambda label: per_class[label]) for pick in (min, max))
         yield (
             f"the class {printable(class_names[common])} has {per_class[common]:,} pictures and "
             f"{printable(class_names[rare])} {per_class[rare]:,}"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first ten of these, and how many more there are."""
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return ", ".join(map(printable, names[:10])) + more

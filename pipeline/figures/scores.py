@@ -1,10 +1,10 @@
 """How good the CNN is and where it fails: counts, intervals, mistakes, and the space of its features."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
@@ -18,28 +18,60 @@ def confusion_matrix(counts: Array, class_names: Sequence[str], title: str) -> F
     """Counts (classes, classes), row = actual; a mistake is coloured by its share of the row."""
     figure = canvas.of_height(7.2)
     axes = figure.subplots()
-    mistakes = counts * (1 - np.eye(len(counts), dtype=int))
-    shade = np.sqrt(mistakes / np.maximum(counts.sum(axis=1, keepdims=True), 1))
-    picture = axes.imshow(shade, cmap="Oranges", vmin=0)
-    # The diagonal has its own colours: on one scale with it, every mistake would be white.
-    axes.imshow(np.where(np.eye(len(counts), dtype=bool), 1.0, np.nan), cmap="Greys", vmin=0, vmax=6)
+    shade = _draw_shares(axes, counts)
     size = 9 if len(counts) <= 12 else 6.5 if len(counts) <= 20 else 4.5
     for (row, column), count in np.ndenumerate(counts):
-        dark = row != column and shade[row, column] > 0.6 * picture.get_clim()[1]
+        dark = row != column and shade[row, column] > 0.6 * shade.max()
         colour = "white" if dark else "black"
         axes.text(column, row, f"{count:,}" if count else "", ha="center", va="center", color=colour, fontsize=size)
     class_names = [canvas.shortened(name, 20) for name in class_names]
-    axes.set_xticks(range(len(class_names)), class_names)
+    axes.set_xticks(range(len(class_names)), map(canvas.literal, class_names))
     if max(map(len, class_names)) > 2:
         axes.tick_params("x", labelrotation=45 if len(class_names) <= 12 else 90)
-    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_yticks(range(len(class_names)), map(canvas.literal, class_names))
     axes.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
     axes.set(xlabel="predicted class", ylabel="actual class")
     return figure
 
 
-def per_class(shares: Mapping[str, Sequence[tuple[float, float, float]]], class_names: Sequence[str]) -> Figure:
-    """Precision and recall of each class, each as (share, low, high): a point with its 95 % interval."""
+def _draw_shares(axes: Axes, counts: Array) -> Array:
+    """Draw the mistakes, each as the root of its share of the row, which is returned."""
+    mistakes = counts * (1 - np.eye(len(counts), dtype=int))
+    shade: Array = np.sqrt(mistakes / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    axes.imshow(shade, cmap="Oranges", vmin=0)
+    # The diagonal has its own colours: on one scale with it, every mistake would be white.
+    axes.imshow(np.where(np.eye(len(counts), dtype=bool), 1.0, np.nan), cmap="Greys", vmin=0, vmax=6)
+    return shade
+
+
+def confusion_of_many(counts: Array, pairs: Sequence[tuple[str, str, int]], title: str) -> Figure:
+    """Counts (classes, classes), row = actual, of too many classes for numbers and names.
+
+    Below them ``pairs``: the actual class, the predicted one, and the number of these mistakes.
+    """
+    figure = canvas.of_height(8.4 + 0.2 * len(pairs))
+    above, below = figure.subplots(2, 1, height_ratios=[7, 0.4 + 0.2 * len(pairs)])
+    _draw_shares(above, counts)
+    for axis in (above.xaxis, above.yaxis):
+        axis.set_major_locator(MaxNLocator(10, integer=True))
+    above.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
+    above.set(xlabel="number of the predicted class", ylabel="number of the actual class")
+    below.barh(range(len(pairs)), [count for *_, count in pairs], color=canvas.BLUE)
+    names = [f"{canvas.shortened(actual, 24)} as {canvas.shortened(guess, 24)}" for actual, guess, _ in pairs]
+    below.set_yticks(range(len(pairs)), map(canvas.literal, names), fontsize=8)
+    below.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    below.invert_yaxis()
+    below.set_title("The most frequent mistakes, in images: the actual class as the predicted one", fontsize=10)
+    return figure
+
+
+def per_class(
+    shares: Mapping[str, Sequence[tuple[float, float, float]]], class_names: Sequence[str], which: str = ""
+) -> Figure:
+    """Precision and recall of each class, each as (share, low, high): a point with its 95 % interval.
+
+    ``which`` says which classes these are, if not all.
+    """
     figure = canvas.of_height(1.5 + 0.3 * len(class_names))
     for axes, (measure, title) in zip(figure.subplots(1, 2, sharey=True, sharex=True), TITLES.items(), strict=True):
         for position, (share, low, high) in enumerate(shares[measure]):
@@ -49,9 +81,9 @@ def per_class(shares: Mapping[str, Sequence[tuple[float, float, float]]], class_
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x", alpha=0.3)
-    axes.set_yticks(range(len(class_names)), [canvas.shortened(name, 20) for name in class_names])
+    axes.set_yticks(range(len(class_names)), [canvas.literal(canvas.shortened(name, 20)) for name in class_names])
     axes.invert_yaxis()
-    figure.suptitle("The share that is correct, with its 95 % interval (Wilson)", fontsize=11)
+    figure.suptitle(f"The share that is correct, with its 95 % interval (Wilson){which}", fontsize=11)
     return figure
 
 
@@ -109,23 +141,26 @@ def captioned(images: Array, captions: Sequence[str], title: str) -> Figure:
             axes.set_axis_off()
             continue
         canvas.show_image(axes, images[index])
-        axes.set_title(textwrap.fill(captions[index], 24), fontsize=8, pad=3)
+        axes.set_title(canvas.wrapped(captions[index], 24), fontsize=8, pad=3)
     figure.suptitle(title)
     return figure
 
 
 def components(
-    points: Array, shares: Sequence[float], labels: Array, wrong: Array, class_names: Sequence[str]
+    points: Array, shares: Sequence[float], labels: Array, wrong: Array, class_names: Sequence[str], which: str = ""
 ) -> Figure:
-    """Images as points (N, 2), each drawn as its class, with a ring where its prediction is ``wrong``."""
+    """Images as points (N, 2), each drawn as its class, with a ring where its prediction is ``wrong``.
+
+    ``which`` says which classes these are, if not all.
+    """
     figure = canvas.of_height(6.4)
     axes = figure.subplots()
-    short = all(len(name) == 1 and name.isalnum() for name in class_names)
+    short = all(len(name) == 1 and name.isascii() and name.isalnum() for name in class_names)
     for index, name in enumerate(class_names):
         symbol = name if short else str(index)
         colour = canvas.COLOURS[index % len(canvas.COLOURS)]
         (dots,) = axes.plot(*points[labels == index].T, color=colour, marker=f"${symbol}$", linestyle="none")
-        dots.set_label("" if short else canvas.shortened(name, 16))
+        dots.set_label("" if short else canvas.literal(canvas.shortened(name, 16)))
         dots.set(markersize=4 + len(symbol), markeredgewidth=0.3, alpha=0.7)
     (rings,) = axes.plot(*points[wrong].T, color="black", marker="o", linestyle="none", label="mistake")
     rings.set(markersize=9, markerfacecolor="none")
@@ -136,6 +171,8 @@ def components(
         xlabel=f"first principal component ({shares[0]:.0%} of the variance)",
         ylabel=f"second ({shares[1]:.0%})",
     )
-    title = f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; mistakes are ringed"
+    title = (
+        f"{len(points):,} test images{which} as the dense layer sees them,\ndrawn as their class; mistakes are ringed"
+    )
     axes.set_title(title, fontsize=10)
     return figure

@@ -1,6 +1,8 @@
 """MLflow runs: open one, find one by its hashes, and write numbers, files and data sets into it."""
 
+import itertools
 import os
+import posixpath
 import re
 import socket
 import time
@@ -19,6 +21,7 @@ from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import DatasetInput, InputTag, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from numpy.typing import NDArray
 
 from pipeline import files, machine, processes
@@ -37,10 +40,12 @@ from pipeline.tracking.store import equals, experiment_id, short_timeouts, store
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
+DATA = "data"  # the same with what prepare wrote about the images
 FINGERPRINT = "fingerprint"
 HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, the run is closed
 SEQUENCE = "run.sequence"  # which run is newer: clocks step back
 MAX_TAG_LENGTH = 5000  # characters of a tag
+MAX_METRIC_NAME = 200  # characters of the name of a score
 
 
 @store_faults()
@@ -289,16 +294,34 @@ def lineage_of(run_id: str) -> dict[str, str]:
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """Write the scores on the test images, and that data set, into a run that has ended; its status stays."""
     numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
-    named = {_metric_name(f"test_{key}"): value for key, value in numbers.items()}
+    named = dict(zip(_metric_names(numbers), numbers.values(), strict=True))
     # MLflow shows the value of the highest step, and of equal steps that of the latest time.
     step = len(MlflowClient().get_metric_history(run_id, next(iter(named))))
-    mlflow.log_metrics(named, step=step, run_id=run_id)
+    for start in range(0, len(named), MAX_METRICS_PER_BATCH):
+        some = itertools.islice(named.items(), start, start + MAX_METRICS_PER_BATCH)
+        mlflow.log_metrics(dict(some), step=step, run_id=run_id)
     _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 
+def _metric_names(keys: Iterable[str]) -> list[str]:
+    """Names that mlflow takes, each a different one, whatever the classes are called."""
+    names = dict[str, None]()
+    for key in keys:
+        name = _metric_name(f"test_{key}")
+        names[name if name not in names else f"{name} {len(names)}"] = None
+    return list(names)
+
+
 def _metric_name(key: str) -> str:
-    """A name that mlflow takes, whatever a class is called. The part before the slash is a section in the UI."""
-    return re.sub(r"[^\w\-. :/]", "_", key.replace(".", "/", 1))
+    """A name that mlflow takes. The part before the first slash is a section in the UI."""
+    section, slash, rest = key.replace(".", "/", 1).partition("/")
+    if posixpath.normpath(rest or ".") != (rest or "."):
+        rest = rest.replace("/", "_")  # mlflow takes no name that would be another as a path
+    name = re.sub(r"[^\w\-. :/]", "_", f"{section}{slash}{rest}")
+    if len(name) <= MAX_METRIC_NAME:
+        return name
+    half = MAX_METRIC_NAME // 2 - 1  # the end says which score it is
+    return f"{name[:half]}..{name[-half:]}"
 
 
 @store_faults()
