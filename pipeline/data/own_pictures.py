@@ -231,8 +231,10 @@ def _split_warnings(
     if assignment.moved:
         examples = ", ".join(printable(read[row].entry.path) for row in assignment.moved[:3])
         yield f"{len(assignment.moved):,} pictures are not in their published split, such as {examples}"
-    for name, split in assignment.completed:
-        yield f"the {split} split had no picture of class {printable(name)} by chance, and got one"
+    for split in SPLITS:
+        if names := [name for name, completed in assignment.completed if completed == split]:
+            what = f"class {_some(names)}" if len(names) == 1 else f"{len(names):,} classes ({_some(names)})"
+            yield f"the {split} split had no picture of {what} by chance, and got one{' of each' if names[1:] else ''}"
     per_class = Counter(labels.tolist())
     few = [class_names[label] for label, count in sorted(per_class.items()) if count < FEW]
     if few:

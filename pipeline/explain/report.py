@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.explain import activation_maximization, attribution, corruptions
 from pipeline.explain.activation_maximization import Regularization
 from pipeline.explain.class_images import ascent
-from pipeline.explain.report_inputs import MAX_ROWS, ReportInputs
+from pipeline.explain.report_inputs import MAX_COLUMNS, MAX_ROWS, ReportInputs
 from pipeline.figures import canvas, curves, network, scores
 from pipeline.figures.network import Heatmap
 from pipeline.model import metrics
@@ -47,7 +47,9 @@ def _maps_of_classes(inputs: ReportInputs) -> Figure:
     images = inputs.test.images[inputs.first_of_each_class]
     maps = {layer: each.numpy() for layer, each in attribution.feature_maps(inputs.cnn, images)}
     names = inputs.shown(inputs.test.labels[inputs.first_of_each_class])
-    return network.maps_of_classes(images.numpy(), names, maps, chosen=4)
+    many = len(inputs.dataset.class_names) > MAX_COLUMNS
+    which = f"each of {len(names)} classes" if many else "each class"
+    return network.maps_of_classes(images.numpy(), names, maps, chosen=4, which=which)
 
 
 def _strongest_patches(inputs: ReportInputs) -> Figure:
@@ -199,10 +201,14 @@ def _principal_components(inputs: ReportInputs) -> Figure:
     shown = (inputs.wrong | (torch.arange(len(labels)) < MAX_POINTS)) & torch.isin(labels, classes)
     features = attribution.penultimate_features(inputs.cnn, inputs.test.images[shown])
     points, variance = attribution.principal_components(features, 2)
-    rank = torch.searchsorted(classes, labels[shown])  # of each image's class among those that are drawn
-    wrong = inputs.wrong[shown].numpy()
+    names = dict(zip(classes.tolist(), inputs.shown(classes), strict=True))
     return scores.components(
-        points.numpy(), variance.tolist(), rank.numpy(), wrong, inputs.shown(classes), inputs.which_classes
+        points.numpy(),
+        variance.tolist(),
+        labels[shown].numpy(),
+        inputs.wrong[shown].numpy(),
+        names,
+        inputs.which_classes,
     )
 
 

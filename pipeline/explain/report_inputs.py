@@ -95,7 +95,7 @@ class ReportInputs:
     def which_classes(self) -> str:
         """Which these are, to be added to a title; empty if they are all."""
         count, all_classes = len(self.hardest_classes), len(self.dataset.class_names)
-        return "" if count == all_classes else f"\nof the {count} classes, of {all_classes:,}, with the most mistakes"
+        return "" if count == all_classes else f"\nonly the {count} of {all_classes:,} classes with the most mistakes"
 
     @cached_property
     def confused_pairs(self) -> list[tuple[str, str, int]]:

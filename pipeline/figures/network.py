@@ -61,7 +61,9 @@ def feature_maps(image: Array, maps: Mapping[str, Array], title: str) -> Figure:
     return figure
 
 
-def maps_of_classes(images: Array, class_names: Sequence[str], maps: Mapping[str, Array], chosen: int) -> Figure:
+def maps_of_classes(
+    images: Array, class_names: Sequence[str], maps: Mapping[str, Array], chosen: int, which: str = "each class"
+) -> Figure:
     """One row per image (N, H, W, C) in [0, 255], one image per class, with some maps of each layer beside it.
 
     ``maps`` are (N, filters, H, W) for each layer's name, drawn on one scale per layer. A layer shows the ``chosen``
@@ -93,7 +95,7 @@ def maps_of_classes(images: Array, class_names: Sequence[str], maps: Mapping[str
             )
         label = f"{layer}\n{canvas.sides(whole)}\nfilters {', '.join(map(str, strongest))}"
         grid[0][column].set_title(label, fontsize=8 if chosen > 2 else 6.5)
-    figure.suptitle("One image of each class, and the strongest maps of each layer", fontsize=11)
+    figure.suptitle(f"One image of {which}, and the strongest maps of each layer", fontsize=11)
     return figure
 
 

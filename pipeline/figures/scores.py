@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from pipeline.figures import canvas
@@ -49,20 +49,28 @@ def confusion_of_many(counts: Array, pairs: Sequence[tuple[str, str, int]], titl
 
     Below them ``pairs``: the actual class, the predicted one, and the number of these mistakes.
     """
-    figure = canvas.of_height(8.4 + 0.2 * len(pairs))
-    above, below = figure.subplots(2, 1, height_ratios=[7, 0.4 + 0.2 * len(pairs)])
-    _draw_shares(above, counts)
-    for axis in (above.xaxis, above.yaxis):
+    heights = [7.4, 0.7 + 0.2 * len(pairs)] if pairs else [7.4]
+    figure = canvas.of_height(sum(heights))
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = above.subplots()
+    _draw_shares(axes, counts)
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(10, integer=True))
-    above.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
-    above.set(xlabel="number of the predicted class", ylabel="number of the actual class")
-    below.barh(range(len(pairs)), [count for *_, count in pairs], color=canvas.BLUE)
-    names = [f"{canvas.shortened(actual, 24)} as {canvas.shortened(guess, 24)}" for actual, guess, _ in pairs]
-    below.set_yticks(range(len(pairs)), map(canvas.literal, names), fontsize=8)
-    below.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    below.invert_yaxis()
-    below.set_title("The most frequent mistakes, in images: the actual class as the predicted one", fontsize=10)
+    axes.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
+    axes.set(xlabel="number of the predicted class", ylabel="number of the actual class")
+    if pairs:
+        _draw_pairs(below[0], pairs)
     return figure
+
+
+def _draw_pairs(figure: SubFigure, pairs: Sequence[tuple[str, str, int]]) -> None:
+    axes = figure.subplots()
+    names = [f"{canvas.shortened(actual, 24)} as {canvas.shortened(guess, 24)}" for actual, guess, _ in pairs]
+    axes.barh(range(len(pairs)), [count for *_, count in pairs], color=canvas.BLUE)
+    axes.set_yticks(range(len(pairs)), map(canvas.literal, names), fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.invert_yaxis()
+    figure.suptitle("The most frequent mistakes: an image of one class as another, how often", fontsize=10)
 
 
 def per_class(
@@ -147,16 +155,21 @@ def captioned(images: Array, captions: Sequence[str], title: str) -> Figure:
 
 
 def components(
-    points: Array, shares: Sequence[float], labels: Array, wrong: Array, class_names: Sequence[str], which: str = ""
+    points: Array,
+    shares: Sequence[float],
+    labels: Array,
+    wrong: Array,
+    class_names: Mapping[int, str],
+    which: str = "",
 ) -> Figure:
     """Images as points (N, 2), each drawn as its class, with a ring where its prediction is ``wrong``.
 
-    ``which`` says which classes these are, if not all.
+    ``class_names`` has the names of the ``labels`` (N,). ``which`` says which classes these are, if not all.
     """
     figure = canvas.of_height(6.4)
     axes = figure.subplots()
-    short = all(len(name) == 1 and name.isascii() and name.isalnum() for name in class_names)
-    for index, name in enumerate(class_names):
+    short = all(len(name) == 1 and name.isascii() and name.isalnum() for name in class_names.values())
+    for index, name in class_names.items():
         symbol = name if short else str(index)
         colour = canvas.COLOURS[index % len(canvas.COLOURS)]
         (dots,) = axes.plot(*points[labels == index].T, color=colour, marker=f"${symbol}$", linestyle="none")
@@ -172,7 +185,7 @@ def components(
         ylabel=f"second ({shares[1]:.0%})",
     )
     title = (
-        f"{len(points):,} test images{which} as the dense layer sees them,\ndrawn as their class; mistakes are ringed"
+        f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; mistakes are ringed{which}"
     )
     axes.set_title(title, fontsize=10)
     return figure
