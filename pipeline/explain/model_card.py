@@ -100,9 +100,10 @@ def _largest_and_smallest(classes: Sequence[Mapping[str, Any]]) -> tuple[Sequenc
         return classes, ""
     by_count = sorted(classes, key=_count, reverse=True)
     most, fewest = (_count(by_count[place]) for place in (ENDS, -ENDS - 1))
+    each = f"{most:,}" if most == fewest else f"{fewest:,} to {most:,}"
     return [*by_count[:ENDS], *by_count[-ENDS:]], (
         f"These are the classes with the most and the fewest images. The other {len(classes) - 2 * ENDS:,} have "
-        f"{fewest:,} to {most:,} each; `data_summary.json` of the run lists all."
+        f"{each} each; `data_summary.json` of the run lists all."
     )
 
 
