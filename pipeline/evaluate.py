@@ -27,6 +27,7 @@ def main() -> None:
     trained = model_file.from_bytes(model, str(files.MODEL), check_model)
     _check_origin(trained, params, dataset)
     history = files.read_table(files.HISTORY, made_by="train")
+    data_summary = files.read_json(files.SUMMARY, made_by="prepare")
     limit = params.data.memory_limit
     test, validation = (read_split(dataset, split, memory_limit=limit) for split in (TEST, VALIDATION))
 
@@ -56,8 +57,10 @@ def main() -> None:
     run_id = runs.find_or_restore(model_sha256, trained, dataset, history)
     runs.log_evaluation(run_id, dataset, scores)
     runs.log_files(run_id, [files.METRICS, files.PREDICTIONS], runs.EVALUATION)
+    runs.log_files(run_id, [path for path in (files.SUMMARY, files.IMAGES) if path.exists()], runs.DATA)
+    runs.log_files(run_id, files.own_figures(files.CONTACT_SHEETS), f"{runs.DATA}/{files.CONTACT_SHEETS.name}")
     lineage = runs.lineage_of(run_id)
-    card = model_card(dataset, trained, report, lineage)
+    card = model_card(dataset, data_summary, trained, report, lineage)
     files.write(files.CARD, card.encode())
     entry = Entry(
         run_id=run_id,

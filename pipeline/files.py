@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedReader
@@ -28,6 +30,8 @@ CARD = Path("reports/model_card.md")
 IMAGES = Path("reports/images.csv")
 LABEL_CHECK = Path("reports/label_check.csv")
 LABEL_PAGE = Path("reports/label_check.html")
+SUMMARY = Path("reports/data_summary.json")
+CONTACT_SHEETS = Path("reports/contact_sheets")
 FIGURES = Path("reports/figures")
 PLOTS = Path("reports/plots")
 FIGURE_SOFTWARE, MAX_PNG_HEADER = "convtrack", 200  # what a figure's PNG names, in this many first bytes
@@ -47,9 +51,9 @@ def root() -> Path:
     return repository
 
 
-def own_figures() -> list[Path]:
-    """The figures that this project has drawn. A person may have other pictures beside them."""
-    return [path for path in FIGURES.glob("*.png") if path.is_file() and _is_own_figure(path)]
+def own_figures(folder: Path = FIGURES) -> list[Path]:
+    """The figures in ``folder`` that this project has drawn. A person may have other pictures beside them."""
+    return [path for path in folder.glob("*.png") if path.is_file() and _is_own_figure(path)]
 
 
 def _is_own_figure(path: Path) -> bool:
@@ -65,6 +69,12 @@ def raw_folder() -> Path:
 def checkpoints_folder() -> Path:
     """Where checkpoints are saved, and updates that MLflow has not received yet; not an output of a stage."""
     return root() / "checkpoints"
+
+
+def plain_name(text: str, otherwise: str) -> str:
+    """``text`` in lower case letters from a to z, digits and hyphens; ``otherwise`` where nothing is left of it."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or otherwise
 
 
 def open_input(path: Path, made_by: str) -> BufferedReader:

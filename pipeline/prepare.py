@@ -3,8 +3,9 @@
 import sys
 
 from pipeline import files
-from pipeline.data import own_pictures, sources, splits, splitting
+from pipeline.data import contact_sheets, own_pictures, sources, splits, splitting, summary
 from pipeline.data.image_files import Preprocessing
+from pipeline.data.own_pictures import OwnPictures
 from pipeline.data.splits import TRAIN, Prepared
 from pipeline.errors import run_command
 from pipeline.params import Data, read_params
@@ -12,14 +13,25 @@ from pipeline.stage_inputs import StageInputs
 
 
 def main() -> None:
-    """Read params.yaml and the published files, or a folder of pictures; write data/prepared."""
+    """Read params.yaml and the published files, or a folder of pictures; write data/prepared and what it holds."""
     inputs = StageInputs("prepare")
     params = read_params().data
-    prepared = _own_pictures(params) if params.dataset == sources.FOLDER else _published(params)
-    for warning in splits.check(prepared.splits, prepared.name, prepared.class_names):
+    own = _own_pictures(params) if params.dataset == sources.FOLDER else None
+    prepared = own.prepared if own else _published(params)
+    rows = own.rows if own else ()
+    warnings = [
+        *splits.check(prepared.splits, prepared.name, prepared.class_names),
+        *summary.image_warnings(prepared, rows),
+    ]
+    for warning in warnings:
         print(f"warning: {prepared.name}: {warning}", file=sys.stderr)
     inputs.check_unchanged()
+    if own is None:
+        files.IMAGES.unlink(missing_ok=True)  # of other pictures
     dataset = splits.write_splits(prepared)
+    sheets = contact_sheets.write(prepared)
+    told = summary.summary(prepared, rows, sheets, [*warnings, *(own.data_warnings if own else ())])
+    files.write_json(files.SUMMARY, told)
     inputs.check_unchanged()
     counts = ", ".join(f"{facts.count:,} {split}" for split, facts in dataset.splits.items())
     shape = " x ".join(str(side) for side in dataset.image_shape)
@@ -45,7 +57,7 @@ def _published(params: Data) -> Prepared:
     return Prepared(made, name, params.dataset, source.origin, source.class_names, preprocessing)
 
 
-def _own_pictures(params: Data) -> Prepared:
+def _own_pictures(params: Data) -> OwnPictures:
     """The folder that params.yaml names. Writes a table of its pictures, and prints what a person should know."""
     own = own_pictures.prepare(params)
     files.write_table(files.IMAGES, [vars(row) for row in own.rows])
@@ -53,7 +65,7 @@ def _own_pictures(params: Data) -> Prepared:
         print(line)
     for line in own.warnings:
         print(f"warning: {own.prepared.name}: {line}", file=sys.stderr)
-    return own.prepared
+    return own
 
 
 if __name__ == "__main__":

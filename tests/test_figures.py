@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.layout import assert_readable
 CLASSES = ("cat", "dog", "a rather long class name")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 VEHICLES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FORMULAS = (r"$\frac$", "a_b^c", "$$$$", r"5 \$ and $x^2$")
 SURE = np.array([0.5, 0.9, 1.0])
 HISTORY: dict[str, list[float]] = {
     "epoch": [1, 2, 3],
@@ -100,6 +102,11 @@ def drawings() -> dict[str, Callable[[], Figure]]:
         ),
         "reliability": lambda: scores.reliability([(0.4, 0.5, 0.2, 0.8, 3), (0.99, 0.98, 0.97, 0.99, 5000)], "title"),
         "reliability of few": lambda: scores.reliability([(0.6, 0.5, 0.3, 0.7, 20), (0.9, 1, 0.8, 1, 60)], "title"),
+        "confusion of two hundred": lambda: scores.confusion_of_many(
+            np.abs(noise(200, 200)), [(f"class {i} {FASHION[i % 10] * 3}", "Bag", 40 - i) for i in range(20)], "title"
+        ),
+        "two hundred without mistakes": lambda: scores.confusion_of_many(np.eye(200), [], "title"),
+        "names like formulas": lambda: scores.confusion_matrix(np.eye(4), FORMULAS, "title"),
         "confusion of many": lambda: scores.confusion_matrix(
             np.full((30, 30), 1000), [f"class {i}" for i in range(30)], ""
         ),
@@ -111,10 +118,10 @@ def drawings() -> dict[str, Callable[[], Figure]]:
             {f"{kind}_{block}": [1, 0.5, 0.2, 0.1, 0] for block in range(4) for kind in ("conv2d", "max_pooling2d")}
         ),
         "components": lambda: scores.components(
-            noise(30, 2), [0.3, 0.1], np.arange(30) % 2, np.arange(30) % 9 == 0, CLASSES
+            noise(30, 2), [0.3, 0.1], np.arange(30) % 2, np.arange(30) % 9 == 0, dict(enumerate(CLASSES))
         ),
         "components of digits": lambda: scores.components(
-            noise(30, 2), [0.3, 0.1], np.arange(30) % 10, np.arange(30) % 9 == 0, "0123456789"
+            noise(30, 2), [0.3, 0.1], np.arange(30) % 10, np.arange(30) % 9 == 0, dict(enumerate("0123456789"))
         ),
         "none": lambda: scores.captioned(images[:0], [], "No mistake in 7 test images"),
     }
@@ -184,6 +191,29 @@ def test_the_confusion_matrix_shows_every_count_in_its_place_and_the_class_names
     assert counts[0, 2] == ""
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "a rather long class…"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "actual class")
+
+
+def test_names_are_no_formulas() -> None:
+    (axes,) = figure_of("names like formulas").axes
+    drawn = [label.get_text().replace(r"\$", "$") for label in axes.get_yticklabels()]
+    assert drawn == list(FORMULAS)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Žluťoučký kůň", "Žluťoučký kůň"),
+        ("שלום مرحبا", "שלום مرحبا"),
+        ("猫 cat", r"7: \u732b cat"),
+        ("हिन्दी", r"7: \u0939\u093f\u0928\u094d\u0926\u0940"),
+        ("🦩", r"7: \U0001f9a9"),
+    ],
+)
+def test_a_name_that_the_font_lacks_is_shown_with_the_number_of_its_class(name: str, shown: str) -> None:
+    assert canvas.legible(name, 7) == shown
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        canvas.as_png(scores.confusion_matrix(np.eye(1), [canvas.legible(name, 7)], "title"))
 
 
 def test_filters_share_one_scale_that_is_white_at_zero() -> None:

@@ -55,6 +55,8 @@ def test_the_stages_write_the_promised_files_and_no_others(finished: Path) -> No
         "data/prepared/train.safetensors",
         "data/prepared/validation.safetensors",
         "models/model.safetensors",
+        *(f"reports/contact_sheets/{number:02}-{number}.png" for number in range(10)),
+        "reports/data_summary.json",
         *(f"reports/figures/{name}.png" for name in sorted(report.FIGURES)),
         "reports/history.csv",
         "reports/metrics.json",

@@ -117,6 +117,16 @@ class Preprocessing:
         """Pillow's mode for the number of channels."""
         return "L" if self.image_shape[2] == 1 else "RGB"
 
+    def filled(self, size: Size) -> tuple[int, int, int, int]:
+        """The part of the image, as left, top, right, bottom, that a picture of this size fills."""
+        height, width, _ = self.image_shape
+        if self.resize != "fit":
+            return 0, 0, width, height
+        scale = min(width / size[0], height / size[1])
+        across, down = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        left, top = (width - across) // 2, (height - down) // 2
+        return left, top, left + across, top + down
+
     def plain(self, size: Size) -> Image.Image:
         """A picture of nothing but the background."""
         return Image.new("RGB", size, self.background).convert(self.mode)
@@ -290,10 +300,9 @@ class Upright:
 def _fit(picture: Upright) -> Image.Image:
     """Scaled to fit inside the image; the background fills what is left. Nothing is cut off."""
     height, width, _ = picture.preprocessing.image_shape
-    scale = min(width / picture.size[0], height / picture.size[1])
-    size = max(1, round(picture.size[0] * scale)), max(1, round(picture.size[1] * scale))
+    left, top, right, bottom = picture.preprocessing.filled(picture.size)
     image = picture.preprocessing.plain((width, height))
-    image.paste(picture.scaled(size), ((width - size[0]) // 2, (height - size[1]) // 2))
+    image.paste(picture.scaled((right - left, bottom - top)), (left, top))
     return image
 
 

@@ -4,9 +4,7 @@ The folder is only read. What comes out depends on the pictures' contents and la
 """
 
 import math
-import re
 import shutil
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,13 +58,15 @@ class Row:
 class OwnPictures:
     """What became of a folder: its images, a row for each picture, and what to tell a person.
 
-    ``left_out`` are lines about files that are no pictures, ``warnings`` those about what may be wrong.
+    ``left_out`` are lines about files that are no pictures, ``warnings`` those about what may be wrong. Those of them
+    that depend on the pictures that are used, and on no other file, are ``data_warnings`` too.
     """
 
     prepared: Prepared
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    data_warnings: tuple[str, ...]
 
 
 def prepare(params: Data) -> OwnPictures:
@@ -100,6 +100,7 @@ def prepare(params: Data) -> OwnPictures:
         seed=params.split_seed,
     )
     order = {split: splitting.in_order(keys, labels, assignment, split) for split in SPLITS}
+    data_warnings = tuple(_split_warnings(read, labels, copies, class_names, assignment))
     name = _name(path)
     return OwnPictures(
         Prepared(
@@ -120,8 +121,9 @@ def prepare(params: Data) -> OwnPictures:
         warnings=(
             *listing.warnings,
             *(f"{path} is not used: {reason}" for path, reason in sorted(reader.problems.items())),
-            *_split_warnings(read, labels, copies, class_names, assignment),
+            *data_warnings,
         ),
+        data_warnings=data_warnings,
     )
 
 
@@ -178,8 +180,7 @@ def _classes(read: Iterable[Decoded], listed: Sequence[str]) -> tuple[str, ...]:
 
 def _name(path: Path) -> str:
     """The name of the data set, under which its models are registered: that of the folder, in plain letters."""
-    plain = unicodedata.normalize("NFKD", path.resolve().stem if path.is_file() else path.resolve().name)
-    name = re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode().lower()).strip("-") or "pictures"
+    name = files.plain_name(path.resolve().stem if path.is_file() else path.resolve().name, otherwise="pictures")
     return f"own-{name}" if name in DATASETS else name[:MAX_NAME]
 
 
@@ -250,15 +251,23 @@ def _split_warnings(
     if assignment.moved:
         examples = ", ".join(printable(read[row].entry.path) for row in assignment.moved[:3])
         yield f"{len(assignment.moved):,} pictures are not in their published split, such as {examples}"
-    for name, split in assignment.completed:
-        yield f"the {split} split had no picture of class {printable(name)} by chance, and got one"
+    for split in SPLITS:
+        if names := [name for name, completed in assignment.completed if completed == split]:
+            what = f"class {_some(names)}" if len(names) == 1 else f"{len(names):,} classes ({_some(names)})"
+            yield f"the {split} split had no picture of {what} by chance, and got one{' of each' if names[1:] else ''}"
     per_class = Counter(labels.tolist())
     few = [class_names[label] for label, count in sorted(per_class.items()) if count < FEW]
     if few:
-        yield f"classes with fewer than {FEW} pictures: {', '.join(map(printable, few))}"
+        yield f"classes with fewer than {FEW} pictures: {_some(few)}"
     if max(per_class.values()) >= IMBALANCE * min(per_class.values()):
         rare, common = (pick(per_class, key=lambda label: per_class[label]) for pick in (min, max))
         yield (
             f"the class {printable(class_names[common])} has {per_class[common]:,} pictures and "
             f"{printable(class_names[rare])} {per_class[rare]:,}"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first ten of these, and how many more there are."""
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return ", ".join(map(printable, names[:10])) + more

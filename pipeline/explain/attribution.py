@@ -17,6 +17,7 @@ from pipeline.model.cnn import CNN, Architecture, Block, as_input, layer_names, 
 from pipeline.model.layers import Pooling
 
 CHUNK = 250  # images at a time
+MAX_SQUARES = 40  # that cover parts of an image, across and down
 
 
 class FeatureMaps(NamedTuple):
@@ -142,21 +143,29 @@ def saliency(cnn: CNN, images: Tensor, classes: Tensor) -> Tensor:
 def occlusion(cnn: CNN, images: Tensor, classes: Tensor, side: int) -> Tensor:
     """How much the logit of a class falls when a black square covers a pixel, averaged over all squares that do.
 
-    Images (N, C, H, W), one class (N,) each; (N, H, W). The squares have ``side`` pixels (Zeiler and Fergus, 2014).
+    Images (N, C, H, W), one class (N,) each; (N, H, W). The squares have ``side`` pixels (Zeiler and Fergus, 2014). In
+    large images they are more than a pixel apart, and if need be larger, so that they leave no gaps.
     """
     cnn.eval()
     height, width = images.shape[2:]
-    side = min(side, height, width)
+    step = max(1, math.ceil((max(height, width) - side) / MAX_SQUARES))
+    side = min(max(side, step), height, width)
+    step = min(step, side)
     whole = _chosen(cnn(images), classes)
     falls, squares = torch.zeros(len(images), height, width), torch.zeros(height, width)
-    for top in range(height - side + 1):
-        for left in range(width - side + 1):
+    for top in _places(height - side, step):
+        for left in _places(width - side, step):
             covered = images.clone()
             square = (..., slice(top, top + side), slice(left, left + side))
             covered[square] = 0
             falls[square] += (whole - _chosen(cnn(covered), classes))[:, None, None]
             squares[square] += 1
     return falls / squares
+
+
+def _places(last: int, step: int) -> list[int]:
+    """Every ``step`` pixels from 0, and ``last``."""
+    return [*range(0, last, step), last]
 
 
 def grad_cam(cnn: CNN, images: Tensor, classes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.explain import activation_maximization, attribution, corruptions
 from pipeline.explain.activation_maximization import Regularization
 from pipeline.explain.class_images import ascent
-from pipeline.explain.report_inputs import ReportInputs
+from pipeline.explain.report_inputs import MAX_COLUMNS, MAX_ROWS, ReportInputs
 from pipeline.figures import canvas, curves, network, scores
 from pipeline.figures.network import Heatmap
 from pipeline.model import metrics
@@ -37,15 +37,19 @@ def _feature_maps(inputs: ReportInputs) -> Figure:
     index = inputs.image_index
     image = inputs.test.images[index]
     maps = {layer: each[0].numpy() for layer, each in attribution.feature_maps(inputs.cnn, image[None])}
-    (name,) = inputs.names(inputs.test.labels[index : index + 1])
-    return network.feature_maps(image.numpy(), maps, f"Feature maps of test image {index} (class {name})")
+    (name,) = inputs.shown(inputs.test.labels[index : index + 1])
+    return network.feature_maps(
+        image.numpy(), maps, f"Feature maps of test image {index} (class {canvas.shortened(name, 40)})"
+    )
 
 
 def _maps_of_classes(inputs: ReportInputs) -> Figure:
     images = inputs.test.images[inputs.first_of_each_class]
     maps = {layer: each.numpy() for layer, each in attribution.feature_maps(inputs.cnn, images)}
-    names = inputs.names(inputs.test.labels[inputs.first_of_each_class])
-    return network.maps_of_classes(images.numpy(), names, maps, chosen=4)
+    names = inputs.shown(inputs.test.labels[inputs.first_of_each_class])
+    many = len(inputs.dataset.class_names) > MAX_COLUMNS
+    which = f"each of {len(names)} classes" if many else "each class"
+    return network.maps_of_classes(images.numpy(), names, maps, chosen=4, which=which)
 
 
 def _strongest_patches(inputs: ReportInputs) -> Figure:
@@ -58,8 +62,8 @@ def _class_images(inputs: ReportInputs) -> Figure:
     rows = inputs.class_images
     images = {row.regularization: row.images.permute(0, 2, 3, 1).numpy() for row in rows}
     probabilities = {row.regularization: row.probabilities.numpy() for row in rows}
-    names = inputs.dataset.class_names[: len(rows[0].images)]
-    return network.class_images(images, probabilities, names, inputs.names(rows[-1].nearest))
+    names = inputs.shown(torch.arange(len(rows[0].images)))
+    return network.class_images(images, probabilities, names, inputs.shown(rows[-1].nearest))
 
 
 def _filter_images(inputs: ReportInputs) -> Figure:
@@ -90,8 +94,8 @@ def _explanations(inputs: ReportInputs) -> Figure:
     heatmaps |= {
         f"{method}, random weights": each for method, each in _heatmaps(untrained, images, classes, side).items()
     }
-    names = [canvas.shortened(name, 12) for name in inputs.names(classes)]
-    labels = [canvas.shortened(name, 12) for name in inputs.names(inputs.test.labels[chosen])]
+    names = [canvas.shortened(name, 12) for name in inputs.shown(classes)]
+    labels = [canvas.shortened(name, 12) for name in inputs.shown(inputs.test.labels[chosen])]
     titles = [name if name == label else f"{name}, labelled {label}" for name, label in zip(names, labels, strict=True)]
     title = "Evidence for the predicted class, in correct and in wrong predictions"
     return network.explanations(images.numpy(), titles, heatmaps, title)
@@ -118,7 +122,7 @@ def _same_pattern_everywhere(inputs: ReportInputs) -> Figure:
         "one pixel in four": corruptions.subsampled(image, 2),
     }
     images = torch.cat(list(variants.values()))
-    predicted = inputs.names(metrics.predict_logits(inputs.cnn, images).argmax(dim=1))
+    predicted = inputs.shown(metrics.predict_logits(inputs.cnn, images).argmax(dim=1))
     titles = [f"{how}:\npredicted {canvas.shortened(name, 11)}" for how, name in zip(variants, predicted, strict=True)]
     maps = attribution.feature_maps(inputs.cnn, images)[0].maps
     original = maps[0].flatten(1)
@@ -139,16 +143,16 @@ def _shared_weights(inputs: ReportInputs) -> Figure:
 def _confusion_matrix(inputs: ReportInputs) -> Figure:
     mistakes = canvas.counted(int(inputs.wrong.sum()), "mistake")
     title = f"{mistakes} in {len(inputs.test):,} test images of {inputs.dataset.label}"
-    classes = inputs.hardest_classes
-    if len(classes) < len(inputs.dataset.class_names):
-        title += f"; the {len(classes)} classes with the most"
-    return scores.confusion_matrix(inputs.confusion[classes][:, classes].numpy(), inputs.names(classes), title)
+    classes = torch.arange(len(inputs.dataset.class_names))
+    if len(classes) > MAX_ROWS:
+        return scores.confusion_of_many(inputs.confusion.numpy(), inputs.confused_pairs, title)
+    return scores.confusion_matrix(inputs.confusion.numpy(), inputs.shown(classes), title)
 
 
 def _per_class(inputs: ReportInputs) -> Figure:
     classes = inputs.hardest_classes
     shares = {measure: [of_each[index] for index in classes] for measure, of_each in inputs.shares.items()}
-    return scores.per_class(shares, inputs.names(classes))
+    return scores.per_class(shares, inputs.shown(classes), inputs.which_classes)
 
 
 def _reliability(inputs: ReportInputs) -> Figure:
@@ -184,7 +188,7 @@ def _doubtful_labels(inputs: ReportInputs) -> Figure:
 def _captioned(inputs: ReportInputs, images: Tensor, classes: Tensor, probabilities: Tensor, title: str) -> Figure:
     """Test images, given by index, each with a class that it may be, this class's probability, and its label."""
     guesses, labels = (
-        [canvas.shortened(name, 16) for name in inputs.names(each)] for each in (classes, inputs.test.labels[images])
+        [canvas.shortened(name, 16) for name in inputs.shown(each)] for each in (classes, inputs.test.labels[images])
     )
     facts = zip(guesses, probabilities.tolist(), labels, strict=True)
     captions = [f"{guess} ({probability:.1%}), labelled {label}" for guess, probability, label in facts]
@@ -198,9 +202,15 @@ def _principal_components(inputs: ReportInputs) -> Figure:
     shown = (mistakes | (torch.arange(len(labels)) < MAX_POINTS)) & torch.isin(labels, classes)
     features = attribution.penultimate_features(inputs.cnn, inputs.test.images[shown])
     points, variance = attribution.principal_components(features, 2)
-    rank = torch.searchsorted(classes, labels[shown])  # of each image's class among those that are drawn
-    wrong = inputs.wrong[shown].numpy()
-    return scores.components(points.numpy(), variance.tolist(), rank.numpy(), wrong, inputs.names(classes))
+    names = dict(zip(classes.tolist(), inputs.shown(classes), strict=True))
+    return scores.components(
+        points.numpy(),
+        variance.tolist(),
+        labels[shown].numpy(),
+        inputs.wrong[shown].numpy(),
+        names,
+        inputs.which_classes,
+    )
 
 
 # In the order in which they are drawn: what takes long comes last.

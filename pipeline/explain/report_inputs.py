@@ -11,12 +11,14 @@ from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
 from pipeline.explain import attribution, corruptions
 from pipeline.explain.class_images import ClassImages, class_images
+from pipeline.figures import canvas
 from pipeline.model import metrics
 from pipeline.model.cnn import CNN
 from pipeline.params import Visualize
 
 MAX_COLUMNS = 10  # classes shown side by side as images
 MAX_ROWS = 30  # classes shown in a table
+MAX_PAIRS = 20  # of classes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class ReportInputs:
     def names(self, classes: Tensor) -> list[str]:
         """The names of classes (N,)."""
         return [self.dataset.class_names[index] for index in classes.tolist()]
+
+    def shown(self, classes: Tensor) -> list[str]:
+        """The names of classes (N,), or what the figures can show of them."""
+        return [canvas.legible(self.dataset.class_names[index], index) for index in classes.tolist()]
 
     @property
     def image_index(self) -> int:
@@ -84,6 +90,21 @@ class ReportInputs:
         """The classes, at most thirty, that are most often mistaken for others or others for them; ascending."""
         mistakes = self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - 2 * self.confusion.diag()
         return mistakes.argsort(descending=True, stable=True)[:MAX_ROWS].sort().values
+
+    @property
+    def which_classes(self) -> str:
+        """Which these are, to be added to a title; empty if they are all."""
+        count, all_classes = len(self.hardest_classes), len(self.dataset.class_names)
+        return "" if count == all_classes else f"\nonly the {count} of {all_classes:,} classes with the most mistakes"
+
+    @cached_property
+    def confused_pairs(self) -> list[tuple[str, str, int]]:
+        """The most frequent mistakes, at most twenty: the actual class, the predicted one, the number of images."""
+        counts = self.confusion - self.confusion.diag().diag()
+        most = counts.flatten().sort(descending=True, stable=True).indices[:MAX_PAIRS]
+        rows, columns = most // len(counts), most % len(counts)
+        found = zip(self.shown(rows), self.shown(columns), counts.flatten()[most].tolist(), strict=True)
+        return [pair for pair in found if pair[2]]
 
     @cached_property
     def shares(self) -> metrics.Shares:

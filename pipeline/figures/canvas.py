@@ -3,11 +3,13 @@
 Every figure has a white background, so that it can be read on light and on dark pages.
 """
 
+import functools
 import io
 import textwrap
 import warnings
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
@@ -84,8 +86,34 @@ def sides(stack: Array) -> str:
 
 def label_row(axes: Axes, text: str) -> None:
     """Wrapped text at the left of a row of pictures."""
-    lines = textwrap.wrap(text, LABEL_WIDTH)
+    lines = wrapped(text, LABEL_WIDTH).splitlines()
     axes.set_ylabel("\n".join(f"{line} " for line in lines), rotation=0, ha="right", va="center", fontsize=8)
+
+
+def legible(name: str, number: int) -> str:
+    """A class name, if the font of the figures has all its characters; else the class's number, and escapes for them.
+
+    Fonts of the system are not used: the same figure would have other bytes elsewhere.
+    """
+    known = _characters()
+    shown = "".join(each if ord(each) in known else each.encode("unicode_escape").decode() for each in name)
+    return name if shown == name else f"{number}: {shown}"
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    """The code points that the font of the figures has."""
+    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def literal(text: str) -> str:
+    """``text`` for matplotlib, which takes what is between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
+
+
+def wrapped(text: str, width: int) -> str:
+    """``text`` for matplotlib, in lines of at most ``width`` characters."""
+    return literal(textwrap.fill(text, width))
 
 
 def shortened(name: str, length: int) -> str:

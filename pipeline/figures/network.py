@@ -1,7 +1,6 @@
 """What the CNN looks for and where it finds it: filters, maps, patches, images that excite it, explanations."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -58,11 +57,13 @@ def feature_maps(image: Array, maps: Mapping[str, Array], title: str) -> Figure:
         axes.imshow(whole, cmap="viridis", vmin=0, interpolation="nearest")
         canvas.mark_zero(axes, whole, "white")
         axes.set_title(f"{layer}: {canvas.counted(len(maps[layer]), 'map')} of {canvas.sides(maps[layer])}", fontsize=9)
-    figure.suptitle(f"{title}\nbrighter: a stronger response; one scale per layer", fontsize=11)
+    figure.suptitle(f"{canvas.literal(title)}\nbrighter: a stronger response; one scale per layer", fontsize=11)
     return figure
 
 
-def maps_of_classes(images: Array, class_names: Sequence[str], maps: Mapping[str, Array], chosen: int) -> Figure:
+def maps_of_classes(
+    images: Array, class_names: Sequence[str], maps: Mapping[str, Array], chosen: int, which: str = "each class"
+) -> Figure:
     """One row per image (N, H, W, C) in [0, 255], one image per class, with some maps of each layer beside it.
 
     ``maps`` are (N, filters, H, W) for each layer's name, drawn on one scale per layer. A layer shows the ``chosen``
@@ -94,7 +95,7 @@ def maps_of_classes(images: Array, class_names: Sequence[str], maps: Mapping[str
             )
         label = f"{layer}\n{canvas.sides(whole)}\nfilters {', '.join(map(str, strongest))}"
         grid[0][column].set_title(label, fontsize=8 if chosen > 2 else 6.5)
-    figure.suptitle("One image of each class, and the strongest maps of each layer", fontsize=11)
+    figure.suptitle(f"One image of {which}, and the strongest maps of each layer", fontsize=11)
     return figure
 
 
@@ -159,11 +160,11 @@ def class_images(
             canvas.show_image(axes, image * 255)
             lines = [f"{probabilities[regularization][column]:.3f}"]
             if row == rows - 1:
-                lines += textwrap.wrap(f"like {canvas.shortened(nearest[column], 11)}", 11)
+                lines.append(canvas.wrapped(f"like {canvas.shortened(nearest[column], 11)}", 11))
             axes.set_xlabel("\n".join(lines), fontsize=8, labelpad=2)
         canvas.label_row(grid[row][0], regularization)
     for column, name in enumerate(class_names):
-        grid[0][column].set_title(canvas.shortened(name, 11), fontsize=9 if classes <= 8 else 8, pad=3)
+        grid[0][column].set_title(canvas.literal(canvas.shortened(name, 11)), fontsize=9 if classes <= 8 else 8, pad=3)
     figure.suptitle(
         "Images made to raise the logit of one class each; below, the probability of that class", fontsize=11
     )
@@ -187,7 +188,7 @@ def explanations(images: Array, titles: Sequence[str], heatmaps: Mapping[str, He
     grid = figure.subplots(1 + len(heatmaps), count, squeeze=False)
     for column, (image, line) in enumerate(zip(images, titles, strict=True)):
         canvas.show_image(grid[0][column], image)
-        grid[0][column].set_title(textwrap.fill(line, 13), fontsize=8, pad=3)
+        grid[0][column].set_title(canvas.wrapped(line, 13), fontsize=8, pad=3)
     canvas.label_row(grid[0][0], "image")
     for row, (method, heatmap) in enumerate(heatmaps.items(), 1):
         canvas.label_row(grid[row][0], method)
@@ -208,7 +209,7 @@ def equivariance(images: Array, maps: Array, titles: Sequence[str], title: str) 
     grid = figure.subplots(2, len(images), squeeze=False)
     for column, (image, each, line) in enumerate(zip(images, maps, titles, strict=True)):
         canvas.show_image(grid[0][column], image)
-        grid[0][column].set_title(line, fontsize=9, pad=3)
+        grid[0][column].set_title(canvas.literal(line), fontsize=9, pad=3)
         canvas.bare(grid[1][column])
         grid[1][column].imshow(each, cmap="viridis", vmin=0, vmax=float(maps.max()) or 1.0, interpolation="nearest")
         canvas.mark_zero(grid[1][column], each, "white")

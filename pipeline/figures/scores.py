@@ -1,11 +1,11 @@
 """How good the CNN is and where it fails: counts, intervals, mistakes, and the space of its features."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from pipeline.figures import canvas
@@ -18,28 +18,68 @@ def confusion_matrix(counts: Array, class_names: Sequence[str], title: str) -> F
     """Counts (classes, classes), row = actual; a mistake is coloured by its share of the row."""
     figure = canvas.of_height(7.2)
     axes = figure.subplots()
-    mistakes = counts * (1 - np.eye(len(counts), dtype=int))
-    shade = np.sqrt(mistakes / np.maximum(counts.sum(axis=1, keepdims=True), 1))
-    picture = axes.imshow(shade, cmap="Oranges", vmin=0)
-    # The diagonal has its own colours: on one scale with it, every mistake would be white.
-    axes.imshow(np.where(np.eye(len(counts), dtype=bool), 1.0, np.nan), cmap="Greys", vmin=0, vmax=6)
+    shade = _draw_shares(axes, counts)
     size = 9 if len(counts) <= 12 else 6.5 if len(counts) <= 20 else 4.5
     for (row, column), count in np.ndenumerate(counts):
-        dark = row != column and shade[row, column] > 0.6 * picture.get_clim()[1]
+        dark = row != column and shade[row, column] > 0.6 * shade.max()
         colour = "white" if dark else "black"
         axes.text(column, row, f"{count:,}" if count else "", ha="center", va="center", color=colour, fontsize=size)
     class_names = [canvas.shortened(name, 20) for name in class_names]
-    axes.set_xticks(range(len(class_names)), class_names)
+    axes.set_xticks(range(len(class_names)), map(canvas.literal, class_names))
     if max(map(len, class_names)) > 2:
         axes.tick_params("x", labelrotation=45 if len(class_names) <= 12 else 90)
-    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_yticks(range(len(class_names)), map(canvas.literal, class_names))
     axes.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
     axes.set(xlabel="predicted class", ylabel="actual class")
     return figure
 
 
-def per_class(shares: Mapping[str, Sequence[tuple[float, float, float]]], class_names: Sequence[str]) -> Figure:
-    """Precision and recall of each class, each as (share, low, high): a point with its 95 % interval."""
+def _draw_shares(axes: Axes, counts: Array) -> Array:
+    """Draw the mistakes, each as the root of its share of the row, which is returned."""
+    mistakes = counts * (1 - np.eye(len(counts), dtype=int))
+    shade: Array = np.sqrt(mistakes / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    axes.imshow(shade, cmap="Oranges", vmin=0)
+    # The diagonal has its own colours: on one scale with it, every mistake would be white.
+    axes.imshow(np.where(np.eye(len(counts), dtype=bool), 1.0, np.nan), cmap="Greys", vmin=0, vmax=6)
+    return shade
+
+
+def confusion_of_many(counts: Array, pairs: Sequence[tuple[str, str, int]], title: str) -> Figure:
+    """Counts (classes, classes), row = actual, of too many classes for numbers and names.
+
+    Below them ``pairs``: the actual class, the predicted one, and the number of these mistakes.
+    """
+    heights = [7.4, 0.7 + 0.2 * len(pairs)] if pairs else [7.4]
+    figure = canvas.of_height(sum(heights))
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = above.subplots()
+    _draw_shares(axes, counts)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.set_title(f"{title}\ndarker: a larger share of the row", fontsize=10)
+    axes.set(xlabel="number of the predicted class", ylabel="number of the actual class")
+    if pairs:
+        _draw_pairs(below[0], pairs)
+    return figure
+
+
+def _draw_pairs(figure: SubFigure, pairs: Sequence[tuple[str, str, int]]) -> None:
+    axes = figure.subplots()
+    names = [f"{canvas.shortened(actual, 24)} as {canvas.shortened(guess, 24)}" for actual, guess, _ in pairs]
+    axes.barh(range(len(pairs)), [count for *_, count in pairs], color=canvas.BLUE)
+    axes.set_yticks(range(len(pairs)), map(canvas.literal, names), fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.invert_yaxis()
+    figure.suptitle("The most frequent mistakes: an image of one class as another, how often", fontsize=10)
+
+
+def per_class(
+    shares: Mapping[str, Sequence[tuple[float, float, float]]], class_names: Sequence[str], which: str = ""
+) -> Figure:
+    """Precision and recall of each class, each as (share, low, high): a point with its 95 % interval.
+
+    ``which`` says which classes these are, if not all.
+    """
     figure = canvas.of_height(1.5 + 0.3 * len(class_names))
     for axes, (measure, title) in zip(figure.subplots(1, 2, sharey=True, sharex=True), TITLES.items(), strict=True):
         for position, (share, low, high) in enumerate(shares[measure]):
@@ -49,9 +89,9 @@ def per_class(shares: Mapping[str, Sequence[tuple[float, float, float]]], class_
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x", alpha=0.3)
-    axes.set_yticks(range(len(class_names)), [canvas.shortened(name, 20) for name in class_names])
+    axes.set_yticks(range(len(class_names)), [canvas.literal(canvas.shortened(name, 20)) for name in class_names])
     axes.invert_yaxis()
-    figure.suptitle("The share that is correct, with its 95 % interval (Wilson)", fontsize=11)
+    figure.suptitle(f"The share that is correct, with its 95 % interval (Wilson){which}", fontsize=11)
     return figure
 
 
@@ -109,23 +149,31 @@ def captioned(images: Array, captions: Sequence[str], title: str) -> Figure:
             axes.set_axis_off()
             continue
         canvas.show_image(axes, images[index])
-        axes.set_title(textwrap.fill(captions[index], 24), fontsize=8, pad=3)
+        axes.set_title(canvas.wrapped(captions[index], 24), fontsize=8, pad=3)
     figure.suptitle(title)
     return figure
 
 
 def components(
-    points: Array, shares: Sequence[float], labels: Array, wrong: Array, class_names: Sequence[str]
+    points: Array,
+    shares: Sequence[float],
+    labels: Array,
+    wrong: Array,
+    class_names: Mapping[int, str],
+    which: str = "",
 ) -> Figure:
-    """Images as points (N, 2), each drawn as its class, with a ring where its prediction is ``wrong``."""
+    """Images as points (N, 2), each drawn as its class, with a ring where its prediction is ``wrong``.
+
+    ``class_names`` has the names of the ``labels`` (N,). ``which`` says which classes these are, if not all.
+    """
     figure = canvas.of_height(6.4)
     axes = figure.subplots()
-    short = all(len(name) == 1 and name.isalnum() for name in class_names)
-    for index, name in enumerate(class_names):
+    short = all(len(name) == 1 and name.isascii() and name.isalnum() for name in class_names.values())
+    for index, name in class_names.items():
         symbol = name if short else str(index)
         colour = canvas.COLOURS[index % len(canvas.COLOURS)]
         (dots,) = axes.plot(*points[labels == index].T, color=colour, marker=f"${symbol}$", linestyle="none")
-        dots.set_label("" if short else canvas.shortened(name, 16))
+        dots.set_label("" if short else canvas.literal(canvas.shortened(name, 16)))
         dots.set(markersize=4 + len(symbol), markeredgewidth=0.3, alpha=0.7)
     (rings,) = axes.plot(*points[wrong].T, color="black", marker="o", linestyle="none", label="mistake")
     rings.set(markersize=9, markerfacecolor="none")
@@ -136,6 +184,8 @@ def components(
         xlabel=f"first principal component ({shares[0]:.0%} of the variance)",
         ylabel=f"second ({shares[1]:.0%})",
     )
-    title = f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; mistakes are ringed"
+    title = (
+        f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; mistakes are ringed{which}"
+    )
     axes.set_title(title, fontsize=10)
     return figure

@@ -1,6 +1,8 @@
 """MLflow runs: open one, find one by its hashes, and write numbers, files and data sets into it."""
 
+import itertools
 import os
+import posixpath
 import re
 import socket
 import time
@@ -20,6 +22,7 @@ from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import DatasetInput, InputTag, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from numpy.typing import NDArray
 
 from pipeline import files, machine, processes
@@ -38,6 +41,7 @@ from pipeline.tracking.store import equals, experiment_id, short_timeouts, store
 
 MODEL_SHA256 = "model.sha256"
 EVALUATION = "evaluation"  # the folder of a run's artifacts with what evaluate wrote
+DATA = "data"  # the same with what prepare wrote about the images
 FINGERPRINT = "fingerprint"
 HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, the run is closed
 SEQUENCE = "run.sequence"  # which run is newer: clocks step back

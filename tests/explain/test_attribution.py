@@ -97,6 +97,23 @@ def test_occlusion_is_that_of_captum(architecture: Architecture) -> None:
     assert theirs.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("shape", [(100, 90, 1), (8, 120, 1), (256, 256, 3)])
+def test_occlusion_of_large_images_covers_every_pixel_with_few_squares(shape: tuple[int, int, int]) -> None:
+    cnn = CNN(Architecture(shape, ("a", "b"), (2,), stride=4), torch.Generator().manual_seed(0)).eval()
+    squares = 0
+
+    def count(*_: object) -> None:
+        nonlocal squares
+        squares += 1
+
+    cnn.register_forward_hook(count)
+    image = torch.rand((1, shape[2], *shape[:2]), generator=torch.Generator().manual_seed(0))
+    found = attribution.occlusion(cnn, image, torch.tensor([1]), 6)
+    assert found.shape == (1, *shape[:2])
+    assert found.isfinite().all()
+    assert 30 < squares <= 41**2 + 1
+
+
 @every_shape
 def test_grad_cam_is_that_of_captum(architecture: Architecture) -> None:
     cnn, images, of = network(architecture), noise(architecture), classes(architecture)

@@ -51,8 +51,10 @@ def untrained(architecture: Architecture, count: int, right: float, **params: ob
 
 NETWORKS = {
     "long names, colour": lambda: untrained(Architecture((16, 12, 3), LONG, (4, 5)), 60, 0.5),
-    "forty classes": lambda: untrained(
-        Architecture((14, 14, 1), tuple(f"class {number}" for number in range(40)), (8,)), 300, 0.5
+    "two hundred classes": lambda: untrained(
+        Architecture((14, 14, 1), tuple(f"猫 ${number}$ {'long ' * (number % 9)}" for number in range(200)), (8,)),
+        600,
+        0.5,
     ),
     "no mistakes": lambda: untrained(Architecture((14, 14, 1), ("a", "b"), (3,)), 40, 1.0),
     "nothing but mistakes": lambda: untrained(Architecture((14, 14, 1), ("a", "b"), (3,)), 3, 0.0),

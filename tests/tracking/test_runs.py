@@ -132,13 +132,29 @@ def test_the_scores_and_the_figures_are_in_the_same_run(finished: Path) -> None:
     assert run.data.metrics["test_per_class/7.recall"] == metrics["test"]["per_class"]["7"]["recall"]
     logged = {
         file.path
-        for folder in ("figures", "evaluation")
+        for folder in ("figures", "evaluation", "data", "data/contact_sheets")
         for file in MlflowClient().list_artifacts(run.info.run_id, folder)
     }
     drawn = {f"figures/{path.name}" for path in files.FIGURES.iterdir()}
     assert drawn
     written = ("metrics.json", "model_card.md", "predictions.csv", "promotion.json")
-    assert logged == drawn | {f"evaluation/{name}" for name in written}
+    sheets = {f"data/contact_sheets/{number:02}-{number}.png" for number in range(10)}
+    about_data = {"data/contact_sheets", "data/data_summary.json", *sheets}
+    assert logged == drawn | {f"evaluation/{name}" for name in written} | about_data
+
+
+def test_the_scores_of_every_class_are_logged_whatever_the_classes_are_called(workspace: Path) -> None:
+    odd = ("a=b", "a,b", "a:b@c", "a//b", "../a", "/", "猫 🐈", "{", "}", "x" * 300, "x" * 299 + "y")
+    names = [*odd, *(f"class {number}" for number in range(400))]  # more scores than MLflow takes at once
+    scores = {name: {"precision": 0.5, "recall": number / 1000, "f1": 0.5} for number, name in enumerate(names)}
+    store.connect()
+    dataset = read_dataset()
+    with runs.open_run(dataset, {}) as run_id:
+        runs.log_evaluation(run_id, dataset, {"accuracy": 0.5, "per_class": scores})
+    logged = MlflowClient().get_run(run_id).data.metrics
+    assert len(logged) == 1 + 3 * len(names)
+    recalls = [value for name, value in logged.items() if name.startswith("test_per_class/") and "recall" in name]
+    assert sorted(recalls) == [number / 1000 for number in range(len(names))]
 
 
 def test_the_logged_model_is_the_trained_one_and_no_pickle(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
