@@ -1,8 +1,6 @@
 """MLflow runs: open one, find one by its hashes, and write numbers, files and data sets into it."""
 
-import itertools
 import os
-import posixpath
 import re
 import socket
 import time
@@ -47,7 +45,6 @@ HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, t
 SEQUENCE = "run.sequence"  # which run is newer: clocks step back
 MAX_TAG_LENGTH = 5000  # characters of a tag
 MAX_METRIC_NAME = 250  # characters
-MAX_METRICS = 1000  # that mlflow takes at once
 
 
 @store_faults()
@@ -299,8 +296,8 @@ def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) 
     named = _by_metric_name({f"test_{key}": value for key, value in numbers.items()})
     # MLflow shows the value of the highest step, and of equal steps that of the latest time.
     step = len(MlflowClient().get_metric_history(run_id, next(iter(named))))
-    for start in range(0, len(named), MAX_METRICS):
-        mlflow.log_metrics(dict(list(named.items())[start : start + MAX_METRICS]), step=step, run_id=run_id)
+    for start in range(0, len(named), MAX_METRICS_PER_BATCH):
+        mlflow.log_metrics(dict(list(named.items())[start : start + MAX_METRICS_PER_BATCH]), step=step, run_id=run_id)
     _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 
