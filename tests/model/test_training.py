@@ -279,7 +279,7 @@ def test_a_gpu_learns_without_synchronisation_within_an_epoch(
     splits = (train.images, train.labels), (validation.images, validation.labels)
     generator = torch.Generator(device).manual_seed(0)
     try:
-        settings = replace(SETTINGS, augmentations={"max_shift": 1})
+        settings = replace(SETTINGS, augmentations={"max_shift": 1}, class_weights="balanced")
         history = list(training.fit(cnn, *splits, settings, generator=generator, on_step=forbid_waiting))
     finally:
         torch.cuda.set_sync_debug_mode("default")
