@@ -140,7 +140,8 @@ def sign_flip_p_value(gain: Fraction, differing: Mapping[int, int]) -> float:
             step = (2 * right - count) * (scale // size)
             for total, probability in before.items():
                 shares[total + step] = shares.get(total + step, 0.0) + probability * share
-    return min(1.0, sum(share for total, share in shares.items() if abs(total) >= abs(gain * scale)))
+    observed = abs(gain * scale)
+    return min(1.0, sum(share for total, share in shares.items() if abs(total) >= observed))
 
 
 def _fair_coin(count: int) -> Iterator[float]:
