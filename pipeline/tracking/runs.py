@@ -1,10 +1,11 @@
 """MLflow runs: open one, find one by its hashes, and write numbers, files and data sets into it."""
 
+import itertools
 import os
+import posixpath
 import re
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -44,7 +45,7 @@ FINGERPRINT = "fingerprint"
 HOST, PROCESS = "process.host", "process"  # the process of a run: if it dies, the run is closed
 SEQUENCE = "run.sequence"  # which run is newer: clocks step back
 MAX_TAG_LENGTH = 5000  # characters of a tag
-MAX_METRIC_NAME = 250  # characters
+MAX_METRIC_NAME = 200  # characters of the name of a score
 
 
 @store_faults()
@@ -293,31 +294,34 @@ def lineage_of(run_id: str) -> dict[str, str]:
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """Write the scores on the test images, and that data set, into a run that has ended; its status stays."""
     numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
-    named = _by_metric_name({f"test_{key}": value for key, value in numbers.items()})
+    named = dict(zip(_metric_names(numbers), numbers.values(), strict=True))
     # MLflow shows the value of the highest step, and of equal steps that of the latest time.
     step = len(MlflowClient().get_metric_history(run_id, next(iter(named))))
     for start in range(0, len(named), MAX_METRICS_PER_BATCH):
-        mlflow.log_metrics(dict(list(named.items())[start : start + MAX_METRICS_PER_BATCH]), step=step, run_id=run_id)
+        some = itertools.islice(named.items(), start, start + MAX_METRICS_PER_BATCH)
+        mlflow.log_metrics(dict(some), step=step, run_id=run_id)
     _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
 
 
-def _by_metric_name(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Under names that mlflow takes, whatever a class is called. The part before the slash is a section in the UI.
+def _metric_names(keys: Iterable[str]) -> list[str]:
+    """Names that mlflow takes, each a different one, whatever the classes are called."""
+    names = dict[str, None]()
+    for key in keys:
+        name = _metric_name(f"test_{key}")
+        names[name if name not in names else f"{name} {len(names)}"] = None
+    return list(names)
 
-    Names that would be the same, such as those of two emoji, get a number.
-    """
-    found: dict[str, float] = {}
-    counts = Counter[str]()
-    for key, value in numbers.items():
-        section, dot, rest = key.partition(".")
-        name = plain = section + dot.replace(".", "/") + re.sub(r"[^\w\-. :]", "_", rest)
-        if len(plain) > MAX_METRIC_NAME:
-            name = plain = f"{plain[: MAX_METRIC_NAME - 50]}...{plain[-30:]}"
-        while name in found:
-            counts[plain] += 1
-            name = f"{plain} {counts[plain] + 1}"
-        found[name] = value
-    return found
+
+def _metric_name(key: str) -> str:
+    """A name that mlflow takes. The part before the first slash is a section in the UI."""
+    name = re.sub(r"[^\w\-. :/]", "_", key.replace(".", "/", 1))
+    if posixpath.normpath(name) != name:  # mlflow takes no name that would be another as a path
+        section, slash, rest = name.partition("/")
+        name = section + slash + rest.replace("/", "_")
+    if len(name) <= MAX_METRIC_NAME:
+        return name
+    half = MAX_METRIC_NAME // 2 - 1  # the end says which score it is
+    return f"{name[:half]}..{name[-half:]}"
 
 
 @store_faults()
