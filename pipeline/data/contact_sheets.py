@@ -19,7 +19,7 @@ TOTAL = 4000  # images on all sheets together, if that leaves ten for each class
 SIDE = 96  # pixels of the longer side of an image; smaller ones are enlarged by a whole factor
 GAP, TEXT = 4, 12  # pixels between images, and for a line of text
 NUMBER = 36  # pixels that a number needs
-PAPER, INK = 225, 0  # grey levels; black and white images both stand out from the paper
+PAPER, INK = "#e1e1e1", "black"  # black and white images both stand out from the paper
 LONGEST = 40  # characters of a class name, in a title and in the name of a file
 
 
@@ -46,21 +46,16 @@ def draw(images: NDArray[np.uint8], numbers: Sequence[int], title: str) -> Image
     scale = SIDE // max(height, width) or SIDE / max(height, width)
     across, down = max(1, round(width * scale)), max(1, round(height * scale))
     step, rows = (max(across, NUMBER) + GAP, down + TEXT + GAP), math.ceil(len(images) / COLUMNS)
-    sheet = Image.new(
-        "L" if images.shape[3] == 1 else "RGB", (GAP + COLUMNS * step[0], TEXT + 2 * GAP + rows * step[1])
-    )
-    sheet.paste((PAPER,) * len(sheet.getbands()), (0, 0, *sheet.size))
+    size = GAP + COLUMNS * step[0], TEXT + 2 * GAP + rows * step[1]
+    sheet = Image.new("L" if images.shape[3] == 1 else "RGB", size, PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT - 2)
-    ink = (INK,) * len(sheet.getbands())
-    pen.text((GAP, GAP), title, ink, font)
+    pen.text((GAP, GAP), title, INK, font)
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
         left, top = GAP + place % COLUMNS * step[0], TEXT + 2 * GAP + place // COLUMNS * step[1]
-        kind = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-        sheet.paste(
-            Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).resize((across, down), kind),
-            (left, top),
-        )
-        pen.text((left, top + down), str(number), ink, font)
+        shown = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
+        sheet.paste(shown.resize((across, down), resampling), (left, top))
+        pen.text((left, top + down), str(number), INK, font)
     return sheet
 
 
