@@ -9,7 +9,7 @@ from typing import Self
 
 from pipeline.errors import Fault
 
-TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, content BLOB NOT NULL) WITHOUT ROWID"
+TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, content BLOB NOT NULL)"
 MAX_KEYS = 500  # in one query
 
 
