@@ -3,8 +3,8 @@
     python -m pipeline.serve [--model MODEL] [--host HOST] [--port PORT]
 
 POST /invocations takes {"inputs": images (N, H, W, C)} and answers {"predictions": probabilities (N, classes),
-"unlike_training": whether each does not look like the training images}; GET /health answers 200. Without --host only
-this machine can reach it.
+"unlike_training": whether each does not look like the training images}. It also takes a picture as the body, or several
+as a form, and answers as `predict --json` does. GET /health answers 200. Without --host only this machine can reach it.
 """
 
 from pipeline import command_line, http_server
