@@ -31,7 +31,7 @@ CACHE = Path("data/decoded/pictures.db")  # in the repository
 AUTO_SIDE = 64  # pixels; the CNN is slow on larger images
 MOVED = "published in {}, with copies or pictures of its subject elsewhere"
 MAX_NAME = 100  # characters of the data set's name: MLflow takes 250 of a model's
-COPIES = 5  # of all images that are on the disk at once, the prepared ones among them
+COPIES = 5  # of the images: decoded, twice while they are split, prepared, and in DVC's cache
 FEW, IMBALANCE = 10, 20  # pictures in a class, and times the smallest class: worth a warning
 
 

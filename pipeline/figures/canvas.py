@@ -6,7 +6,6 @@ Every figure has a white background, so that it can be read on light and on dark
 import functools
 import io
 import textwrap
-import warnings
 
 import numpy as np
 from matplotlib import font_manager
@@ -32,7 +31,6 @@ def as_png(figure: Figure, tight: bool = False) -> bytes:
 
     ``tight`` makes room for what would be cut off, in figures that were not laid out here.
     """
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the figure has a box there
     buffer = io.BytesIO()
     figure.savefig(
         buffer,

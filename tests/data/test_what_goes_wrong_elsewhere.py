@@ -2,7 +2,8 @@
 
 In the order in which it is usually told. What needs a trained model is elsewhere: a changed picture that `dvc repro`
 sees, a `.DS_Store` that trains nothing anew, and `predict` that agrees with `evaluate`, in tests/test_own_pictures.py;
-the accuracy that is the share of the largest class, in tests/model/test_metrics.py.
+the accuracy that is the share of the largest class, in tests/model/test_metrics.py; names that MLflow refuses in
+metrics, in tests/tracking/test_runs.py.
 """
 
 import io
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,7 +28,6 @@ from pipeline.data import image_files, own_pictures, splits
 from pipeline.data.own_pictures import OwnPictures
 from pipeline.data.splits import SPLITS, TEST, TRAIN
 from pipeline.errors import UserError
-from pipeline.tracking import runs, store
 from tests import unlike
 from tests.conftest import REPOSITORY
 from tests.data.test_image_files import rows_of
@@ -351,19 +350,6 @@ def test_accented_cjk_emoji_and_very_long_names_and_those_with_signs_are_classes
     assert own.prepared.class_names == tuple(sorted(NAMES))
     assert len(own.rows) == sum(len(split) for split in own.prepared.splits.values()) == 5 * len(NAMES)
     assert splits.check(own.prepared.splits, own.prepared.name, own.prepared.class_names) == []
-
-
-def test_a_class_whose_name_mlflow_refuses_has_its_metrics_under_another(finished_copy: Path) -> None:
-    store.connect()
-    labels = (*NAMES, "a/b", "a//b", "../up", ".", "हिन्दी", *map(str, range(600)))
-    scores = {"per_class": {label: {"recall": number, "precision": 0.5} for number, label in enumerate(labels)}}
-    run_id = MlflowClient().create_run("0").info.run_id
-    runs.log_evaluation(run_id, splits.read_dataset(), scores)
-    metrics = MlflowClient().get_run(run_id).data.metrics
-    recalls = [value for name, value in metrics.items() if ".recall" in name]
-    assert sorted(recalls) == list(range(len(labels)))
-    assert metrics["test_per_class/café.recall"] == NAMES.index("café")
-    assert all(len(name) <= 250 for name in metrics)
 
 
 def test_a_folder_of_a_very_long_name_gives_a_model_a_name_that_mlflow_takes(folder: Path) -> None:

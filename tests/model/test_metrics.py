@@ -79,6 +79,7 @@ def test_fault_25_logits_are_the_same_alone_and_in_a_batch(digits: dict[str, Lab
 )
 def test_the_interval_of_a_share_is_wilsons(right: int, count: int, low: float, high: float) -> None:
     assert metrics.wilson_interval(right, count) == pytest.approx((low, high), abs=2e-5)
+    assert metrics.wilson_interval(0, 0) == (0, 1)  # a class that the test images lack
 
 
 def test_shares_are_precision_and_recall_with_wilsons_intervals() -> None:
