@@ -178,7 +178,13 @@ class PictureReader:
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         computed = dict(zip(new, _mapped(pool, compute, list(new.values())), strict=True))
         self._cache.put({key: result for key, result in computed.items() if isinstance(result, bytes)})
-        return [known[key] if key in known else computed[key] for key in keys]
+
+        def result(key: str, item: Hashed) -> Result:
+            found = known[key] if key in known else computed[key]
+            # An error names its file, and this may be another one of the same content.
+            return found if isinstance(found, bytes) or new[key] is item else compute(item)
+
+        return [result(key, item) for key, item in zip(keys, items, strict=True)]
 
 
 def _shown(items: Sequence[Item], what: str) -> Iterator[Sequence[Item]]:

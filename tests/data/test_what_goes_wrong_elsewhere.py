@@ -68,6 +68,10 @@ def test_one_broken_file_is_named_and_neither_replaced_by_a_black_or_the_next_pi
     images = [image.numpy().tobytes() for split in own.prepared.splits.values() for image in split.images]
     assert sorted(images) == sorted(grey(number).tobytes() for number in range(COUNT) if number != 2)
     assert (folder / "star/2.png").read_bytes() == broken
+    (folder / "square/again.png").write_bytes(broken)
+    reasons = {row.path: row.reason for row in prepare(folder, max_bad_fraction=0.1).rows if not row.split}
+    assert reasons.keys() == {"star/2.png", "square/again.png"}
+    assert all(reason.startswith(f"{path} cannot be read: ") for path, reason in reasons.items())
 
 
 JUNK = (

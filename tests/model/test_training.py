@@ -125,7 +125,7 @@ def test_it_learns_and_reports_every_epoch(digits: dict[str, LabelledImages]) ->
     assert history[0].train_loss > history[1].train_loss > history[2].train_loss
     assert history[-1].validation_accuracy > 0.9
     images = [step.images for step in taken]
-    assert images == [*[64] * 56, 16] * 3
+    assert images == [*[64] * 56, 60] * 3
     assert all(0 < step.loss() < 10 and 0 <= step.accuracy() <= 1 for step in taken)
     for of_epoch, of_step in (("train_loss", training.Step.loss), ("train_accuracy", training.Step.accuracy)):
         mean = sum(of_step(step) * step.images for step in taken[-57:]) / len(digits["train"])
