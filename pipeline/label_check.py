@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import command_line, files, recipe
-from pipeline.data import duplicates, splitting
+from pipeline.data import duplicates, mapped_files, splitting
 from pipeline.data.splits import TRAIN, Dataset, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, UserError, run_command
 from pipeline.explain import attribution, label_page
@@ -30,11 +30,11 @@ def main() -> None:
     arguments = command_line.parse("label_check")
     params, dataset = read_params(), read_dataset()
     device = recipe.device_for(params)
-    train = read_split(dataset, TRAIN)
+    train = read_split(dataset, TRAIN, memory_limit=params.data.memory_limit)
     paths, groups = _paths_and_groups(len(train), params)
     folds = _folds(train, dataset, groups, params, arguments.folds)
     print(f"training {arguments.folds} networks, each without a part of the {len(train):,} training images", flush=True)
-    probabilities = _out_of_fold(train.to(device), folds, params, dataset)
+    probabilities = _out_of_fold(train, folds, params, dataset, device)
 
     doubts = attribution.likely_label_errors(probabilities, train.labels)
     rows = label_page.rows(probabilities, train.labels, doubts, dataset.class_names, paths)
@@ -84,22 +84,28 @@ def _folds(
     return splitting.folds(units, labels, count, params.seed)
 
 
-def _out_of_fold(train: LabelledImages, folds: NDArray[np.int64], params: Params, dataset: Dataset) -> Tensor:
+def _out_of_fold(
+    train: LabelledImages, folds: NDArray[np.int64], params: Params, dataset: Dataset, device: torch.device
+) -> Tensor:
     """The probabilities (N, classes) of each image, given by the network that was trained on the other folds."""
-    count, device = int(folds.max()) + 1, train.images.device
+    count = int(folds.max()) + 1
     probabilities = torch.empty(len(train), len(dataset.class_names))
     total = (count - 1) * len(train) * params.train.epochs
     with tqdm(total=total, unit=" images", unit_scale=True, disable=None) as bar:
         for fold in range(count):
             bar.set_description(f"network {fold + 1} of {count}")
-            held_out, others = (
-                torch.from_numpy(np.flatnonzero(chosen)).to(device) for chosen in (folds == fold, folds != fold)
-            )
+            held_out, others = (_part(train, chosen).to(device) for chosen in (folds == fold, folds != fold))
             cnn = recipe.build(params, dataset)
-            _train(cnn, train[others], train[held_out], params, lambda step: bar.update(step.images))
-            logits = metrics.finite(metrics.predict_logits(cnn, train.images[held_out]))
-            probabilities[held_out.cpu()] = logits.softmax(dim=1).cpu()
+            _train(cnn, others, held_out, params, lambda step: bar.update(step.images))
+            logits = metrics.finite(metrics.predict_logits(cnn, held_out.images))
+            probabilities[torch.from_numpy(folds == fold)] = logits.softmax(dim=1).cpu()
     return probabilities
+
+
+def _part(images: LabelledImages, chosen: NDArray[np.bool_]) -> LabelledImages:
+    """Those that are chosen (N,). Their pixels are in a file: there may be more of them than memory."""
+    rows = np.flatnonzero(chosen)
+    return LabelledImages(mapped_files.selected(images.images.numpy(), rows, files.PREPARED), images.labels[rows])
 
 
 def _train(

@@ -3,6 +3,7 @@
 Such a file is mapped: the system reads the parts that are used, and drops them again where memory is short.
 """
 
+import math
 import mmap
 import os
 import tempfile
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import Fault
 
-CHUNK = 1000  # rows, which are images
+CHUNK, CHUNK_BYTES = 1000, 1 << 26  # the most rows, which are images, at a time, and the most bytes of them
 Bytes = NDArray[np.uint8]
 _mappings = weakref.WeakSet[mmap.mmap]()
 
@@ -54,13 +55,24 @@ def tensor(array: NDArray[np.generic]) -> torch.Tensor:
 
 
 def chunks(array: Bytes, rows: Sequence[int] | NDArray[np.int64] | None = None) -> Iterator[Bytes]:
-    """The rows of an array, or some of them, CHUNK at a time; what was read of mapped files for them is let go."""
-    for start in range(0, len(array if rows is None else rows), CHUNK):
-        some = slice(start, start + CHUNK)
+    """The rows of an array, or some of them, many at a time; what was read of mapped files for them is let go."""
+    step = rows_at_once(array.shape[1:])
+    for start in range(0, len(array if rows is None else rows), step):
+        some = slice(start, start + step)
         yield array[some] if rows is None else array[rows[some]]
         for mapping in list(_mappings):
             if hasattr(mmap, "MADV_DONTNEED"):  # not on every system, and only memory that looks used would grow
                 mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def rows_at_once(shape: tuple[int, ...], most: int = CHUNK) -> int:
+    """How many rows of ``shape``, bytes each, are handled together: at most ``most``, and at most CHUNK_BYTES."""
+    return max(1, min(most, CHUNK_BYTES // max(1, math.prod(shape))))
+
+
+def selected(array: Bytes, rows: Sequence[int] | NDArray[np.int64], folder: Path) -> torch.Tensor:
+    """These rows of an array, in a file as ``spooled`` has it: there may be more of them than memory."""
+    return tensor(spooled((some.data for some in chunks(array, rows)), array.shape[1:], folder))
 
 
 def spooled(rows: Iterable[bytes | memoryview], shape: tuple[int, ...], folder: Path) -> Bytes:

@@ -105,7 +105,7 @@ def prepare(params: Data) -> OwnPictures:
     return OwnPictures(
         Prepared(
             splits={
-                split: LabelledImages(_in_file(images, rows, scratch), torch.from_numpy(labels[rows]))
+                split: LabelledImages(mapped_files.selected(images, rows, scratch), torch.from_numpy(labels[rows]))
                 for split, rows in order.items()
             },
             name=name,
@@ -182,12 +182,6 @@ def _name(path: Path) -> str:
     """The name of the data set, under which its models are registered: that of the folder, in plain letters."""
     name = files.plain_name(path.resolve().stem if path.is_file() else path.resolve().name, otherwise="pictures")
     return f"own-{name}" if name in DATASETS else name[:MAX_NAME]
-
-
-def _in_file(images: NDArray[np.uint8], rows: Sequence[int], folder: Path) -> torch.Tensor:
-    """These rows of the images, in a file too: there may be more of them than memory."""
-    parts = (some.data for some in mapped_files.chunks(images, rows))
-    return mapped_files.tensor(mapped_files.spooled(parts, images.shape[1:], folder))
 
 
 def _rows(

@@ -109,7 +109,7 @@ class PictureReader:
             return self._decode(picture, preprocessing)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for some in _shown(pictures, "decoding"):
+            for some in _shown(pictures, "decoding", mapped_files.rows_at_once(preprocessing.image_shape, BATCH)):
                 results = self._results(pool, some, how, decode)
                 found = list(self._good(some, [each.entry for each in some], results))
                 keys = self._keys(pool, found, preprocessing)
@@ -187,13 +187,13 @@ class PictureReader:
         return [result(key, item) for key, item in zip(keys, items, strict=True)]
 
 
-def _shown(items: Sequence[Item], what: str) -> Iterator[Sequence[Item]]:
-    """The items in batches; on a terminal with a bar and the time left, elsewhere with a line at the beginning."""
+def _shown(items: Sequence[Item], what: str, size: int = BATCH) -> Iterator[Sequence[Item]]:
+    """The items in batches of ``size``; on a terminal with a bar and the time left, elsewhere with a line first."""
     with tqdm(total=len(items), desc=what, unit=" pictures", disable=None) as bar:
         if bar.disable:
             print(f"{what} {len(items):,} pictures", flush=True)
-        for start in range(0, len(items), BATCH):
-            some = items[start : start + BATCH]
+        for start in range(0, len(items), size):
+            some = items[start : start + size]
             yield some
             bar.update(len(some))
 

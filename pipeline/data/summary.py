@@ -3,17 +3,20 @@
 It depends on the pictures and their labels, and not on other files in the folder.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from pipeline.data import mapped_files
 from pipeline.data.own_pictures import Row
 from pipeline.data.splits import SPLITS, LabelledImages, Prepared
 from pipeline.errors import printable
 
-CHUNK = 10_000  # images at a time
 SIZES = ("smallest", "median", "largest")
 SHOWN = 3  # pictures that a warning names
 Box = tuple[int, int, int, int]
@@ -91,10 +94,16 @@ def _filled(prepared: Prepared, rows: Sequence[Row], count: int) -> Mapping[Box,
 
 def _of_one_value(images: LabelledImages, box: Box, indices: Sequence[int]) -> Iterator[int]:
     left, top, right, bottom = box
-    for start in range(0, len(indices), CHUNK):
-        some = torch.tensor(indices[start : start + CHUNK])
-        pixels = images.images[some][:, top:bottom, left:right].flatten(1, 2)  # (N, pixels, C)
-        yield from some[(pixels == pixels[:, :1]).flatten(1).all(dim=1)].tolist()
+    found = [
+        _are_blank(some[:, top:bottom, left:right]) for some in mapped_files.chunks(images.images.numpy(), indices)
+    ]
+    yield from itertools.compress(indices, itertools.chain.from_iterable(found))
+
+
+def _are_blank(pixels: NDArray[np.uint8]) -> list[bool]:
+    """Whether each of (N, H, W, C) has the same pixel everywhere."""
+    blank: list[bool] = (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).tolist()
+    return blank
 
 
 def _some(names: Sequence[str]) -> str:

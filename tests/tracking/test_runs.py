@@ -206,7 +206,7 @@ def test_fault_21_a_training_that_diverges_is_a_failed_run_and_writes_nothing(wo
     assert run.info.status == "FAILED"
     assert "the training loss is" in run.data.tags["failure"]
     assert not (workspace / "models").exists()
-    assert not (workspace / "reports").exists()
+    assert not (workspace / files.HISTORY).exists()
 
 
 @pytest.mark.usefixtures("either_store")
