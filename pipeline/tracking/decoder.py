@@ -65,6 +65,7 @@ class Decoder:
             return self._images(pictures, retry=True)
 
     def _images(self, pictures: Sequence[tuple[str, memoryview]], retry: bool) -> list[NDArray[np.uint8]]:
+        self._is_late = False  # of the request before, whose answer may have come while its time ended
         if not self._is_ready:
             self._wait_until_ready()
         try:

@@ -16,6 +16,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pipeline import machine
 from pipeline.data.splits import Dataset
@@ -26,7 +27,6 @@ from pipeline.tracking.store import equals, store_faults
 
 STUDY, TRIAL = "study.id", "trial.number"
 ERRORS = {"accuracy": "validation_error", "balanced_accuracy": "validation_balanced_error"}  # by evaluate.metric
-MAX_METRICS = 1000  # that MLflow takes at a time
 Status = Literal["complete", "pruned", "failed"]
 STATUS: dict[Status, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
@@ -92,8 +92,8 @@ class StudyRun:
         ]
         if trial.validation_error is not None:
             metrics.append(Metric(self._error, trial.validation_error, trial.ended, 0))
-        for start in range(0, len(metrics), MAX_METRICS):
-            client.log_batch(child, metrics[start : start + MAX_METRICS])
+        for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+            client.log_batch(child, metrics[start : start + MAX_METRICS_PER_BATCH])
         facts = {**trial.values, **trial.sizes}
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)
