@@ -237,11 +237,11 @@ def test_another_winner_of_the_same_trials_is_kept_beside_the_first(study_folder
 
 @pytest.mark.slow
 def test_trials_that_fall_behind_are_pruned(study_folder: Path) -> None:
-    printed = run("--trials", "16", "--workers", "1")
+    printed = run("--trials", "24", "--workers", "1")
     pruned = {trial.number for trial in trials() if trial.state == TrialState.PRUNED}
     assert pruned
     assert min(pruned) >= STARTUP_TRIALS
-    assert f"16/16 trials, {len(pruned)} pruned, " in printed
+    assert f"24/24 trials, {len(pruned)} pruned, " in printed
     for child in children():
         is_pruned = int(child.data.tags["trial.number"]) in pruned
         assert child.info.status == ("KILLED" if is_pruned else "FINISHED")

@@ -121,7 +121,7 @@ def assign(pictures: Pictures, *, validation_fraction: float, test_fraction: flo
         for row, (found, given) in enumerate(zip(splits, pictures.published, strict=True))
         if given and found != given and not (given == TRAIN and found in missing)
     )
-    return Assignment(splits, moved, tuple(completed), _leaks(units, splits, seed))
+    return Assignment(splits, moved, tuple(completed), _leaks(units, pictures.keys, splits, seed))
 
 
 def folds(units: Indices, labels: Indices, count: int, seed: int) -> Indices:
@@ -217,8 +217,13 @@ def _too_few(name: str, count: int, splits: int) -> UserError:
     )
 
 
-def _leaks(units: Indices, splits: Sequence[str], seed: int) -> int:
-    """How many pictures a random split with the same counts would part from one of their unit in train."""
-    shuffled = np.array(splits)[np.random.default_rng(seed).permutation(len(splits))]
+def _leaks(units: Indices, keys: Sequence[str], splits: Sequence[str], seed: int) -> int:
+    """How many pictures a random split with the same counts would part from one of their unit in train.
+
+    It does not depend on the pictures' names: it is drawn for the pictures in the order of their contents.
+    """
+    in_order = np.array(sorted(range(len(keys)), key=lambda row: keys[row]), np.int64)
+    shuffled = np.empty(len(splits), object)
+    shuffled[in_order] = np.array(sorted(splits), object)[np.random.default_rng(seed).permutation(len(splits))]
     in_train = set(units[shuffled == TRAIN].tolist())
     return sum(unit in in_train for unit in units[shuffled != TRAIN].tolist())

@@ -65,7 +65,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     share, spread = right / count, z * z / count
     middle = share + spread / 2
     reach = z * math.sqrt((share * (1 - share) + spread / 4) / count)
-    return (middle - reach) / (1 + spread), (middle + reach) / (1 + spread)
+    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:

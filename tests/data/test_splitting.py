@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,11 @@ def test_adding_pictures_moves_none_of_the_old_ones() -> None:
 def test_the_order_and_the_other_pictures_do_not_matter() -> None:
     given = pictures(1000)
     order = np.random.default_rng(0).permutation(1000)
-    turned = pictures(1000, keys=[given.keys[row] for row in order], labels=given.labels[order])
-    assert [assign(given).splits[row] for row in order] == list(assign(turned).splits)
+    copies = np.arange(1000) // 2
+    turned = pictures(1000, keys=[given.keys[row] for row in order], labels=given.labels[order], copies=copies[order])
+    before, after = assign(replace(given, copies=copies)), assign(turned)
+    assert [before.splits[row] for row in order] == list(after.splits)
+    assert before.leaks == after.leaks > 50
 
 
 def test_copies_and_pictures_of_one_subject_stay_together() -> None:
