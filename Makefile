@@ -45,7 +45,7 @@ test: $(INSTALLED)  ## run the test suite without the slow tests: real DVC, MLfl
 slow: $(INSTALLED)  ## run the slow tests, and those of the changes shown in docs/make-it-yours.md
 	$(ACTIVATE) && $(PYTEST) -m 'slow or page' $(ARGS)
 
-many-pictures: $(INSTALLED)  ## prepare 100,000 pictures and train with them: speed and memory; ten minutes with nothing else running
+many-pictures: $(INSTALLED)  ## prepare 100,000 pictures and train with them: speed and memory; a quarter of an hour with nothing else running
 	$(ACTIVATE) && MANY_PICTURES=100000 python -m pytest -s tests/test_many_pictures.py $(ARGS)
 
 faults: $(INSTALLED)  ## run the tests that cause real faults: signals, full disks, closed ports, damaged files
