@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import psutil
 import pytest
 import requests
@@ -193,7 +194,7 @@ def test_fault_24_a_hundred_thousand_rows_and_endless_words_take_no_memory(serve
 def picture(digit: int, form: str = "JPEG") -> bytes:
     """A drawn digit as the content of a file."""
     if form == "HEIF":
-        pytest.importorskip("pillow_heif", reason="writes a HEIC picture").register_heif_opener()
+        pillow_heif.register_heif_opener()
     return encoded(drawn(digit, 20), form)
 
 
@@ -295,7 +296,12 @@ def test_a_form_on_a_page_of_another_site_is_refused(server: tuple[str, psutil.P
         assert send(server[0], form(picture(3)), FORM, Origin=origin).status_code == status
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="runs the commands of docs/serving.md, which need curl")
+# Not every system has curl, and pip cannot install it. CI is not let through without it (.ci/run).
+@pytest.mark.skipif(
+    not shutil.which("curl"),
+    reason="types the requests that docs/serving.md shows, which are commands of curl, a program that this system does "
+    "not have and pip cannot install; the tests beside it send the same requests from Python",
+)
 def test_the_requests_of_the_documentation_are_answered(server: tuple[str, psutil.Process], tmp_path: Path) -> None:
     (block,) = (block for block in fenced(REPOSITORY / "docs/serving.md", "bash") if "curl" in block)
     (tmp_path / "digit.jpg").write_bytes(picture(3))
