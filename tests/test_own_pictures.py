@@ -77,22 +77,6 @@ def table(path: Path) -> list[dict[str, str]]:
     return list(files.read_table(path, made_by="prepare"))
 
 
-def test_predict_gives_each_test_picture_the_label_that_evaluate_gave(trained: Path, pictures: Path) -> None:
-    rows = [row for row in table(trained / files.IMAGES) if row["split"] == "test"]
-    expected = table(trained / files.PREDICTIONS)
-    assert len(rows) == len(expected) > 200
-    paths = [str(pictures / row["path"]) for row in rows]
-    answers = [
-        json.loads(line)
-        for line in succeed(forked.python(), "-m", "pipeline.predict", "--json", *paths, folder=trained).splitlines()
-    ]
-    for row, answer in zip(rows, answers, strict=True):
-        evaluated = expected[int(row["index"])]
-        assert evaluated["actual"] == row["label"]
-        assert answer["label"] == evaluated["predicted"]
-        assert answer["probability"] == pytest.approx(float(evaluated["confidence"]), abs=1e-5)
-
-
 def test_the_folders_name_is_that_of_the_model(trained: Path) -> None:
     assert "my-digits-u-cnn version 1" in succeed(forked.python(), "-m", "pipeline.models", folder=trained)
 

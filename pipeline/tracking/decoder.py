@@ -171,6 +171,6 @@ def serve(descriptor: str, preprocessing: str, memory: str, seconds: str) -> Non
 
 def _answer(content: bytes, name: str, preprocessing: Preprocessing) -> bytes:
     try:
-        return GOOD + image_files.read(io.BytesIO(content), name, preprocessing).image.tobytes()
+        return GOOD + image_files.read_here(io.BytesIO(content), name, preprocessing).image.tobytes()
     except UserError as error:
         return BAD + str(error).encode()

@@ -1,9 +1,9 @@
 """What sinks people with pictures of their own elsewhere, each on a small folder, from the files to the images.
 
 In the order in which it is usually told. What needs a trained model is elsewhere: a changed picture that `dvc repro`
-sees, a `.DS_Store` that trains nothing anew, and `predict` that agrees with `evaluate`, in tests/test_own_pictures.py;
-the accuracy that is the share of the largest class, in tests/model/test_metrics.py; names that MLflow refuses in
-metrics, in tests/tracking/test_runs.py.
+sees, and a `.DS_Store` that trains nothing anew, in tests/test_own_pictures.py; `predict`, the server and the exports,
+which agree with `evaluate`, in tests/test_pictures_alike.py; the accuracy that is the share of the largest class, in
+tests/model/test_metrics.py; names that MLflow refuses in metrics, in tests/tracking/test_runs.py.
 """
 
 import io
@@ -379,7 +379,7 @@ def test_symlinks_are_followed_loops_end_and_nested_folders_belong_to_the_class_
 
 
 def test_all_ways_of_reading_a_picture_use_the_preprocessing_that_is_stored_with_the_model(folder: Path) -> None:
-    """The same bytes by the facts in the model's file; tests/test_own_pictures.py asks `predict` itself."""
+    """The same bytes by the facts in the model's file; tests/test_pictures_alike.py asks `predict` itself."""
     fill(folder)
     save(folder / "star/large.png", pixels(99, colour=True).repeat(7, 0).repeat(4, 1))
     own = prepare(folder)
