@@ -91,7 +91,7 @@ def importers(package: str) -> set[str]:
         ("ruamel", ("params.py",)),
         ("matplotlib", ("figures/", "tuning/plots.py", "explain/report")),  # there for the type of a figure
         ("numba", ("model/cpu_", "model/kernel_cache.py")),
-        ("PIL", ("data/image_files.py", "data/contact_sheets.py")),
+        ("PIL", ("data/image_files.py", "data/contact_sheets.py", "data/strokes.py")),
         ("torchvision", ("data/published.py",)),
         ("mlxtend", ("data/sources.py",)),
         ("scipy", ("tracking/gate.py", "data/duplicates.py")),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline import predict
-from pipeline.data import image_files
+from pipeline.data import strokes
 from pipeline.data.splits import TEST, read_dataset, read_split
 from pipeline.tracking import registry, store
 from tests import forked, unlike
@@ -34,7 +34,7 @@ def test_digits_from_outside_come_out_right(folder: Path) -> None:
     model = registry.load(registry.find("champion"))
     answers = []
     for name, digit, picture in all_of_them():
-        image = image_files.centred_strokes(picture, model.image_shape, name)
+        image = strokes.centred(picture, model.image_shape, name)
         answers.append(int(model.classify(image[None]).probabilities.argmax()) == digit)
     assert sum(answers) >= 0.85 * len(answers)
 

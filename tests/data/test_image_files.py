@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from pipeline.data import image_files
+from pipeline.data import image_files, strokes
 from pipeline.data.image_files import Preprocessing, Resize
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import UserError
@@ -41,7 +41,7 @@ MAX_MEMORY = 1_500_000_000  # bytes, with Python and the libraries
 
 
 def as_mnist(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(image_files.centred_strokes(picture, DIGIT, "it"))
+    return torch.from_numpy(strokes.centred(picture, DIGIT, "it"))
 
 
 def test_pictures_of_a_folder_are_found_by_their_suffixes_in_any_depth(tmp_path: Path) -> None:

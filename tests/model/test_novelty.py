@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import files
-from pipeline.data import image_files
+from pipeline.data import strokes
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import UserError
 from pipeline.model import model_file, novelty
@@ -38,7 +38,7 @@ def test_few_of_the_images_like_those_of_the_training_are_found(
 
 
 def test_few_of_the_drawn_digits_are_found(trained: TrainedModel) -> None:
-    images = [image_files.centred_strokes(picture, (28, 28, 1), name) for name, _, picture in all_of_them()]
+    images = [strokes.centred(picture, (28, 28, 1), name) for name, _, picture in all_of_them()]
     assert share_found(trained, torch.from_numpy(np.stack(images))) < 0.1
 
 
@@ -50,7 +50,7 @@ def test_most_pictures_of_other_things_are_found(trained: TrainedModel, kind: st
     images = []
     for picture in unlike.pictures(kind):
         with suppress(UserError):  # a part of a photograph that is blank, which `predict` refuses
-            images.append(image_files.centred_strokes(picture, (28, 28, 1), kind))
+            images.append(strokes.centred(picture, (28, 28, 1), kind))
     assert len(images) > 0.9 * unlike.COUNT
     assert share_found(trained, torch.from_numpy(np.stack(images))) >= least
 
