@@ -81,9 +81,12 @@ def without_password(text: str) -> str:
 
 def printable(text: str) -> str:
     """An untrusted name, for a message: on one line, escaped, and truncated if it is too long."""
-    shown = (each if each.isprintable() or each in JOINERS else each.encode("unicode_escape").decode() for each in text)
-    printable = "".join(shown)
+    printable = text if text.isprintable() else "".join(map(_escaped, text))
     return printable if len(printable) <= MAX_NAME_LENGTH else f"{printable[:MAX_NAME_LENGTH]}..."
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() or letter in JOINERS else letter.encode("unicode_escape").decode()
 
 
 def check_class_names(names: Sequence[object]) -> None:

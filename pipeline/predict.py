@@ -8,18 +8,18 @@ input. A picture that cannot be read gives a line on standard error and does not
 """
 
 import csv
-import io
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import command_line
-from pipeline.data import image_files
+from pipeline.data import decoder, image_files
+from pipeline.data.decoder import Decoders, Request
 from pipeline.errors import UserError, printable, run_command
 from pipeline.tracking import registry, store
 from pipeline.tracking.registry import Loaded
@@ -39,13 +39,14 @@ def main() -> None:
     show = _table() if arguments.csv else _print_json if arguments.json else _print_line
     count = unread = 0
     paths = _paths(arguments.files)
-    while batch := list(itertools.islice(paths, BATCH_SIZE)):
-        images = list(_readable(batch, loaded))
-        count, unread = count + len(batch), unread + len(batch) - len(images)
-        if images:
-            answers = loaded.classify(np.stack([image for _, image in images]))
-            for (path, _), probabilities, unlike in zip(images, *answers, strict=True):
-                show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike)
+    with Decoders() as decoders:
+        while batch := list(itertools.islice(paths, BATCH_SIZE)):
+            images = list(_readable(batch, loaded, decoders))
+            count, unread = count + len(batch), unread + len(batch) - len(images)
+            if images:
+                answers = loaded.classify(np.stack([image for _, image in images]))
+                for (path, _), probabilities, unlike in zip(images, *answers, strict=True):
+                    show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike)
     if unread:
         raise UserError(f"{unread} of {count} pictures could not be read")
 
@@ -67,26 +68,23 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def _readable(paths: Iterable[str], loaded: Loaded) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """The paths and images of the pictures that can be read; for the others a line on standard error."""
-    for path in paths:
-        try:
-            yield path, _image(path, loaded)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+def _readable(paths: Sequence[str], loaded: Loaded, decoders: Decoders) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """The paths of the pictures that can be read, and their images (H, W, C); for the others an error is printed."""
+    requests = [
+        Request(printable(path), _from_stdin if path == STDIN else path, (loaded.preprocessing,)) for path in paths
+    ]
+    for path, answer in zip(paths, decoders.ask(decoder.image, requests), strict=True):
+        if isinstance(answer, UserError):
+            print(f"error: {answer}", file=sys.stderr)
+        else:
+            yield path, np.frombuffer(answer, np.uint8).reshape(loaded.image_shape)
 
 
-def _image(path: str, loaded: Loaded) -> NDArray[np.uint8]:
-    """A picture as the model takes it, (H, W, C)."""
-    name = printable(path)
-    return image_files.read(_from_stdin() if path == STDIN else Path(path), name, loaded.preprocessing).image
-
-
-def _from_stdin() -> io.BytesIO:
+def _from_stdin() -> memoryview:
     content = sys.stdin.buffer.read(MAX_STDIN + 1)
     if len(content) > MAX_STDIN:
         raise UserError(f"standard input has more than {MAX_STDIN:,} bytes; name the file instead")
-    return io.BytesIO(content)
+    return memoryview(content)
 
 
 def _print_line(path: str, probabilities: Mapping[str, float], unlike_training: bool | None) -> None:

@@ -1,12 +1,17 @@
 """Notices that what a stage has read is changed while it runs."""
 
+import itertools
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline import dvc_files, files
 from pipeline.errors import UserError, printable
 from pipeline.params import differences, flat, read_params
+
+Stat = tuple[int, int]  # size in bytes, and the time of the last change in nanoseconds
 
 
 class StageInputs:
@@ -22,7 +27,7 @@ class StageInputs:
         self._stage, self._definition = stage, dvc_files.definition(stage)
         self._params = self._params_now()
         self._stats, self._digests = _stats(self._files_now()), dvc_files.digests(self._files_now())
-        self._pictures = _stats(self._pictures_now())
+        self._pictures = self._pictures_now()
 
     def check_unchanged(self) -> None:
         """Raises UserError, naming what has changed since then. After that DVC notes nothing for the stage."""
@@ -32,8 +37,7 @@ class StageInputs:
             now = dvc_files.digests(found)
             names = sorted({*now, *self._digests})
             changes += [f"{name} has changed" for name in names if now.get(name) != self._digests.get(name)]
-        pictures = _stats(self._pictures_now())
-        if changed := [name for name, _ in sorted(pictures.items() ^ self._pictures.items())]:
+        if changed := [name for name, _ in sorted(self._pictures_now().items() ^ self._pictures.items())]:
             changes.append(f"{printable(changed[0])} has changed")
         if changes:
             raise UserError(
@@ -53,15 +57,27 @@ class StageInputs:
         data = {dep: Path(dep) for dep in others if dep != dvc_files.OWN_PICTURES}
         return {name: path for name, path in (dvc_files.code_files(self._definition) | data).items() if path.is_file()}
 
-    def _pictures_now(self) -> dict[str, Path]:
+    def _pictures_now(self) -> dict[str, Stat]:
         """A person's pictures, in a folder or a .zip. They are too large to be hashed once more."""
         if dvc_files.OWN_PICTURES not in self._definition["deps"]:
             return {}
-        pictures = read_params().data.path
-        walked = (Path(folder, name) for folder, _, names in os.walk(pictures) for name in names)  # rglob takes longer
-        return {str(path): path for path in (Path(pictures), *walked) if path.is_file()}
+        pictures = str(read_params().data.path)
+        found = dict[str, Stat]()
+        for path in itertools.chain([pictures], _files_in(pictures)):
+            with suppress(OSError):  # a link to nothing
+                facts = os.stat(path)  # noqa: PTH116 - with many pictures, objects of pathlib take longer than the files
+                if stat.S_ISREG(facts.st_mode):
+                    found[path] = _stat(facts)
+        return found
 
 
-def _stats(paths: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
-    found = {name: path.stat() for name, path in paths.items()}
-    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in found.items()}
+def _stats(paths: Mapping[str, Path]) -> dict[str, Stat]:
+    return {name: _stat(path.stat()) for name, path in paths.items()}
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    return (f"{inside}/{name}" for inside, _, names in os.walk(folder) for name in names)
+
+
+def _stat(facts: os.stat_result) -> Stat:
+    return facts.st_size, facts.st_mtime_ns

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from pipeline import files, predict
 from pipeline.data import image_files
+from pipeline.data.decoder import Decoder, Decoders
 from pipeline.data.splits import LabelledImages
-from pipeline.tracking import registry, store
-from pipeline.tracking.decoder import Decoder
+from pipeline.tracking import registry, serving, store
 from tests import forked
 from tests.conftest import free_port, write_params
 from tests.data.test_image_files import stored
@@ -119,10 +119,13 @@ def check_bytes(
     monkeypatch.chdir(folder)
     store.connect()
     loaded = registry.load(registry.find("champion"))
-    assert np.stack([predict._image(str(path), loaded) for path in paths]).tobytes() == prepared.tobytes()
-    with Decoder(loaded.preprocessing) as decoder:
-        decoded = decoder.images([(path.name, memoryview(path.read_bytes())) for path in paths])
-    assert np.stack(decoded).tobytes() == prepared.tobytes()
+    with Decoders() as decoders:
+        read = list(predict._readable(list(map(str, paths)), loaded, decoders))
+    assert np.stack([image for _, image in read]).tobytes() == prepared.tobytes()
+    with Decoder() as decoder:
+        named = [(path.name, memoryview(path.read_bytes())) for path in paths]
+        decoded = serving.Predictor(loaded, decoder)._decoded(named)
+    assert decoded.tobytes() == prepared.tobytes()
     return prepared
 
 

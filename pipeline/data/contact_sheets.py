@@ -2,7 +2,10 @@
 
 import io
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +32,20 @@ def write(prepared: Prepared, folder: Path = files.CONTACT_SHEETS) -> list[str]:
     Sheets of an earlier run that are not written again are removed. The same images give the same bytes.
     """
     names = [_file_name(number, prepared.class_names) for number in range(len(prepared.class_names))]
-    for number, name in enumerate(names):
-        chosen, count = _chosen(prepared, number)
-        title = f"{_in_latin(prepared.class_names[number])}: {len(chosen):,} of {count:,} training images"
-        sheet = draw(prepared.splits[TRAIN].images[chosen].numpy(), chosen.tolist(), title)
-        files.write(folder / name, _as_png(sheet))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for name, content in zip(names, threads.map(partial(_sheet, prepared), range(len(names))), strict=True):
+            files.write(folder / name, content)
     for path in files.own_figures(folder):
         if path.name not in names:
             path.unlink()
     return names
+
+
+def _sheet(prepared: Prepared, number: int) -> bytes:
+    """The sheet of a class."""
+    chosen, count = _chosen(prepared, number)
+    title = f"{_in_latin(prepared.class_names[number])}: {len(chosen):,} of {count:,} training images"
+    return _as_png(draw(prepared.splits[TRAIN].images[chosen].numpy(), chosen.tolist(), title))
 
 
 def draw(images: NDArray[np.uint8], numbers: Sequence[int], title: str) -> Image.Image:

@@ -3,8 +3,7 @@
 A model that has seen a copy of a test image knows the answer, and its test scores are too good.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,13 +27,14 @@ FloatArray = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 
-def clusters(images: NDArray[np.uint8], max_distance: int | None) -> Indices:
+def clusters(images: NDArray[np.uint8], max_distance: int | None, digests: Sequence[bytes] | None = None) -> Indices:
     """A number (N,) for each image of (N, H, W, C); equal numbers for copies of each other, and of their copies.
 
     Images are copies if they are equal. Unless ``max_distance`` is None, they also are if their difference hashes
-    differ in at most that many of 64 bits, and their thumbnails hardly do.
+    differ in at most that many of 64 bits, and their thumbnails hardly do. ``digests`` are those of the images, all of
+    the same length; without them they are computed.
     """
-    first, numbers = _distinct(images)
+    first, numbers = _distinct(list(mapped_files.digests(images)) if digests is None else digests)
     if max_distance is None:
         return numbers
     pairs = [np.empty((0, 2), np.int64), *_copies(Fingerprints.of(images, max_distance, first))]
@@ -48,26 +48,31 @@ def connected(count: int, pairs: Indices) -> Indices:
     return np.asarray(components, np.int64)
 
 
-def _distinct(images: NDArray[np.uint8]) -> tuple[Indices, Indices]:
-    """The indices of one image of each kind, and the kind (N,) of each image."""
-    chunks = mapped_files.chunks(images)
-    digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some)
-    _, first, numbers = np.unique(np.frombuffer(digests, "V16"), return_index=True, return_inverse=True)
-    return first, numbers.astype(np.int64)
+def _distinct(digests: Sequence[bytes]) -> tuple[Indices, Indices]:
+    """The indices of one image of each kind, in ascending order, and the kind (N,) of each image."""
+    as_array = np.frombuffer(b"".join(digests), f"V{len(digests[0])}")
+    _, first, numbers = np.unique(as_array, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # of the images: those of a file are read faster so
+    return first[order], np.argsort(order)[numbers].astype(np.int64)
 
 
-def difference_hashes(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
+def _hashes_and_thumbnails(images: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], FloatArray]:
+    levels = images.astype(np.float32)
+    return _difference_hashes(levels), _thumbnails(levels)
+
+
+def _difference_hashes(images: FloatArray) -> NDArray[np.uint64]:
     """A hash (N,) of 64 bits for each image: which of 8 x 9 areas are noticeably brighter than the one on their left.
 
     Those of copies differ in few bits (Krawetz, 2013, "Kind of Like That").
     """
     areas = _areas(images, DHASH_ROWS, DHASH_COLUMNS)
-    areas = areas @ LUMA if images.shape[3] == len(LUMA) else areas.mean(axis=3)
-    brighter = np.diff(areas, axis=2) > NOTICEABLE
+    grey = areas @ LUMA if images.shape[3] == len(LUMA) else areas.mean(axis=3)
+    brighter = np.diff(grey, axis=2) > NOTICEABLE
     return np.packbits(brighter.reshape(len(images), -1), axis=1).view(np.uint64).ravel()
 
 
-def _thumbnails(images: NDArray[np.uint8]) -> FloatArray:
+def _thumbnails(images: FloatArray) -> FloatArray:
     """(N, SIDE * SIDE * C): small images, all of the same brightness and contrast. Things may differ in colour only."""
     flat = _areas(images, SIDE, SIDE).reshape(len(images), -1)
     flat -= flat.mean(axis=1, keepdims=True)
@@ -75,12 +80,12 @@ def _thumbnails(images: NDArray[np.uint8]) -> FloatArray:
     return flat
 
 
-def _areas(images: NDArray[np.uint8], rows: int, columns: int) -> FloatArray:
+def _areas(images: FloatArray, rows: int, columns: int) -> FloatArray:
     """The mean level of each channel in each of ``rows`` x ``columns`` areas of equal size: (N, rows, columns, C)."""
     count, height, width, channels = images.shape
     down, across = _shares(height, rows), _shares(width, columns)
-    halfway = (down @ images.reshape(count, height, -1).astype(np.float32)).reshape(count, rows, width, channels)
-    areas: FloatArray = halfway.transpose(0, 1, 3, 2) @ across.T
+    halfway = (down @ images.reshape(count, height, -1)).reshape(count, rows, width, channels)
+    areas = np.asarray(halfway.transpose(0, 1, 3, 2) @ across.T, np.float32)
     return areas.transpose(0, 1, 3, 2)
 
 
@@ -108,9 +113,9 @@ class Fingerprints:
         count, filled = len(images if rows is None else rows), 0
         hashes = np.empty(count, np.uint64)
         thumbnails = np.empty((count, SIDE * SIDE * images.shape[3]), np.float16)
-        for some in mapped_files.chunks(images, rows):
-            place = slice(filled, filled := filled + len(some))
-            hashes[place], thumbnails[place] = difference_hashes(some), _thumbnails(some)
+        for some in mapped_files.on_all_cores(_hashes_and_thumbnails, images, rows):
+            place = slice(filled, filled := filled + len(some[0]))
+            hashes[place], thumbnails[place] = some
         return cls(hashes, thumbnails, _coarse(thumbnails), max_distance)
 
     def close_hashes(self, some: Indices, others: Indices) -> tuple[Indices, Indices]:

@@ -1,5 +1,6 @@
 """The files in a folder or in a .zip: found, named and opened for reading, never written or unpacked."""
 
+import errno
 import heapq
 import io
 import os
@@ -67,6 +68,9 @@ class FileTree(Protocol):
     def open(self, path: str) -> IO[bytes]:
         """A file, seekable. Raises UserError where it cannot be read, or has more than MAX_BYTES."""
 
+    def file(self, path: str) -> str | None:
+        """Where a file is on the disk; None inside a .zip."""
+
     def close(self) -> None:
         """Close what is open."""
 
@@ -105,15 +109,15 @@ class Folder:
 
     def open(self, path: str) -> IO[bytes]:
         """See FileTree."""
-        file, name = self._folder / path, printable(path)
+        name = printable(path)
         try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode):  # a named pipe, for instance, would be waited for
-                raise UserError(f"{name} is not a regular file")
-            _check_size(name, status.st_size)
-            return file.open("rb")
+            return open_regular(self.file(path), name)
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}") from error
+
+    def file(self, path: str) -> str:
+        """See FileTree."""
+        return f"{self._folder}/{path}"
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -162,6 +166,17 @@ def is_system(name: str) -> bool:
 def _is_utf8(name: str) -> bool:
     """Python has surrogates in the place of bytes that are not."""
     return name.isascii() or not any("\ud800" <= each <= "\udfff" for each in name)
+
+
+def open_regular(path: str | Path, name: str) -> IO[bytes]:
+    """A file for reading. Raises OSError, or UserError where it is not a regular file, or has more than MAX_BYTES."""
+    status = os.stat(path)  # noqa: PTH116 - with many pictures, objects of pathlib take longer than the files
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):  # a named pipe, for instance, would be waited for
+        raise UserError(f"{name} is not a regular file")
+    _check_size(name, status.st_size)
+    return open(path, "rb")  # noqa: PTH123
 
 
 def _check_size(name: str, size: int) -> None:
@@ -242,6 +257,9 @@ class Zip:
             raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
         except DAMAGED as error:
             raise UserError(f"{name} is damaged ({printable(str(error))}): make the zip again") from error
+
+    def file(self, path: str) -> None:
+        """See FileTree."""
 
     def close(self) -> None:
         """Close the archive."""

@@ -75,7 +75,7 @@ class _Labelled:
 
 
 class Pictures:
-    """The pictures in a folder or a .zip of one, for a ``with``. Threads may share it; each process opens its own."""
+    """The pictures in a folder or a .zip of one, for a ``with``."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where ``path``, which is data.path of params.yaml, is neither."""
@@ -124,6 +124,15 @@ class Pictures:
         if self._top is None:
             self._contents()
         return self._tree.open(f"{self._top}{path}")
+
+    def source(self, path: str) -> str | Callable[[], memoryview]:
+        """The file of an Entry for a decoder: where it is on the disk, or what reads it, which raises as `open`."""
+
+        def content() -> memoryview:
+            with self.open(path) as file:
+                return memoryview(file.read())
+
+        return self._tree.file(path) or content
 
     def _contents(self) -> Contents:
         """What there is. If one folder holds all files of a zip, paths are relative to it."""

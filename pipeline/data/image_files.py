@@ -12,9 +12,7 @@ import itertools
 import json
 import logging
 import math
-import stat
 import struct
-import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -42,8 +40,8 @@ from PIL import (
 )
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.data import own_process, strokes
-from pipeline.data.file_trees import is_system
+from pipeline.data import strokes
+from pipeline.data.file_trees import is_system, open_regular
 from pipeline.errors import UserError, printable
 
 FORMATS = tuple(
@@ -70,16 +68,16 @@ BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP = 2
 TILE_WIDTH, TILE_LENGTH = 322, 323
 MAX_PIXELS = 300_000_000
 MAX_MEMORY = 1_250_000_000  # bytes that decoding may take
-MUCH_MEMORY = 500_000_000  # bytes; a picture that takes more is decoded in a process of its own
-LARGE = 25_000_000  # pixels; more are decoded in one thread at a time
-ONE_AT_A_TIME = threading.RLock()
+LARGE = 25_000_000  # pixels; processes that decode together take turns with more
 TILE = 1024  # pixels; a larger picture is converted in parts, so that there is no second copy of it
 REDUCING_GAP = 3  # the result is within a few grey levels of that without reducing
 MAX_STROKE_PIXELS = 16_000_000  # larger pictures are reduced before the character is looked for
 GREY_MODES = ("1", "L", "LA", "La")  # and those of more than 8 bits
 Resize = Literal["fit", "crop", "stretch", "strokes"]
 Size = tuple[int, int]  # width, height in pixels
+File = str | Path | IO[bytes]  # a binary file can be read from any position
 Number = TypeVar("Number", int, float)
+large_pictures: Callable[[], AbstractContextManager[None]] = nullcontext  # how a process takes its turn with one
 
 
 @dataclass(frozen=True)
@@ -170,77 +168,42 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(map(is_system, path.relative_to(folder).parts)))
 
 
-def read(file: Path | IO[bytes], name: str, preprocessing: Preprocessing) -> Picture:
-    """A picture as an image of the network, turned upright.
+def read(file: File, name: str, preprocessing: Preprocessing) -> Picture:
+    """A picture as an image of the network, turned upright. The same bytes always give the same image.
 
-    ``file`` is a path, or a binary file that can be read from any position. The same bytes always give the same image.
     Raises UserError with ``name`` and the reason where a file cannot be read as a whole.
     """
-    with _opened(file, name) as picture:
-        if _takes_much_memory(picture):
-            return own_process.call(read_here, file, name, preprocessing)
-        return _read(picture, name, preprocessing)
+    with _picture(file, name) as picture:
+        mode, frames = picture.mode, _frames(picture)
+        upright = Upright(picture, name, preprocessing)
+        image = np.array(RESIZE[preprocessing.resize](upright)).reshape(preprocessing.image_shape)
+        return Picture(image, str(picture.format), upright.size, mode, frames)
 
 
-def read_here(file: IO[bytes], name: str, preprocessing: Preprocessing) -> Picture:
-    """`read`, in this process whatever it takes."""
-    with _opened(file, name) as picture:
-        return _read(picture, name, preprocessing)
-
-
-def _read(picture: ImageFile.ImageFile, name: str, preprocessing: Preprocessing) -> Picture:
-    mode, frames = picture.mode, _frames(picture)
-    upright = Upright(picture, name, preprocessing)
-    image = np.array(RESIZE[preprocessing.resize](upright)).reshape(preprocessing.image_shape)
-    return Picture(image, str(picture.format), upright.size, mode, frames)
-
-
-def inspect(file: Path | IO[bytes], name: str) -> Facts:
+def inspect(file: File, name: str) -> Facts:
     """What a file holds. Of 8-bit pictures only the header is read. Raises UserError as ``read`` does."""
-    with _opened(file, name) as picture:
+    with _picture(file, name) as picture:
         size = _turned(picture.size, _orientation(picture))
         facts = Facts(str(picture.format), size, picture.mode, _frames(picture))
         if not _is_deep(picture.mode):
             return facts
-        if _takes_much_memory(picture):
-            lowest, highest = own_process.call(extremes_here, file, name)
-        else:
-            picture.load()
-            lowest, highest = _extremes(picture)
+        picture.load()
+        lowest, highest = _extremes(picture)
         return facts._replace(lowest=lowest, highest=highest)
 
 
-def extremes_here(file: IO[bytes], name: str) -> tuple[float, float]:
-    """The lowest and the highest value that is a number, in this process whatever it takes."""
-    with _opened(file, name) as picture:
-        picture.load()
-        return _extremes(picture)
-
-
-def has_colour(file: Path | IO[bytes], name: str) -> bool:
+def has_colour(file: File, name: str) -> bool:
     """Whether a pixel is not grey, over a white background. Raises UserError as ``read`` does."""
-    with _opened(file, name) as picture:
+    in_colour = Preprocessing("stretch", (1, 1, 3))
+    with _picture(file, name) as picture:
         if picture.mode in GREY_MODES or _is_deep(picture.mode):
             return False
-        if _takes_much_memory(picture):
-            return own_process.call(has_colour_here, file, name)
-        return _has_colour(picture)
-
-
-def has_colour_here(file: IO[bytes], name: str) -> bool:
-    """`has_colour` of a picture of 8 bits, in this process whatever it takes."""
-    with _opened(file, name) as picture:
-        return _has_colour(picture)
-
-
-def _has_colour(picture: ImageFile.ImageFile) -> bool:
-    picture.load()
-    in_colour = Preprocessing("stretch", (1, 1, 3))
-    for _, part in _parts(picture, (TILE, TILE)):
-        pixels = np.asarray(_converted(part, in_colour, None))
-        if (pixels != pixels[..., :1]).any():
-            return True
-    return False
+        picture.load()
+        for _, part in _parts(picture, (TILE, TILE)):
+            pixels = np.asarray(_converted(part, in_colour, None))
+            if (pixels != pixels[..., :1]).any():
+                return True
+        return False
 
 
 class Upright:
@@ -300,6 +263,8 @@ def _fit(picture: Upright) -> Image.Image:
     """Scaled to fit inside the image; the background fills what is left. Nothing is cut off."""
     height, width, _ = picture.preprocessing.image_shape
     left, top, right, bottom = picture.preprocessing.filled(picture.size)
+    if (right - left, bottom - top) == (width, height):
+        return picture.scaled((width, height))
     image = picture.preprocessing.plain((width, height))
     image.paste(picture.scaled((right - left, bottom - top)), (left, top))
     return image
@@ -346,18 +311,27 @@ TRANSPOSE = {
 
 
 @contextmanager
-def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
+def opened(file: File, name: str) -> Iterator[IO[bytes]]:
+    """A file at its beginning. A path to what is not a file, or cannot be read, is a UserError."""
+    if not isinstance(file, str | Path):
+        file.seek(0)
+        yield file
+        return
+    try:
+        content = open_regular(file, name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+    with content:
+        yield content
+
+
+@contextmanager
+def _picture(file: File, name: str) -> Iterator[ImageFile.ImageFile]:
     """A picture of at most MAX_PIXELS whose pixels are not decoded yet. What goes wrong with it is a UserError."""
     try:
-        if isinstance(file, Path):
-            if not stat.S_ISREG(kind := file.stat().st_mode) and not stat.S_ISDIR(kind):
-                raise UserError(f"{name} is not a regular file")  # a named pipe, for instance, would be waited for
-            # Pillow would map a file that it opens itself into memory, and crash if that became shorter meanwhile.
-            with file.open("rb") as content, _identified(content, name) as picture, _alone(picture):
-                yield picture
-        else:
-            with _identified(file, name) as picture, _alone(picture):
-                yield picture
+        # Pillow would map a file that it opens itself into memory, and crash if that became shorter meanwhile.
+        with opened(file, name) as content, _identified(content, name) as picture, _turn(picture):
+            yield picture
     except UnidentifiedImageError as error:
         raise UserError(f"{name} cannot be read: it is damaged, or of a kind that Pillow does not know") from error
     except Image.DecompressionBombError as error:
@@ -366,19 +340,12 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[ImageFile.ImageFile]:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
 
 
-def _takes_much_memory(picture: ImageFile.ImageFile) -> bool:
-    """Whether it is decoded in a process of its own."""
-    return picture.width * picture.height * _bytes_per_pixel(picture) > MUCH_MEMORY
-
-
-def _alone(picture: ImageFile.ImageFile) -> AbstractContextManager[object]:
-    """Threads use large pictures one after the other, since each takes much memory."""
-    return ONE_AT_A_TIME if picture.width * picture.height > LARGE else nullcontext()
+def _turn(picture: ImageFile.ImageFile) -> AbstractContextManager[None]:
+    return large_pictures() if picture.width * picture.height > LARGE else nullcontext()
 
 
 def _identified(content: IO[bytes], name: str) -> ImageFile.ImageFile:
     _set_up_pillow()
-    content.seek(0)
     start = content.read(64)
     if not start:
         raise UserError(f"{name} is empty")

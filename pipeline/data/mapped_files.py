@@ -3,15 +3,20 @@
 Such a file is mapped: the system reads the parts that are used, and drops them again where memory is short.
 """
 
+import hashlib
+import itertools
 import math
 import mmap
 import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +26,8 @@ from pipeline.errors import Fault
 
 CHUNK, CHUNK_BYTES = 1000, 1 << 26  # the most rows, which are images, at a time, and the most bytes of them
 Bytes = NDArray[np.uint8]
+Rows = Sequence[int] | NDArray[np.int64]
+Result = TypeVar("Result")
 _mappings = weakref.WeakSet[mmap.mmap]()
 
 
@@ -54,15 +61,52 @@ def tensor(array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def chunks(array: Bytes, rows: Sequence[int] | NDArray[np.int64] | None = None) -> Iterator[Bytes]:
+def chunks(array: Bytes, rows: Rows | None = None) -> Iterator[Bytes]:
     """The rows of an array, or some of them, many at a time; what was read of mapped files for them is let go."""
+    for part in _parts(array, rows):
+        yield array[part]
+        _let_go()
+
+
+def on_all_cores(function: Callable[[Bytes], Result], array: Bytes, rows: Rows | None = None) -> Iterator[Result]:
+    """What ``function`` makes of the `chunks` of an array, in order.
+
+    It is called in threads, and should spend its time in NumPy or another library that runs beside Python.
+    """
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as threads:
+        begun = deque[Future[Result]]()
+        for part in _parts(array, rows):
+            begun.append(threads.submit(lambda part: function(array[part]), part))
+            if len(begun) > cores:  # not all at once, or all of the array would be in memory
+                yield begun.popleft().result()
+                _let_go()
+        for each in begun:
+            yield each.result()
+    _let_go()
+
+
+def _parts(array: Bytes, rows: Rows | None) -> Iterator[slice | Rows]:
     step = rows_at_once(array.shape[1:])
     for start in range(0, len(array if rows is None else rows), step):
         some = slice(start, start + step)
-        yield array[some] if rows is None else array[rows[some]]
-        for mapping in list(_mappings):
-            if hasattr(mmap, "MADV_DONTNEED"):  # not on every system, and only memory that looks used would grow
-                mapping.madvise(mmap.MADV_DONTNEED)
+        yield some if rows is None else rows[some]
+
+
+def _let_go() -> None:
+    """Of all mapped files: threads that are reading them read the same again."""
+    for mapping in list(_mappings):
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system, and only memory that looks used would grow
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def digests(array: Bytes) -> Iterator[bytes]:
+    """A digest of 16 bytes for each row, which is an image."""
+
+    def of(some: Bytes) -> list[bytes]:
+        return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in some]
+
+    return itertools.chain.from_iterable(on_all_cores(of, array))
 
 
 def rows_at_once(shape: tuple[int, ...], most: int = CHUNK) -> int:
@@ -70,9 +114,11 @@ def rows_at_once(shape: tuple[int, ...], most: int = CHUNK) -> int:
     return max(1, min(most, CHUNK_BYTES // max(1, math.prod(shape))))
 
 
-def selected(array: Bytes, rows: Sequence[int] | NDArray[np.int64], folder: Path) -> torch.Tensor:
+def selected(array: Bytes, rows: Rows, folder: Path) -> torch.Tensor:
     """These rows of an array, in a file as ``spooled`` has it: there may be more of them than memory."""
-    return tensor(spooled((some.data for some in chunks(array, rows)), array.shape[1:], folder))
+    return tensor(
+        spooled((some.data for some in on_all_cores(np.ascontiguousarray, array, rows)), array.shape[1:], folder)
+    )
 
 
 def spooled(rows: Iterable[bytes | memoryview], shape: tuple[int, ...], folder: Path) -> Bytes:

@@ -72,9 +72,8 @@ class OwnPictures:
 def prepare(params: Data) -> OwnPictures:
     """The pictures that ``data`` in params.yaml names. Raises UserError where it asks for what cannot be had."""
     path, scratch = Path(params.path), (files.root() / CACHE).parent
-    with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache:
+    with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache, PictureReader(pictures, cache) as reader:
         listing = pictures.listing(params.labels, params.label_pattern, params.group)
-        reader = PictureReader(pictures, cache)
         inspected = reader.inspected(listing.entries)
         _check_problems(reader.problems, len(listing.entries), params)
         preprocessing = _preprocessing(inspected, reader, params)
@@ -85,7 +84,7 @@ def prepare(params: Data) -> OwnPictures:
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = np.array([numbers[each.entry.label] for each in read], np.int64)
     keys = [each.key for each in read]
-    copies = duplicates.clusters(images, params.near_duplicates)
+    copies = duplicates.clusters(images, params.near_duplicates, [each.pixels for each in read])
     assignment = splitting.assign(
         splitting.Pictures(
             keys=keys,

@@ -1,33 +1,27 @@
 """All pictures of a folder, read on all cores, each content once: what was read before is in the cache."""
 
 import functools
-import hashlib
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline import files
-from pipeline.data import image_files, mapped_files
+from pipeline.data import decoder, image_files, mapped_files
 from pipeline.data.cache import Cache
+from pipeline.data.decoder import Answer, Decoders, Function, Request
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Facts, Preprocessing
 from pipeline.errors import UserError, printable
 
 BATCH = 500  # pictures whose results are written into the cache together
-TASK = 10  # pictures that a thread reads before it asks for more
 FIRST = 50  # pictures that are searched for colour together
 SMALL = 64 * 64  # pixels; pictures of more are known by their files
-YES, NO = b"yes", b"no"
-Result = bytes | UserError
 
 
 class HashedFile(NamedTuple):
@@ -46,14 +40,15 @@ class Inspected(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A picture that became an image. ``key`` is a digest that says which picture it is.
+    """A picture that became an image. ``pixels`` is a digest of the image, ``key`` one that says which picture it is.
 
-    That of a small picture is of its pixels, the same in any kind of file, and that of a larger one of its file: never
-    of what becomes of them, or another size of the images would be another split.
+    The key of a small picture is of its pixels, the same in any kind of file, and that of a larger one of its file:
+    never of what becomes of them, or another size of the images would be another split.
     """
 
     entry: Entry
     facts: Facts
+    pixels: bytes
     key: str
 
 
@@ -62,31 +57,27 @@ Hashed = TypeVar("Hashed", HashedFile, Inspected)
 
 
 class PictureReader:
-    """Reads pictures, for one thread. ``problems`` says, by their paths, why some cannot be read."""
+    """Reads pictures, for one thread and a ``with``. ``problems`` says, by their paths, why some cannot be read."""
 
     def __init__(self, pictures: Pictures, cache: Cache) -> None:
         self.problems = dict[str, str]()
-        self._pictures, self._cache = pictures, cache
+        self._pictures, self._cache, self._decoders = pictures, cache, Decoders()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decoders.close()
 
     def inspected(self, entries: Sequence[Entry]) -> list[Inspected]:
         """The pictures whose facts can be read."""
-
-        def digest(entry: Entry) -> Result:
-            return self._read(entry, lambda content, name: _sha256_of(content))
-
-        def inspect(file: HashedFile) -> Result:
-            return self._read(file.entry, lambda content, name: _to_json(image_files.inspect(content, name)))
-
         found = list[Inspected]()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for some in _shown(entries, "looking at"):
-                hashed = [
-                    HashedFile(entry, sha256.decode())
-                    for entry, sha256 in self._good(some, some, _mapped(pool, digest, some))
-                ]
-                results = self._results(pool, hashed, "facts", inspect)
-                facts = self._good(hashed, [file.entry for file in hashed], results)
-                found += [Inspected(*file, _from_json(content)) for file, content in facts]
+        batches = _shown(entries, "looking at")
+        asked = ((some, self._decoders.ask(decoder.digest, list(map(self._request, some)))) for some in batches)
+        for some, digests in _one_ahead(asked):
+            hashed = [HashedFile(entry, sha256.decode()) for entry, sha256 in self._good(some, some, digests)]
+            facts = self._good(hashed, [file.entry for file in hashed], self._ask("facts", decoder.facts, hashed)())
+            found += [Inspected(*file, decoder.facts_from(answer)) for file, answer in facts]
         return found
 
     def images(
@@ -102,65 +93,43 @@ class PictureReader:
     def _decoded(
         self, pictures: Sequence[Inspected], preprocessing: Preprocessing, decoded: list[Decoded]
     ) -> Iterator[bytes]:
-        """The images one after the other; ``decoded`` is filled with their pictures."""
-        how = files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]
-
-        def decode(picture: Inspected) -> Result:
-            return self._decode(picture, preprocessing)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for some in _shown(pictures, "decoding", mapped_files.rows_at_once(preprocessing.image_shape, BATCH)):
-                results = self._results(pool, some, how, decode)
-                found = list(self._good(some, [each.entry for each in some], results))
-                keys = self._keys(pool, found, preprocessing)
-                for picture, content in found:
-                    decoded.append(Decoded(picture.entry, picture.facts, keys[picture]))
-                    yield content
+        """The images, many at a time; ``decoded`` is filled with their pictures."""
+        how = f"image {files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]}"
+        batches = _shown(pictures, "decoding", mapped_files.rows_at_once(preprocessing.image_shape, BATCH))
+        asked = (
+            (some, self._ask(how, decoder.digest_and_image, some, [(preprocessing,)] * len(some))) for some in batches
+        )
+        for some, results in _one_ahead(asked):
+            found = list(self._good(some, [each.entry for each in some], results()))
+            digests = {picture: answer[: decoder.DIGEST] for picture, answer in found}
+            keys = self._keys(digests, preprocessing)
+            decoded += [Decoded(each.entry, each.facts, digests[each], keys[each]) for each in digests]
+            yield b"".join(memoryview(answer)[decoder.DIGEST :] for _, answer in found)
 
     def has_colour(self, pictures: Sequence[Inspected]) -> bool:
         """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
+        batches = (pictures[start : start + FIRST] for start in range(0, len(pictures), FIRST))
+        return any(decoder.YES in self._ask("colour", decoder.has_colour, some)() for some in batches)
 
-        def colour(picture: Inspected) -> Result:
-            return self._read(picture.entry, lambda file, name: YES if image_files.has_colour(file, name) else NO)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            batches = (pictures[start : start + FIRST] for start in range(0, len(pictures), FIRST))
-            return any(YES in self._results(pool, some, "colour", colour) for some in batches)
-
-    def _keys(
-        self, pool: ThreadPoolExecutor, images: Sequence[tuple[Inspected, bytes]], preprocessing: Preprocessing
-    ) -> dict[Inspected, str]:
-        """The key of each of these pictures: see Decoded."""
-        keys, resized = {picture: picture.digest for picture, _ in images}, list[Inspected]()
-        for picture, image in images:
+    def _keys(self, digests: Mapping[Inspected, bytes], preprocessing: Preprocessing) -> dict[Inspected, str]:
+        """The key of each of these pictures, whose images have these ``digests``: see Decoded."""
+        keys, resized = {picture: picture.digest for picture in digests}, list[Inspected]()
+        for picture, digest in digests.items():
             if picture.facts.lowest is not None or _pixels(picture.facts) > SMALL:
                 continue
             if _own_size(picture.facts, preprocessing) == preprocessing:
-                keys[picture] = files.sha256(image)
+                keys[picture] = digest.hex()
             else:
                 resized.append(picture)
+        sizes = [(_own_size(picture.facts, preprocessing),) for picture in resized]
+        found = zip(resized, self._ask("pixels", decoder.pixel_digest, resized, sizes)(), strict=True)
+        return keys | {picture: digest.hex() for picture, digest in found if isinstance(digest, bytes)}
 
-        def digest(picture: Inspected) -> Result:
-            image = self._decode(picture, _own_size(picture.facts, preprocessing))
-            return image if isinstance(image, UserError) else files.sha256(image).encode()
-
-        digests = zip(resized, self._results(pool, resized, "pixels", digest), strict=True)
-        return keys | {each: found.decode() for each, found in digests if isinstance(found, bytes)}
-
-    def _decode(self, picture: Inspected, preprocessing: Preprocessing) -> Result:
-        return self._read(picture.entry, lambda file, name: image_files.read(file, name, preprocessing).image.tobytes())
-
-    def _read(self, entry: Entry, use: Callable[[IO[bytes], str], bytes]) -> Result:
-        try:
-            with self._pictures.open(entry.path) as file:
-                return use(file, printable(entry.path))
-        except OSError as error:
-            return UserError(f"{printable(entry.path)} cannot be read: {error.strerror or error}")
-        except UserError as error:
-            return error
+    def _request(self, entry: Entry, arguments: tuple[Any, ...] = ()) -> Request:
+        return Request(printable(entry.path), self._pictures.source(entry.path), arguments)
 
     def _good(
-        self, items: Sequence[Item], entries: Sequence[Entry], results: Iterable[Result]
+        self, items: Sequence[Item], entries: Sequence[Entry], results: Iterable[Answer]
     ) -> Iterator[tuple[Item, bytes]]:
         """The items with results; what is wrong with the others becomes a problem of their entries."""
         for item, entry, result in zip(items, entries, results, strict=True):
@@ -169,22 +138,33 @@ class PictureReader:
             else:
                 yield item, result
 
-    def _results(
-        self, pool: ThreadPoolExecutor, items: Sequence[Hashed], what: str, compute: Callable[[Hashed], Result]
-    ) -> list[Result]:
-        """What is known of these files, or else computed now and kept."""
+    def _ask(
+        self, what: str, function: Function, items: Sequence[Hashed], arguments: Sequence[tuple[Any, ...]] = ()
+    ) -> Callable[[], list[Answer]]:
+        """Begin to find out what is not known of these files. What is returned waits for it, and keeps it.
+
+        ``arguments`` are those of the function for each file.
+        """
+
+        def ask(places: Iterable[int]) -> Iterator[Answer]:
+            requests = [self._request(items[place].entry, arguments[place] if arguments else ()) for place in places]
+            return self._decoders.ask(function, requests)
+
         keys = [f"{item.digest} {what} {_version()}" for item in items]
-        known = self._cache.get(keys)
-        new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
-        computed = dict(zip(new, _mapped(pool, compute, list(new.values())), strict=True))
-        self._cache.put({key: result for key, result in computed.items() if isinstance(result, bytes)})
+        results: dict[str, Answer] = {**self._cache.get(keys)}
+        first = {key: place for place, key in reversed(list(enumerate(keys))) if key not in results}
+        asked = ask(first.values())
 
-        def result(key: str, item: Hashed) -> Result:
-            found = known[key] if key in known else computed[key]
-            # An error names its file, and this may be another one of the same content.
-            return found if isinstance(found, bytes) or new[key] is item else compute(item)
+        def found() -> list[Answer]:
+            results.update(zip(first, asked, strict=True))
+            self._cache.put({key: answer for key in first if isinstance(answer := results[key], bytes)})
+            # An error names its file, and there may be others of the same content.
+            wrong = [place for place, key in enumerate(keys) if isinstance(results[key], UserError)]
+            others = [place for place in wrong if first[keys[place]] != place]
+            own = dict(zip(others, ask(others), strict=True))
+            return [own.get(place, results[key]) for place, key in enumerate(keys)]
 
-        return [result(key, item) for key, item in zip(keys, items, strict=True)]
+        return found
 
 
 def _shown(items: Sequence[Item], what: str, size: int = BATCH) -> Iterator[Sequence[Item]]:
@@ -198,18 +178,13 @@ def _shown(items: Sequence[Item], what: str, size: int = BATCH) -> Iterator[Sequ
             bar.update(len(some))
 
 
-def _mapped(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """The function's results. A task of the pool is for several items: with small pictures it costs as much as one."""
-    tasks = (items[start : start + TASK] for start in range(0, len(items), TASK))
-    return itertools.chain.from_iterable(pool.map(lambda some: [function(item) for item in some], tasks))
-
-
-def _sha256_of(file: IO[bytes]) -> bytes:
-    """The SHA-256 of a file's content, which is not read as a whole."""
-    digest = hashlib.sha256()
-    while part := file.read(1 << 20):
-        digest.update(part)
-    return digest.hexdigest().encode()
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items. When one is given out, the next has been made: what it has begun goes on meanwhile."""
+    before = list[Item]()
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 @functools.cache
@@ -227,13 +202,3 @@ def _own_size(facts: Facts, preprocessing: Preprocessing) -> Preprocessing:
     width, height = facts.size
     resize = "fit" if preprocessing.resize == "strokes" else preprocessing.resize  # all others keep an image's size
     return Preprocessing(resize, (height, width, 1 if facts.mode in image_files.GREY_MODES else 3))
-
-
-def _to_json(facts: Facts) -> bytes:
-    return json.dumps(facts._asdict()).encode()
-
-
-def _from_json(content: bytes) -> Facts:
-    facts: dict[str, Any] = json.loads(content)
-    width, height = facts.pop("size")
-    return Facts(size=(width, height), **facts)

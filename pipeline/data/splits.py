@@ -1,10 +1,10 @@
 """The prepared splits: create, check, write and read them."""
 
-import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -142,25 +142,22 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
                 raise UserError(f"{name}: the {split} split has no image of class {class_names[number]}")
             if count == 0:
                 warnings.append(f"the {split} split has no image of class {class_names[number]}")
-    seen = {split: _digests(images) for split, images in splits.items()}
+    seen = {split: set(mapped_files.digests(images.images.numpy())) for split, images in splits.items()}
     for one, other in itertools.combinations(seen, 2):
         if common := seen[one] & seen[other]:
             warnings.append(f"{len(common):,} images of the {one} split are in the {other} split too")
     return warnings
 
 
-def _digests(split: LabelledImages) -> set[bytes]:
-    chunks = mapped_files.chunks(split.images.numpy())
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some}
-
-
 def write_splits(prepared: Prepared, folder: Path = files.PREPARED) -> Dataset:
     """Write one safetensors file per split, then ``dataset.json``. The same splits give the same bytes."""
-    facts = {
-        split: _write_split(images, folder / f"{split}.safetensors", prepared.class_names)
-        for split, images in prepared.splits.items()
-    }
-    mean, std = _mean_and_deviation(prepared.splits[TRAIN].images)
+    with ThreadPoolExecutor(1) as thread:
+        mean_and_deviation = thread.submit(_mean_and_deviation, prepared.splits[TRAIN].images)
+        facts = {
+            split: _write_split(images, folder / f"{split}.safetensors", prepared.class_names)
+            for split, images in prepared.splits.items()
+        }
+    mean, std = mean_and_deviation.result()
     told = {each.name: getattr(prepared, each.name) for each in fields(prepared) if each.name != "splits"}
     dataset = Dataset(**told, mean=mean, std=std, splits=facts)
     write_dataset(dataset, folder)
@@ -207,9 +204,8 @@ def _header(count: int, image_shape: tuple[int, ...]) -> bytes:
 def _mean_and_deviation(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The mean and the standard deviation of the pixels in [0, 1] of each channel, rounded to six digits."""
     sums = squares = np.zeros(images.shape[-1], np.int64)
-    for some in mapped_files.chunks(images.numpy()):
-        levels = some.astype(np.uint16)
-        sums, squares = sums + _sum(levels), squares + _sum(levels * levels)
+    for some, squared in mapped_files.on_all_cores(_sums, images.numpy()):
+        sums, squares = sums + some, squares + squared
     count = images[..., 0].numel()
     means = [total / count for total in sums.tolist()]
     variances = [  # of whole numbers: nothing is lost
@@ -217,6 +213,12 @@ def _mean_and_deviation(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[
         for total, square in zip(sums.tolist(), squares.tolist(), strict=True)
     ]
     return tuple(round(mean / 255, 6) for mean in means), tuple(round(math.sqrt(each) / 255, 6) for each in variances)
+
+
+def _sums(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The sum of the levels, and that of their squares, for each channel."""
+    levels = images.astype(np.uint16)
+    return _sum(levels), _sum(levels * levels)
 
 
 def _sum(levels: NDArray[np.uint16]) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from pipeline.errors import printable
 
 SIZES = ("smallest", "median", "largest")
 SHOWN = 3  # pictures that a warning names
+SPARSE = 8  # every so many rows and columns are looked at first
 Box = tuple[int, int, int, int]
 
 
@@ -94,16 +95,24 @@ def _filled(prepared: Prepared, rows: Sequence[Row], count: int) -> Mapping[Box,
 
 def _of_one_value(images: LabelledImages, box: Box, indices: Sequence[int]) -> Iterator[int]:
     left, top, right, bottom = box
-    found = [
-        _are_blank(some[:, top:bottom, left:right]) for some in mapped_files.chunks(images.images.numpy(), indices)
-    ]
+
+    def are_blank(some: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return _are_blank(some[:, top:bottom, left:right])
+
+    found = mapped_files.on_all_cores(are_blank, images.images.numpy(), indices)
     yield from itertools.compress(indices, itertools.chain.from_iterable(found))
 
 
-def _are_blank(pixels: NDArray[np.uint8]) -> list[bool]:
+def _are_blank(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Whether each of (N, H, W, C) has the same pixel everywhere."""
-    blank: list[bool] = (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).tolist()
+    blank = _are_equal(pixels[:, ::SPARSE, ::SPARSE])
+    blank[blank] = _are_equal(pixels[blank])  # few: that takes no time
     return blank
+
+
+def _are_equal(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3))
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import mmap
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,10 +30,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline import multipart
+from pipeline.data.decoder import Decoder
 from pipeline.errors import Fault, UserError, printable
 from pipeline.model.cnn import MAX_IMAGES
 from pipeline.tracking import registry
-from pipeline.tracking.decoder import Decoder
 from pipeline.tracking.registry import Answers, Loaded
 from pipeline.tracking.store import store_faults
 
@@ -43,6 +44,8 @@ MAX_PICTURES_BYTES = 100_000_000  # of all pictures in a request
 ARRAYS, PICTURES = "application/json", "multipart/form-data"  # and image/...
 MAX_CONCURRENT_REQUESTS = 4  # requests that are processed; the others wait
 BODY_IN_MEMORY = 1 << 16  # bytes; the rest of a body waits in a file, since slow clients may send many at once
+DECODING_TIMEOUT = 30.0  # seconds within which the pictures of one request must be decoded
+DECODING_MEMORY = 2_000_000_000  # bytes: image_files.MAX_MEMORY, MAX_PICTURES_BYTES, and the libraries
 BODY_TIMEOUT = 30.0  # seconds within which a body must be complete
 
 
@@ -61,7 +64,7 @@ def application(version: ModelVersion, host: str) -> Starlette:
     Raises Fault for a version that models.read refuses, and for one whose answer is not a number.
     """
     loaded = registry.load(version)
-    predictor = Predictor(loaded, Decoder(loaded.preprocessing))
+    predictor = Predictor(loaded, Decoder(DECODING_TIMEOUT, DECODING_MEMORY))
     predictor.classify(np.zeros((1, *predictor.loaded.image_shape), np.uint8))  # compiles what the first request needs
     routes = [
         Route("/ping", _health),
@@ -94,6 +97,7 @@ class Predictor:
     decoder: Decoder
     slots: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, MAX_CONCURRENT_REQUESTS))
     cnn_lock: threading.Lock = field(default_factory=threading.Lock)
+    decoder_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -130,13 +134,24 @@ class Predictor:
 
     def _of_pictures(self, body: IO[bytes], content_type: Message) -> Response:
         names, named = pictures_from(_mapped(body), content_type)
-        answers = self.classify(np.stack(self.decoder.images(named)))
+        answers = self.classify(self._decoded(named))
         classes = self.loaded.class_names
         predictions = [
             registry.described(name, dict(zip(classes, probabilities.tolist(), strict=True)), unlike)
             for name, probabilities, unlike in zip(names, *answers, strict=True)
         ]
         return JSONResponse({"predictions": predictions})
+
+    def _decoded(self, pictures: Sequence[tuple[str, memoryview]]) -> NDArray[np.uint8]:
+        """The pictures of one request at a time. Raises UserError for the first that cannot be read."""
+        with self.decoder_lock:
+            end = time.monotonic() + DECODING_TIMEOUT
+            return np.stack(
+                [
+                    self.decoder.image(name, content, self.loaded.preprocessing, max(end - time.monotonic(), 0.01))
+                    for name, content in pictures
+                ]
+            )
 
     def classify(self, images: NDArray[np.uint8]) -> Answers:
         """One batch at a time, on all cores: a CNN cannot score two at once."""

@@ -3,7 +3,7 @@
 import csv
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import image_files, own_pictures, splits
+from pipeline.data import decoder, own_pictures, splits
+from pipeline.data.decoder import Decoders, Request
 from pipeline.data.own_pictures import OwnPictures
 from pipeline.data.splits import SPLITS, TEST, TRAIN
 from pipeline.errors import UserError
@@ -150,14 +151,15 @@ def test_adding_pictures_moves_none_of_the_old_ones(folder: Path) -> None:
 def test_only_new_contents_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(folder)
     prepare(folder)
-    decoded = []
-    read = image_files.read
+    decoded = list[str]()
+    ask = Decoders.ask
 
-    def counted(file: Any, name: str, preprocessing: image_files.Preprocessing) -> image_files.Picture:
-        decoded.append(name)
-        return read(file, name, preprocessing)
+    def counted(self: Decoders, function: decoder.Function, requests: Sequence[Request]) -> Iterator[decoder.Answer]:
+        if function is not decoder.digest:
+            decoded.extend(request.name for request in requests)
+        return ask(self, function, requests)
 
-    monkeypatch.setattr(image_files, "read", counted)
+    monkeypatch.setattr(Decoders, "ask", counted)
     shutil.copy(folder / "star/2.png", folder / "star/copy.png")
     fill(folder, 1, start=COUNT)
     prepare(folder)

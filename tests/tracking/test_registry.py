@@ -20,12 +20,12 @@ from PIL import Image
 from starlette.requests import Request
 
 from pipeline import evaluate, files, visualize
+from pipeline.data.decoder import Decoder
 from pipeline.data.splits import TEST, LabelledImages, read_dataset, read_split
 from pipeline.errors import Fault, UserError
 from pipeline.model import model_file
 from pipeline.model.metrics import wilson_interval
 from pipeline.tracking import registry, serving
-from pipeline.tracking.decoder import Decoder
 from tests.conftest import change_dataset_json, run_command
 from tests.tracking.registering import NAME, Candidates, artifacts, version
 
@@ -238,7 +238,7 @@ def test_fault_43_a_model_whose_answer_is_not_a_number_is_refused(finished_copy:
         return {"type": "http.request", "body": json.dumps({"inputs": images.tolist()}).encode()}
 
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
-    with Decoder(loaded.preprocessing) as decoder:
+    with Decoder() as decoder:
         answer = asyncio.run(serving.Predictor(loaded, decoder).answer(Request(scope, receive)))
     assert answer.status_code == 500
     assert json.loads(bytes(answer.body))["error"].startswith("the model's answer is not a number")

@@ -1,5 +1,6 @@
 """The process that decodes pictures: the same images as everywhere else, and what bad pictures do to it."""
 
+import io
 import os
 import signal
 import subprocess
@@ -7,17 +8,19 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
 
+from pipeline.data import decoder as decoding
 from pipeline.data import image_files, own_pictures
-from pipeline.data.image_files import Preprocessing
+from pipeline.data.decoder import Decoder, Decoders, Request
+from pipeline.data.image_files import ALLOWED, Preprocessing
 from pipeline.errors import Fault, UserError
 from pipeline.params import Data
-from pipeline.tracking.decoder import Decoder
 from tests.conftest import REPOSITORY
 from tests.data.test_image_files import encoded, scene, stored
 
@@ -26,7 +29,7 @@ COLOUR = Preprocessing("fit", (24, 24, 3), background=(9, 99, 199))
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
-    with Decoder(COLOUR) as found:
+    with Decoder() as found:
         assert image(found)
         yield found
 
@@ -34,8 +37,7 @@ def decoder() -> Iterator[Decoder]:
 def image(decoder: Decoder, content: bytes = b"", name: str = "it") -> bytes:
     """What the decoder makes of a picture, by default a red one."""
     picture = content or encoded(Image.new("RGB", (9, 9), "red"))
-    (found,) = decoder.images([(name, memoryview(picture))])
-    return found.tobytes()
+    return decoder.image(name, memoryview(picture), COLOUR).tobytes()
 
 
 def process_of(decoder: Decoder) -> psutil.Process:
@@ -73,11 +75,11 @@ def test_a_picture_gives_the_same_bytes_in_training_in_predict_and_in_serving(
     assert how.value_range
     rows = [row for row in own.rows if row.split]
     assert len(rows) == 26
-    with Decoder(how) as decoder:
+    with Decoder() as decoder:
         for row in rows:
             path = folder / row.path
             trained = own.prepared.splits[row.split].images[int(row.index)].numpy().tobytes()
-            assert image(decoder, path.read_bytes()) == trained, path
+            assert decoder.image("it", memoryview(path.read_bytes()), how).tobytes() == trained, path
             assert image_files.read(path, "it", how).image.tobytes() == trained, path
 
 
@@ -96,7 +98,7 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(decoder: Decoder
 @pytest.mark.faults
 def test_a_picture_for_which_there_is_no_memory_ends_nothing() -> None:
     large = encoded(Image.new("RGB", (6000, 6000)))  # 144 MB of pixels
-    with Decoder(COLOUR, memory=150_000_000) as decoder:
+    with Decoder(memory=150_000_000) as decoder:
         process = process_of(decoder)
         with pytest.raises(UserError, match="it cannot be read: there is not enough memory for it"):
             image(decoder, large)
@@ -123,7 +125,7 @@ def test_a_decoder_that_crashes_is_started_again(decoder: Decoder, number: signa
 
 @pytest.mark.faults
 def test_a_picture_that_ends_the_decoder_twice_is_refused_and_the_next_is_read() -> None:
-    with Decoder(COLOUR, memory=150_000_000) as decoder:  # less than the file has
+    with Decoder(memory=150_000_000) as decoder:  # less than the file has
         with pytest.raises(UserError, match="it cannot be read: the process that decodes it ended with exit code 1"):
             image(decoder, bytes(200_000_000))
         assert image(decoder)
@@ -132,7 +134,7 @@ def test_a_picture_that_ends_the_decoder_twice_is_refused_and_the_next_is_read()
 @pytest.mark.faults
 @pytest.mark.parametrize("content", [b"", turned(2) + b"\0" * 1_000_000], ids=["small", "more than a pipe holds"])
 def test_a_picture_that_takes_too_long_is_given_up(content: bytes) -> None:
-    with Decoder(COLOUR, seconds=1) as decoder:
+    with Decoder(seconds=1) as decoder:
         assert image(decoder)
         process_of(decoder).suspend()
         with pytest.raises(UserError, match="it cannot be read: decoding took more than 1 s"):
@@ -149,22 +151,106 @@ def test_a_decoder_that_cannot_be_started_is_no_fault_of_the_picture(
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
     with pytest.raises(Fault, match=f"no picture can be decoded: .*{reason}"):
-        image(Decoder(COLOUR))
+        image(Decoder())
 
 
 @pytest.mark.faults
-def test_the_decoder_ends_with_a_server_that_is_killed() -> None:
+def test_the_decoder_ends_with_a_process_that_is_killed() -> None:
     code = """
 import time
-from pipeline.data.image_files import Preprocessing
-from pipeline.tracking.decoder import Decoder
-print(Decoder(Preprocessing("fit", (8, 8, 1)))._process.pid, flush=True)
+from pipeline.data.decoder import Decoder
+print(Decoder()._process.pid, flush=True)
 time.sleep(60)
 """
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as server:
-        assert server.stdout
-        decoder = psutil.Process(int(server.stdout.readline()))
-        server.kill()
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        decoder = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
     psutil.wait_procs([decoder], timeout=30)
     assert not decoder.is_running() or decoder.status() == psutil.STATUS_ZOMBIE
+
+
+def save_pictures(folder: Path, count: int) -> list[Request]:
+    """Pictures in files; the last but one is none."""
+    requests = []
+    for number in range(count):
+        path = folder / f"{number}.jpg"
+        path.write_bytes(b"words" if number == count - 2 else turned(number))
+        requests.append(Request(path.name, str(path), (COLOUR,)))
+    return requests
+
+
+def content_of(path: str) -> memoryview:
+    return memoryview(Path(path).read_bytes())
+
+
+def test_several_processes_answer_in_order_for_files_and_for_contents(tmp_path: Path) -> None:
+    requests = save_pictures(tmp_path, 2 * decoding.TASK + 7)
+    contents = [each._replace(source=partial(content_of, str(each.source))) for each in requests]
+    with Decoders() as decoders:
+        of_files = list(decoders.ask(decoding.image, requests))
+        of_contents = list(decoders.ask(decoding.image, contents))
+        facts = list(decoders.ask(decoding.facts, [Request(name, source) for name, source, _ in requests]))
+    for number, (answer, other, fact) in enumerate(zip(of_files, of_contents, facts, strict=True)):
+        if isinstance(fact, UserError):
+            assert number == len(requests) - 2
+            assert str(answer) == str(other) == str(fact) == f"{number}.jpg is not a picture; allowed: {ALLOWED}"
+        else:
+            assert answer == other == image_files.read(io.BytesIO(turned(number)), "it", COLOUR).image.tobytes()
+            assert decoding.facts_from(fact).size == (90, 60)
+
+
+def test_a_content_that_cannot_be_had_is_a_refusal_of_its_picture_alone() -> None:
+    def broken() -> memoryview:
+        raise UserError("it is damaged in its zip")
+
+    whole = memoryview(turned(0))
+    with Decoder() as decoder:
+        answers = decoder.ask(decoding.image, [Request("it", each, (COLOUR,)) for each in (whole, broken, whole)])
+    assert str(answers[1]) == "it is damaged in its zip"
+    assert answers[0] == answers[2] == image_files.read(io.BytesIO(whole), "it", COLOUR).image.tobytes()
+
+
+@pytest.mark.faults
+def test_a_picture_that_crashes_its_process_is_named_and_all_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a fault of a library in C does, with a module that each process imports at its start."""
+    (tmp_path / "sitecustomize.py").write_text(CRASHES)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    requests = save_pictures(tmp_path, 10)
+    with Decoders() as decoders:
+        answers = list(decoders.ask(decoding.image, requests))
+    assert str(answers[3]) == "3.jpg cannot be read: the process that decodes it was ended by SIGSEGV"
+    assert [isinstance(answer, bytes) for answer in answers] == [number not in (3, 8) for number in range(10)]
+
+
+CRASHES = """
+import os, signal, sys
+
+def audit(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("3.jpg"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+sys.addaudithook(audit)
+"""
+
+
+@pytest.mark.faults
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of all processes together stays that of one picture: 26 megapixels in colour have 104 MB."""
+    requests = []
+    for number in range(4):
+        Image.new("RGB", (6500, 4000), (number, 0, 0)).save(path := tmp_path / f"{number}.png", compress_level=1)
+        requests.append(Request(path.name, str(path), (COLOUR,)))
+    monkeypatch.setattr(decoding, "TASK", 1)
+    with Decoders() as decoders, ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(lambda: list(decoders.ask(decoding.image, requests)))
+        peak = 0
+        while not answers.done():
+            sizes = [psutil.Process(each._process.pid).memory_info().rss for each in list(decoders._all)]
+            peak = max(peak, sum(sizes))
+            time.sleep(0.005)
+        assert all(isinstance(answer, bytes) for answer in answers.result())
+    assert 100_000_000 < peak < 60_000_000 * len(sizes) + 160_000_000

@@ -1,0 +1,331 @@
+"""Pictures -> images of the network, in processes of their own with limits of time and memory.
+
+What a picture does to a decoder in C (a crash, an endless loop, all memory) ends such a process and not this one: the
+picture is named, and another process is started. They hold neither PyTorch nor MLflow, and use all cores, which threads
+of Python do not. ``Decoder`` and ``Decoders`` are this side, ``serve`` is the process.
+"""
+
+import fcntl
+import gc
+import hashlib
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import image_files
+from pipeline.data.image_files import Facts, File, Preprocessing
+from pipeline.errors import Fault, UserError
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 300.0  # within which a picture must be decoded
+START_SECONDS = 60.0  # within which the process must be ready
+MEMORY = 3_000_000_000  # bytes that a process may have: image_files.MAX_MEMORY, the file from a .zip, and the libraries
+MAX_ANSWER = 1 << 30  # bytes
+DIGEST = 32  # bytes of an SHA-256
+TASK = 100  # pictures that a process is asked for together: of small pictures, a message costs as much as one
+YES, NO = b"yes", b"no"
+GOOD, BAD = b"+", b"-"  # before an answer, and before the reason why there is none
+Source = str | memoryview | Callable[[], memoryview]  # a path, the content, or what reads it and may raise UserError
+Answer = bytes | UserError
+
+
+class Request(NamedTuple):
+    """A picture, by its name for messages and its file, and further arguments of the function."""
+
+    name: str
+    source: Source
+    arguments: tuple[Any, ...] = ()
+
+
+def digest(file: File, name: str) -> bytes:
+    """The SHA-256 of a file's content."""
+    found = hashlib.sha256()
+    with image_files.opened(file, name) as content:
+        while part := content.read(1 << 20):
+            found.update(part)
+    return found.hexdigest().encode()
+
+
+def facts(file: File, name: str) -> bytes:
+    """What image_files.inspect says of a picture; `facts_from` reads it."""
+    return json.dumps(image_files.inspect(file, name)._asdict()).encode()
+
+
+def facts_from(answer: bytes) -> Facts:
+    """The Facts in an answer of `facts`."""
+    found: dict[str, Any] = json.loads(answer.decode())
+    width, height = found.pop("size")
+    return Facts(size=(width, height), **found)
+
+
+def has_colour(file: File, name: str) -> bytes:
+    """YES or NO: whether a pixel is not grey."""
+    return YES if image_files.has_colour(file, name) else NO
+
+
+def image(file: File, name: str, preprocessing: Preprocessing) -> bytes:
+    """The pixels (H, W, C) of image_files.read."""
+    return image_files.read(file, name, preprocessing).image.tobytes()
+
+
+def pixel_digest(file: File, name: str, preprocessing: Preprocessing) -> bytes:
+    """The SHA-256, as bytes, of the pixels that `image` gives."""
+    return hashlib.sha256(image(file, name, preprocessing)).digest()
+
+
+def digest_and_image(file: File, name: str, preprocessing: Preprocessing) -> bytes:
+    """`pixel_digest`, DIGEST bytes, and after it `image`."""
+    pixels = image(file, name, preprocessing)
+    return hashlib.sha256(pixels).digest() + pixels
+
+
+Function = Callable[..., bytes]
+
+
+class _EndedError(Exception):
+    """The process ended before it answered."""
+
+
+class Decoder:
+    """A process that decodes pictures. It is started at once, ends with this process, and is for one thread at a time.
+
+    ``turn`` is a file that several decoders have in common: one at a time decodes a large picture. Raises Fault where
+    the process cannot be started.
+    """
+
+    def __init__(self, seconds: float = SECONDS, memory: int = MEMORY, turn: IO[bytes] | None = None) -> None:
+        self._seconds, self._memory, self._turn = seconds, memory, turn
+        self._is_closed = self._is_ready = self._is_late = False
+        self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing. Another thread that waits for its answer gets a Fault."""
+        self._is_closed = True
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self, function: Function, requests: Sequence[Request], seconds: float | None = None) -> list[Answer]:
+        """What ``function``, one of this module, answers for each picture, or why it cannot be read.
+
+        It has ``seconds`` for each. Raises Fault where the process cannot be started.
+        """
+        answers, ended_at = list[Answer](), -1
+        while len(answers) < len(requests):
+            try:
+                self._ask(function, requests[len(answers) :], answers, seconds or self._seconds)
+            except _EndedError:
+                is_late, reason = self._is_late, self._start_again()
+                if is_late or ended_at == len(answers):  # at first somebody else may have ended it
+                    answers.append(UserError(f"{requests[len(answers)].name} cannot be read: {reason}"))
+                else:
+                    ended_at = len(answers)
+        return answers
+
+    def image(
+        self, name: str, source: Source, preprocessing: Preprocessing, seconds: float | None = None
+    ) -> NDArray[np.uint8]:
+        """A picture as an image (H, W, C), within ``seconds``. Raises UserError where it cannot be read."""
+        (answer,) = self.ask(image, [Request(name, source, (preprocessing,))], seconds)
+        if isinstance(answer, UserError):
+            raise answer
+        return np.frombuffer(answer, np.uint8).reshape(preprocessing.image_shape)
+
+    def _ask(self, function: Function, requests: Sequence[Request], answers: list[Answer], seconds: float) -> None:
+        """Append the answers one by one. Raises _EndedError where the process ends before the last."""
+        if not self._is_ready:
+            self._wait_until_ready()
+        self._is_late = False
+        message = [(name, source if isinstance(source, str) else None, rest) for name, source, rest in requests]
+        try:
+            with self._ended_after(seconds, answers):
+                self._connection.send((function.__name__, message))
+                for request in requests:
+                    problem = None if isinstance(request.source, str) else self._send(request.source)
+                    answer = self._connection.recv_bytes(MAX_ANSWER)
+                    found = answer[1:] if answer[:1] == GOOD else UserError(answer[1:].decode())
+                    answers.append(problem or found)
+        except (EOFError, OSError):
+            raise _EndedError from None
+
+    def _send(self, content: memoryview | Callable[[], memoryview]) -> UserError | None:
+        """Send a picture's content, and nothing where it cannot be read: the reason."""
+        try:
+            self._connection.send_bytes(content if isinstance(content, memoryview) else content())
+        except UserError as error:
+            self._connection.send_bytes(b"")
+            return error
+        return None
+
+    def _start(self) -> None:
+        self._is_ready = False
+        try:
+            self._connection, theirs = Pipe()
+            with theirs:
+                self._process = self._process_with(theirs.fileno())
+        except OSError as error:
+            raise Fault(f"no picture can be decoded: no process can be started for it ({error.strerror})") from error
+
+    def _process_with(self, descriptor: int) -> subprocess.Popen[bytes]:
+        # Not by multiprocessing, which would import the command, with MLflow and PyTorch, into it.
+        code = "import gc, sys; gc.disable(); from pipeline.data import decoder; decoder.serve(*map(int, sys.argv[1:]))"
+        turn = [self._turn.fileno()] if self._turn else []
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, (descriptor, self._memory, int(self._seconds), *turn))],
+            pass_fds=[descriptor, *turn],
+            start_new_session=True,  # an interrupt in the terminal reaches the command alone
+            # PYTHONPATH, since this process may have found its modules in another way; threads take memory, unused.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def _wait_until_ready(self) -> None:
+        try:
+            with self._ended_after(START_SECONDS):
+                self._connection.recv_bytes()
+        except (EOFError, OSError):
+            raise Fault(f"no picture can be decoded: {self._start_again()}") from None
+        self._is_ready = True
+
+    @contextmanager
+    def _ended_after(self, seconds: float, answers: Sequence[Answer] = ()) -> Iterator[None]:
+        """The process is killed where that passes without another answer, or it does not even take what is sent."""
+
+        def start() -> None:
+            self._timer = threading.Timer(seconds, watch, [len(answers)])
+            self._timer.daemon = True
+            self._timer.start()
+
+        def watch(known: int) -> None:
+            if not is_over and len(answers) > known:
+                start()
+            elif not is_over:
+                self._is_late = True
+                self._process.kill()
+
+        is_over = False
+        start()
+        try:
+            yield
+        finally:
+            is_over = True
+            self._timer.cancel()
+
+    def _start_again(self) -> str:
+        """Start another process in place of one that does not answer; why that was."""
+        code, is_late = self._end(), self._is_late
+        if self._is_closed:
+            raise Fault("the decoder is closed")
+        self._start()
+        if is_late:
+            return f"decoding took more than {self._seconds:.0f} s"
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process that decodes it {how}"
+
+    def _end(self) -> int:
+        self._connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(1)  # it is ending by itself, if it can: only then the code says why
+        self._process.kill()
+        return self._process.wait()
+
+
+class Decoders:
+    """A decoder for each core, for one thread and a ``with``. None is started before there is something to do."""
+
+    def __init__(self) -> None:
+        self._turn = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._all, self._idle = list[Decoder](), list[Decoder]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in self._all:
+            decoder.close()
+        self._threads.shutdown()
+        self._turn.close()
+
+    def ask(self, function: Function, requests: Sequence[Request]) -> Iterator[Answer]:
+        """The answers of Decoder.ask, in order."""
+        tasks = (requests[start : start + TASK] for start in range(0, len(requests), TASK))
+        return itertools.chain.from_iterable(self._threads.map(partial(self._ask, function), tasks))
+
+    def _ask(self, function: Function, requests: Sequence[Request]) -> list[Answer]:
+        decoder = self._idle.pop() if self._idle else self._started()
+        answers = decoder.ask(function, requests)
+        self._idle.append(decoder)
+        return answers
+
+    def _started(self) -> Decoder:
+        decoder = Decoder(turn=self._turn)
+        self._all.append(decoder)
+        return decoder
+
+
+def serve(descriptor: int, memory: int, seconds: int, turn: int | None = None) -> None:
+    """The process: answer until the other side ends."""
+    gc.enable()  # while the libraries were imported it took a fifth of the time
+    if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if turn is not None:
+        image_files.large_pictures = partial(_locked, turn)
+    with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
+        connection.send_bytes(b"")  # ready
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what pictures make a library say must not fill a log
+        while True:
+            function, requests = connection.recv()
+            for name, path, arguments in requests:
+                file = path or io.BytesIO(connection.recv_bytes())
+                signal.alarm(seconds + 1)  # ends this process where the other side has been killed meanwhile
+                answer = _answer(globals()[function], file, name, *arguments)
+                signal.alarm(0)
+                connection.send_bytes(answer)
+
+
+def _answer(function: Function, file: File, name: str, *arguments: object) -> bytes:
+    try:
+        return GOOD + function(file, name, *arguments)
+    except UserError as error:
+        return BAD + str(error).encode()
+
+
+@contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    """The turn of this process, among those with the same file. It is over when the process ends, too."""
+    fcntl.lockf(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN)
