@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 
 import torch
 
+from pipeline.data import mapped_files
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
 from pipeline.model import novelty, training
@@ -74,13 +75,18 @@ def fit(
             f"params.yaml: train.batch_size is {size}, which leaves a batch of one of the "
             f"{len(train):,} images; with maps of one pixel model.batch_norm needs at least two: use another batch size"
         )
+
+    def after_step(step: training.Step) -> None:
+        mapped_files.let_go()  # else this process would soon seem to have all images in memory
+        on_step(step)
+
     return training.fit(
         cnn,
         (train.images, train.labels),
         (validation.images, validation.labels),
         settings(params),
         generator=torch.Generator(train.images.device).manual_seed(params.seed),
-        on_step=on_step,
+        on_step=after_step,
         resume_from=resume_from,
         save_checkpoint=save_checkpoint,
     )

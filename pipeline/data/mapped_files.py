@@ -65,7 +65,7 @@ def chunks(array: Bytes, rows: Rows | None = None) -> Iterator[Bytes]:
     """The rows of an array, or some of them, many at a time; what was read of mapped files for them is let go."""
     for part in _parts(array, rows):
         yield array[part]
-        _let_go()
+        let_go()
 
 
 def on_all_cores(function: Callable[[Bytes], Result], array: Bytes, rows: Rows | None = None) -> Iterator[Result]:
@@ -80,10 +80,10 @@ def on_all_cores(function: Callable[[Bytes], Result], array: Bytes, rows: Rows |
             begun.append(threads.submit(lambda part: function(array[part]), part))
             if len(begun) > cores:  # not all at once, or all of the array would be in memory
                 yield begun.popleft().result()
-                _let_go()
+                let_go()
         for each in begun:
             yield each.result()
-    _let_go()
+    let_go()
 
 
 def _parts(array: Bytes, rows: Rows | None) -> Iterator[slice | Rows]:
@@ -93,8 +93,8 @@ def _parts(array: Bytes, rows: Rows | None) -> Iterator[slice | Rows]:
         yield some if rows is None else rows[some]
 
 
-def _let_go() -> None:
-    """Of all mapped files: threads that are reading them read the same again."""
+def let_go() -> None:
+    """Give back the memory of what was read of mapped files. What is used of them later is read again."""
     for mapping in list(_mappings):
         if hasattr(mmap, "MADV_DONTNEED"):  # not on every system, and only memory that looks used would grow
             mapping.madvise(mmap.MADV_DONTNEED)

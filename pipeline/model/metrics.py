@@ -13,7 +13,8 @@ from pipeline.errors import Fault
 from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
-CHUNK = 250  # images that are scored together
+CHUNK = 250  # images that are scored together, if they are small
+CHUNK_PIXELS = CHUNK * 32 * 32  # of larger images there are as many pixels: the maps of 250 would take gigabytes
 Result = TypeVar("Result")
 
 
@@ -30,11 +31,11 @@ def predict_logits(cnn: CNN, images: Tensor) -> Tensor:
 
 def in_chunks(cnn: CNN, images: Tensor, function: Callable[[Tensor], Result]) -> list[Result]:
     """What ``function`` gives for each chunk of images (N, H, W, C), with ``cnn`` in evaluation mode."""
-    was_training = cnn.training
+    pixels, was_training = images.shape[1] * images.shape[2], cnn.training
     cnn.eval()
     try:
         with cpu_threads.thread_pool(cnn, images.device) as pool:
-            return list(pool.map(function, torch.split(images, CHUNK)))
+            return list(pool.map(function, torch.split(images, min(CHUNK, max(1, CHUNK_PIXELS // pixels)))))
     finally:
         cnn.train(was_training)
 
