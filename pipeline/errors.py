@@ -86,6 +86,11 @@ def printable(text: str) -> str:
     return printable if len(printable) <= MAX_NAME_LENGTH else f"{printable[:MAX_NAME_LENGTH]}..."
 
 
+def counted(number: int, thing: str, ending: str = "s") -> str:
+    """A number and its noun, in the plural unless the number is 1."""
+    return f"{number:,} {thing}{'' if number == 1 else ending}"
+
+
 def check_class_names(names: Sequence[object]) -> None:
     """Raises ValueError unless these are different texts that ``printable`` leaves as they are, none of them empty."""
     known = set[str]()

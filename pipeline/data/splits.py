@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline import files
 from pipeline.data import mapped_files
 from pipeline.data.image_files import Preprocessing
-from pipeline.errors import Fault, UserError, check_class_names, printable
+from pipeline.errors import Fault, UserError, check_class_names, counted, printable
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 GIB = 2**30  # bytes
@@ -134,8 +134,8 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
         if outside.any():
             worst = int(images.labels[outside][0])
             raise UserError(
-                f"{name}: {int(outside.sum()):,} labels of the {split} split are not a class, such as {worst}; "
-                f"allowed: 0 to {len(class_names) - 1}"
+                f"{name}: the {split} split has {counted(int(outside.sum()), 'label')} outside the classes, such as "
+                f"{worst}; allowed: 0 to {len(class_names) - 1}"
             )
         for number, count in enumerate(torch.bincount(images.labels, minlength=len(class_names)).tolist()):
             if count == 0 and split == TRAIN:
@@ -145,7 +145,7 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
     seen = {split: _digests(images) for split, images in splits.items()}
     for one, other in itertools.combinations(seen, 2):
         if common := seen[one] & seen[other]:
-            warnings.append(f"{len(common):,} images of the {one} split are in the {other} split too")
+            warnings.append(f"the {one} and the {other} split share {counted(len(common), 'image')}")
     return warnings
 
 
@@ -275,7 +275,7 @@ def _labelled(content: NDArray[np.uint8], dataset: Dataset, split: str) -> Label
     labels_end = len(header) + 8 * count
     size = labels_end + count * math.prod(dataset.image_shape)
     if content[: len(header)].tobytes() != header or len(content) != size:
-        raise ValueError(f"it is not {count:,} images of {dataset.image_shape} and their labels")
+        raise ValueError(f"it is not {counted(count, 'image')} of {dataset.image_shape}, with labels")
     labels = torch.from_numpy(content[len(header) : labels_end].copy().view(np.int64))
     images = mapped_files.tensor(content[labels_end:].reshape(count, *dataset.image_shape))
     if count == 0 or labels.min() < 0 or labels.max() >= len(dataset.class_names):

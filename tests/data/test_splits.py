@@ -150,12 +150,12 @@ def test_fault_20_labels_outside_the_classes_and_a_class_without_images_are_refu
     made = cut(numbered(600))
     assert splits.check(made, "it", names) == []
     with pytest.raises(
-        UserError, match=r"it: 144 labels of the train split are not a class, such as 2; allowed: 0 to 1"
+        UserError, match=r"it: the train split has 144 labels outside the classes, such as 2; allowed: 0 to 1"
     ):
         splits.check(made, "it", names[:2])
     made["train"].labels[7] = -1
     with pytest.raises(
-        UserError, match=r"it: 1 labels of the train split are not a class, such as -1; allowed: 0 to 2"
+        UserError, match=r"it: the train split has 1 label outside the classes, such as -1; allowed: 0 to 2"
     ):
         splits.check(made, "it", names)
     with pytest.raises(UserError, match=r"it: the train split has no image of class d"):
@@ -169,7 +169,7 @@ def test_fault_20_the_same_image_in_two_splits_is_reported() -> None:
     assert splits.check(made, "it", ("a", "b", "c")) == [
         "the test split has no image of class b",
         "the test split has no image of class c",
-        "3 images of the train split are in the test split too",
+        "the train and the test split share 3 images",
     ]
 
 
