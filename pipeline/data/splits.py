@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -115,7 +116,7 @@ def cut(train: LabelledImages, test: LabelledImages, *, validation_fraction: flo
 
 
 def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:
-    """Warnings about the splits, a line each.
+    """Warnings about classes without images, a line each.
 
     Raises UserError for invalid labels and class names, and for classes without images.
     """
@@ -142,16 +143,27 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
                 raise UserError(f"{name}: the {split} split has no image of class {class_names[number]}")
             if count == 0:
                 warnings.append(f"the {split} split has no image of class {class_names[number]}")
-    seen = {split: _digests(images) for split, images in splits.items()}
-    for one, other in itertools.combinations(seen, 2):
-        if common := seen[one] & seen[other]:
-            warnings.append(f"the {one} and the {other} split share {counted(len(common), 'image')}")
     return warnings
 
 
-def _digests(split: LabelledImages) -> set[bytes]:
+def copy_warnings(splits: dict[str, LabelledImages]) -> Iterator[str]:
+    """What may be wrong with equal images: that they are in several splits, or have several labels; a line each.
+
+    Only for published data sets: own pictures are split so that copies stay together, and checked for near copies too.
+    """
+    labelled = {name: set(zip(_digests(split), split.labels.tolist(), strict=True)) for name, split in splits.items()}
+    seen = {name: {digest for digest, _ in pairs} for name, pairs in labelled.items()}
+    for one, other in itertools.combinations(seen, 2):
+        if common := seen[one] & seen[other]:
+            yield f"the {one} and the {other} split share {counted(len(common), 'image')}"
+    labels_of = Counter(digest for digest, _ in set().union(*labelled.values()))
+    if several := sum(count > 1 for count in labels_of.values()):
+        yield f"copies of {counted(several, 'image')} have different labels"
+
+
+def _digests(split: LabelledImages) -> list[bytes]:
     chunks = mapped_files.chunks(split.images.numpy())
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some}
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for some in chunks for image in some]
 
 
 def write_splits(prepared: Prepared, folder: Path = files.PREPARED) -> Dataset:
