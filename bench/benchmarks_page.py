@@ -297,7 +297,7 @@ def _memory(turns: Sequence[Mapping[str, Any]]) -> str:
 
 def _network(name: str) -> Row:
     measured = _read(name)
-    model = recipes.published().changed(recipes.from_words(measured["knobs"])).model
+    model = recipes.published().changed(recipes.from_words(measured["overrides"])).model
     parameters = parameter_count(Architecture((28, 28, 1), tuple("0123456789"), **model.model_dump()))
     accuracy = _mean(measured["summary"]["test_accuracy"])
     filters = ", ".join(map(str, model.filters))

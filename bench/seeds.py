@@ -37,7 +37,7 @@ def main() -> None:
         print(f"{key}: mean {value['mean']:.5g}, deviation {value['deviation']:.2g}, n = {arguments.seeds}")
     files.write_json(
         arguments.output,
-        {"dataset": dataset.name, "knobs": arguments.overrides, **origin(), "summary": summary, "rows": rows},
+        {"dataset": dataset.name, "overrides": arguments.overrides, **origin(), "summary": summary, "rows": rows},
     )
 
 

@@ -68,13 +68,13 @@ def test_overrides_survive_a_round_trip_through_the_command_line() -> None:
 @pytest.mark.parametrize(("epochs", "recipe"), [(4, recipes.SHORT), (2, recipes.SHORTEST)])
 def test_the_short_recipes_are_the_best_of_their_candidates(epochs: int, recipe: dict[str, object]) -> None:
     chosen = json.loads((REPOSITORY / "bench/candidates.json").read_text())[f"{epochs} epochs"]
-    screened = [score["knobs"] for score in chosen["screened"]]  # the best first
+    screened = [score["overrides"] for score in chosen["screened"]]  # the best first
     assert sorted(map(str, screened)) == sorted(map(str, choose.candidates(epochs)))
     finalists = chosen["decided"]
-    assert all(score["knobs"] in screened[: len(finalists)] for score in finalists)
+    assert all(score["overrides"] in screened[: len(finalists)] for score in finalists)
     best = max(finalists, key=lambda score: float(score["validation_accuracy"]))
     published = recipes.published()
-    assert published.changed(best["knobs"]) == published.changed(recipe)
+    assert published.changed(best["overrides"]) == published.changed(recipe)
 
 
 @pytest.mark.parametrize(("figures", "low", "holds"), [((1.5, 1.7, 9), False, True), ((1.5, 1.7, 9), True, False)])
