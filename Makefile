@@ -84,7 +84,7 @@ serve: $(INSTALLED)  ## serve the champion at http://127.0.0.1:5002, for this ma
 # The measurements write bench/*.json, and the page that shows them.
 WRITE_PAGE := python -m bench.benchmarks_page
 
-seeds: repository $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and standard deviation of the test accuracy
+seeds: repository $(INSTALLED)  ## train the recipe of params.yaml with ten seeds: mean and standard deviation of the test scores
 	$(ACTIVATE) && $(REPRO) prepare && python -m bench.seeds $(ARGS) && $(WRITE_PAGE)
 
 pooling: repository $(INSTALLED)  ## compare pooling and no pooling on shifted images; half an hour

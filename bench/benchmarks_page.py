@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import overhead, recipes
-from pipeline.errors import run_command
+from bench.measurement import DATASET
+from pipeline.errors import UserError, run_command
 from pipeline.model.cnn import Architecture, parameter_count
 
 BENCH, PAGE = Path("bench"), Path("docs/benchmarks.md")
@@ -243,7 +244,14 @@ percentage of the test images classified correctly after a shift to the right.
 
 
 def _read(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((BENCH / f"{name}.json").read_text())
+    """A file of figures. Raises UserError where they are those of other images, which the page would call MNIST's."""
+    path = BENCH / f"{name}.json"
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content.get("dataset", DATASET) != DATASET:
+        raise UserError(
+            f"{PAGE} is unchanged: {path} has figures of {content['dataset']}, and the page is about {DATASET}: copy "
+            f"that file if you need it, then `git restore {path}`"
+        )
     return content
 
 
@@ -297,7 +305,7 @@ def _memory(turns: Sequence[Mapping[str, Any]]) -> str:
 
 def _network(name: str) -> Row:
     measured = _read(name)
-    model = recipes.published().changed(recipes.from_words(measured["knobs"])).model
+    model = recipes.published().changed(recipes.from_words(measured["overrides"])).model
     parameters = parameter_count(Architecture((28, 28, 1), tuple("0123456789"), **model.model_dump()))
     accuracy = _mean(measured["summary"]["test_accuracy"])
     filters = ", ".join(map(str, model.filters))

@@ -28,7 +28,7 @@ FINALISTS = 4
 class Score:
     """The validation accuracy of a candidate: mean and deviation over seeds."""
 
-    knobs: dict[str, object]
+    overrides: dict[str, object]
     validation_accuracy: float
     deviation: float
     seeds: list[int]
@@ -72,7 +72,7 @@ def main() -> None:
     found: dict[str, object] = {"dataset": dataset.name, "machine": machine()}
     for epochs in recipes.SHORT_EPOCHS:
         screened = _best_first(candidates(epochs), SCREENING_SEEDS, dataset, splits)
-        finalists = [row.knobs for row in screened[:FINALISTS]]
+        finalists = [row.overrides for row in screened[:FINALISTS]]
         decided = _best_first(finalists, DECIDING_SEEDS, dataset, splits)
         found[f"{epochs} epochs"] = {
             "decided": [asdict(score) for score in decided],

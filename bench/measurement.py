@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+DATASET = "mnist"  # of the figures in bench/*.json and docs/benchmarks.md
 OUTSIDE = ("MLFLOW", "DVC", "OPTUNA")  # settings that must not reach what is measured
 # A process of its own starts the command: a child's peak memory also counts what its parent had when it was started.
 LAUNCHER = """

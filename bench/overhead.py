@@ -68,7 +68,7 @@ def main() -> None:
         mean_longer, error = _mean_and_error(longer(epochs, way))
         print(f"  such epochs took {mean_longer:.2f} % +- {error:.2f} longer than the bare epochs before and after")
         bounds.append(Bound(f"{way} after each epoch", (mean,), MOST, 0, "%", low=True))
-    facts = {"dataset": dataset.name, "knobs": arguments.overrides} | origin()
+    facts = {"dataset": dataset.name, "overrides": arguments.overrides} | origin()
     results = {"epochs": [asdict(each) for each in epochs], "bounds": [bound.as_row() for bound in bounds]}
     files.write_json(arguments.output, facts | results)
     conclude(bounds)

@@ -68,7 +68,7 @@ def main() -> None:
             rows.append([metrics.accuracy(metrics.predict_logits(cnn, images), test.labels) for images in shifted])
             print(f"{kind}, seed {seed}: {'  '.join(f'{accuracy:.4f}' for accuracy in rows[-1])}", flush=True)
         found[kind] = Kind(parameter_count(recipe.architecture(of_kind, dataset)), rows)
-    facts = {"dataset": dataset.name, "knobs": arguments.overrides, "seeds": arguments.seeds}
+    facts = {"dataset": dataset.name, "overrides": arguments.overrides, "seeds": arguments.seeds}
     facts |= origin()
     kinds = {
         kind: {"parameters": each.parameters, "mean": each.means, "deviation": each.deviations, "rows": each.rows}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline import checkpoints, dvc_files, files, machine
 from pipeline.data import downloads, published, splits
-from pipeline.errors import Fault, UserError, run_command, without_password
+from pipeline.errors import Fault, UserError, counted, run_command, without_password
 from pipeline.model import checkpoint, kernel_cache, model_file
 from pipeline.params import check_model, differences, read_params
 from pipeline.tracking import addresses, delivery, promotion, registry, runs, sqlite_files, store
@@ -85,7 +85,7 @@ def _downloads() -> Lines:
     for path, is_published in downloaded:
         if not is_published:
             yield Problem(f"{path} is not the published file: delete it, then `dvc repro`")
-    yield f"{len(downloaded)} files, all as published" if downloaded else "nothing downloaded yet"
+    yield f"{counted(len(downloaded), 'file')}, all as published" if downloaded else "nothing downloaded yet"
 
 
 def _images() -> Lines:
@@ -152,7 +152,7 @@ def _cache() -> Lines:
         elif md5.endswith(".dir"):
             copies += [(f"{path}/{each['relpath']}", each["md5"]) for each in json.loads(content)]
         checked += not md5.endswith(".dir")
-    yield f"{checked} cached files checked" if checked else "these outputs are not cached"
+    yield f"{counted(checked, 'cached file')} checked" if checked else "these outputs are not cached"
 
 
 def _read_cached(path: Path, md5: str) -> bytes | None:
@@ -172,7 +172,8 @@ def _checkpoints() -> Lines:
         yield "no interrupted training"
         return
     days = (time.time() - max(path.stat().st_mtime for path in paths)) / DAY
-    yield f"{len(paths)} interrupted, the last {days:.0f} days ago: `dvc repro` with the same parameters continues it"
+    ago = f"{counted(round(days), 'day')} ago"
+    yield f"{len(paths)} interrupted, the last {ago}: `dvc repro` with the same parameters continues it"
 
 
 def _tracking() -> Lines:
@@ -188,7 +189,7 @@ def _tracking() -> Lines:
         return
     dead = runs.stale_runs()
     if dead:
-        yield Problem(f"{len(dead)} runs are open although their processes have died; to close them: {WRITE}")
+        yield Problem(f"{counted(len(dead), 'run')} left open by processes that have died; to close: {WRITE}")
     yield addresses.address()
 
 

@@ -89,6 +89,11 @@ def _escaped(letter: str) -> str:
     return letter if letter.isprintable() or letter in JOINERS else letter.encode("unicode_escape").decode()
 
 
+def counted(number: int, thing: str, ending: str = "s") -> str:
+    """A number and its noun, in the plural unless the number is 1."""
+    return f"{number:,} {thing}{'' if number == 1 else ending}"
+
+
 def check_class_names(names: Sequence[object]) -> None:
     """Raises ValueError unless these are different texts that ``printable`` leaves as they are, none of them empty."""
     known = set[str]()

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from pipeline import files
 from pipeline.data.splits import TEST, TRAIN, VALIDATION, Dataset, LabelledImages, read_dataset, read_split
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError, counted, run_command
 from pipeline.explain import corruptions
 from pipeline.explain.model_card import model_card
 from pipeline.model import metrics, model_file, novelty
@@ -31,7 +31,7 @@ def main() -> None:
     limit = params.data.memory_limit
     test, validation = (read_split(dataset, split, memory_limit=limit) for split in (TEST, VALIDATION))
 
-    print(f"scoring {len(test):,} test images", flush=True)
+    print(f"scoring {counted(len(test), 'test image')}", flush=True)
     outputs = novelty.outputs(trained.cnn, test.images)
     logits = metrics.finite(outputs.logits)
     scores = _test_scores(trained.cnn, logits, test, dataset, params.evaluate)
@@ -79,8 +79,8 @@ def main() -> None:
     runs.log_files(run_id, [files.PROMOTION, files.CARD], runs.EVALUATION)
     inputs.check_unchanged()
     print(
-        f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, {scores['error_count']} errors in "
-        f"{len(test):,} images\n"
+        f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, "
+        f"{counted(int((~entry.correct).sum()), 'error')} in {counted(len(test), 'image')}\n"
         f"{metrics.beside_accuracy(scores)}\n"
         f"{registered.name} version {registered.version} is {registered.decision.alias}: {registered.decision.reason}"
     )

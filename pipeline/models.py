@@ -62,7 +62,7 @@ def _facts(tags: Mapping[str, str], scores: Mapping[str, float], trained_with: M
     experiment = f" (experiment {tags['dvc.exp']})" if "dvc.exp" in tags else ""
     return {
         "model": f"SHA-256 {tags['model.sha256']}",
-        "test": f"{scores['accuracy']:.2%} accuracy, {tags['test.error_count']} errors",
+        "test": f"accuracy {scores['accuracy']:.2%}, errors: {tags['test.error_count']}",
         "  by class": metrics.beside_accuracy(scores) if set(scores) == set(SCORES) else "unknown",
         "gate": f"{known['gate.decision']}: {known['gate.reason']}",
         "commit": f"{known['git.commit']}{dirty}{experiment}",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline import command_line
 from pipeline.data import decoder, image_files
 from pipeline.data.decoder import Decoders, Request
-from pipeline.errors import UserError, printable, run_command
+from pipeline.errors import UserError, counted, printable, run_command
 from pipeline.tracking import registry, store
 from pipeline.tracking.registry import Loaded
 
@@ -48,7 +48,7 @@ def main() -> None:
                 for (path, _), probabilities, unlike in zip(images, *answers, strict=True):
                     show(path, dict(zip(loaded.class_names, probabilities.tolist(), strict=True)), unlike)
     if unread:
-        raise UserError(f"{unread} of {count} pictures could not be read")
+        raise UserError(f"{unread:,} of {counted(count, 'picture')} could not be read")
 
 
 def _paths(given: Iterable[str]) -> Iterator[str]:

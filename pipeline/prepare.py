@@ -21,6 +21,7 @@ def main() -> None:
     rows = own.rows if own else ()
     warnings = [
         *splits.check(prepared.splits, prepared.name, prepared.class_names),
+        *([] if own else splits.copy_warnings(prepared.splits)),
         *summary.image_warnings(prepared, rows),
     ]
     for warning in warnings:

@@ -7,7 +7,7 @@ import sys
 
 from pipeline import dvc_files, files
 from pipeline.data.splits import TEST, TRAIN, read_dataset
-from pipeline.errors import Fault, run_command, without_password
+from pipeline.errors import Fault, counted, run_command, without_password
 from pipeline.model import metrics
 from pipeline.tracking import registry, store
 
@@ -19,9 +19,10 @@ def main() -> None:
     dataset = read_dataset()
     scores = files.read_json(files.METRICS, made_by="evaluate")
     test, count = scores["test"], dataset.splits[TEST].count
+    errors = counted(test["error_count"], "error")
     facts = {
         "data set": f"{dataset.label} ({dataset.splits[TRAIN].count:,} training images)",
-        "test accuracy": f"{test['accuracy']:.2%} ({test['error_count']} errors in {count:,} images)",
+        "test accuracy": f"{test['accuracy']:.2%} ({errors} in {counted(count, 'image')})",
         "test loss": f"{test['loss']:.4f}",
         "by class": metrics.beside_accuracy(test),
         "parameters": f"{scores['parameters']:,}",

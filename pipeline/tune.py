@@ -19,7 +19,7 @@ import torch
 
 from pipeline import command_line, files, recipe
 from pipeline.data.splits import TRAIN, VALIDATION, Dataset, read_dataset, read_split
-from pipeline.errors import Fault, UserError, run_command
+from pipeline.errors import Fault, UserError, counted, run_command
 from pipeline.params import PARAMS, Params, read_params, with_values
 from pipeline.tracking import runs, store, studies
 from pipeline.tuning import coordinator, finalists, plots
@@ -113,7 +113,8 @@ def _run_trials(study: Study, workers: Workers, run: studies.StudyRun) -> None:
 def _train_finalists(study: Study, workers: Workers) -> list[Outcome]:
     chosen = finalists.choose(study)
     seeds = study.params.tune.seeds
-    print(f"training the {len(chosen) - 1} best and the current values, each with {seeds} other seeds:", flush=True)
+    best = counted(len(chosen) - 1, "best trial")
+    print(f"training the {best} and the current values, each with {seeds} other seeds:", flush=True)
     finalist_study = finalists.open_finalists(study, chosen)
     progress = Progress(finalist_study, "trainings")
     progress.show()

@@ -13,13 +13,28 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from bench import arithmetic, choose, measurement, overhead, pooling, recipes, rounds, speed, stages, tuning
+from bench import (
+    arithmetic,
+    benchmarks_page,
+    choose,
+    measurement,
+    overhead,
+    pooling,
+    recipes,
+    rounds,
+    seeds,
+    speed,
+    stages,
+    tuning,
+)
 from bench.contenders import dataloader_loop
 from bench.measurement import Bound, conclude
 from pipeline import files
 from pipeline.data.splits import LabelledImages
-from pipeline.errors import Fault
+from pipeline.errors import Fault, UserError
+from pipeline.model import metrics
 from pipeline.model.cnn import CNN, Architecture
+from tests import rare_class
 from tests.conftest import REPOSITORY
 
 PUBLISHED = Architecture((28, 28, 1), tuple("0123456789"), (32, 64))
@@ -68,13 +83,13 @@ def test_overrides_survive_a_round_trip_through_the_command_line() -> None:
 @pytest.mark.parametrize(("epochs", "recipe"), [(4, recipes.SHORT), (2, recipes.SHORTEST)])
 def test_the_short_recipes_are_the_best_of_their_candidates(epochs: int, recipe: dict[str, object]) -> None:
     chosen = json.loads((REPOSITORY / "bench/candidates.json").read_text())[f"{epochs} epochs"]
-    screened = [score["knobs"] for score in chosen["screened"]]  # the best first
+    screened = [score["overrides"] for score in chosen["screened"]]  # the best first
     assert sorted(map(str, screened)) == sorted(map(str, choose.candidates(epochs)))
     finalists = chosen["decided"]
-    assert all(score["knobs"] in screened[: len(finalists)] for score in finalists)
+    assert all(score["overrides"] in screened[: len(finalists)] for score in finalists)
     best = max(finalists, key=lambda score: float(score["validation_accuracy"]))
     published = recipes.published()
-    assert published.changed(best["knobs"]) == published.changed(recipe)
+    assert published.changed(best["overrides"]) == published.changed(recipe)
 
 
 @pytest.mark.parametrize(("figures", "low", "holds"), [((1.5, 1.7, 9), False, True), ((1.5, 1.7, 9), True, False)])
@@ -221,6 +236,45 @@ def test_checkpoints_and_live_images_are_timed_in_one_training(
     assert [bound["what"] for bound in found["bounds"]] == [f"{way} after each epoch" for way in overhead.TURN[1::2]]
     assert re.search(r"live images after each epoch: .* % \+- .* of it, n = 2\n", capsys.readouterr().out)
     assert {path.name for path in committed.iterdir()} == before | {"overhead.json"}
+
+
+def test_seeds_give_every_score_and_those_of_other_images_do_not_replace_the_published_ones(
+    committed: Path,
+    digits: dict[str, LabelledImages],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rare_class.write_imbalanced(digits)
+    seeds.OUTPUT.parent.mkdir()
+    seeds.OUTPUT.write_text("published")
+    words = ["seeds", "--seeds", "2", *recipes.as_words(rare_class.RECIPE)]
+    for more in ([], ["--output", "found.json"]):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        seeds.main()
+    assert seeds.OUTPUT.read_text() == "published"
+    found = json.loads(Path("found.json").read_text())
+    assert found["test_baseline_accuracy"] == pytest.approx(140 / 145)
+    assert [row["seed"] for row in found["rows"]] == [0, 1]
+    printed = capsys.readouterr().out
+    for name in metrics.METRICS:
+        reached = [row[f"test_{name}"] for row in found["rows"]]
+        assert found["summary"][f"test_{name}"] == {
+            "mean": pytest.approx(statistics.fmean(reached)),
+            "deviation": pytest.approx(statistics.stdev(reached)),
+        }
+        assert printed.count(f"test_{name}: mean ") == 2
+    assert found["summary"]["test_balanced_accuracy"]["mean"] == 0.5  # it always says 3
+    assert found["summary"]["test_accuracy"]["mean"] == found["test_baseline_accuracy"]
+    assert printed.count("always answering the most common class: test_accuracy 0.96552\n") == 2
+
+
+def test_the_page_of_mnist_takes_no_figures_of_other_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns(".*"))
+    monkeypatch.chdir(tmp_path)
+    path = Path("bench/pooling.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": "own"}))
+    with pytest.raises(UserError, match=r"is unchanged: bench/pooling\.json has figures of own, .* restore"):
+        benchmarks_page.main()
 
 
 @pytest.mark.slow

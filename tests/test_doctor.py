@@ -321,7 +321,7 @@ def _flip(path: Path) -> None:
             "tracking store",
             ".undelivered.json has updates that MLflow has not received: `dvc repro`",
         ),
-        (_run, "tracking store", "1 runs are open although their processes have died; to close them: `dvc repro`"),
+        (_run, "tracking store", "1 run left open by processes that have died; to close: `dvc repro`"),
         (_store, "tracking store", "mlflow.db failed: "),
         (_page_of_the_store, "tracking store", "mlflow.db is damaged ("),
         (_champion, "registry", "cannot be read"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import Fault, UserError, run_command, without_password
+from pipeline.errors import Fault, UserError, counted, run_command, without_password
 from tests.conftest import REPOSITORY
 
 
@@ -121,6 +121,13 @@ def start(code: str, folder: Path) -> "subprocess.Popen[bytes]":
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(raising(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 patches"), (1, "1 patch"), (2, "2 patches"), (1200, "1,200 patches")]
+)
+def test_one_thing_is_named_in_the_singular(number: int, said: str) -> None:
+    assert counted(number, "patch", "es") == said
 
 
 # Letters of no language, so that a secret is found wherever it is left.

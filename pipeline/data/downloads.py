@@ -169,7 +169,7 @@ def _get_url(url: str, target: Path, max_bytes: int) -> None:
             if time.monotonic() - started > MIRROR_TIMEOUT_SECONDS + received / MIN_SPEED:
                 raise TimeoutError(f"it sends less than {MIN_SPEED:,} bytes per second")
     if size is not None and received < size:
-        raise OSError(f"it sent {received:,} bytes of {size:,}")
+        raise OSError(f"it sent {received:,} of {size:,} bytes")
 
 
 @contextmanager

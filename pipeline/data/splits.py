@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline import files
 from pipeline.data import mapped_files
 from pipeline.data.image_files import Preprocessing
-from pipeline.errors import Fault, UserError, check_class_names, printable
+from pipeline.errors import Fault, UserError, check_class_names, counted, printable
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 GIB = 2**30  # bytes
@@ -115,7 +116,7 @@ def cut(train: LabelledImages, test: LabelledImages, *, validation_fraction: flo
 
 
 def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, ...]) -> list[str]:
-    """Warnings about the splits, a line each.
+    """Warnings about classes without images, a line each.
 
     Raises UserError for invalid labels and class names, and for classes without images.
     """
@@ -134,19 +135,33 @@ def check(splits: dict[str, LabelledImages], name: str, class_names: tuple[str, 
         if outside.any():
             worst = int(images.labels[outside][0])
             raise UserError(
-                f"{name}: {int(outside.sum()):,} labels of the {split} split are not a class, such as {worst}; "
-                f"allowed: 0 to {len(class_names) - 1}"
+                f"{name}: the {split} split has {counted(int(outside.sum()), 'label')} outside the classes, such as "
+                f"{worst}; allowed: 0 to {len(class_names) - 1}"
             )
         for number, count in enumerate(torch.bincount(images.labels, minlength=len(class_names)).tolist()):
             if count == 0 and split == TRAIN:
                 raise UserError(f"{name}: the {split} split has no image of class {class_names[number]}")
             if count == 0:
                 warnings.append(f"the {split} split has no image of class {class_names[number]}")
-    seen = {split: set(mapped_files.digests(images.images.numpy())) for split, images in splits.items()}
+    return warnings
+
+
+def copy_warnings(splits: dict[str, LabelledImages]) -> Iterator[str]:
+    """What may be wrong with equal images: that they are in several splits, or have several labels; a line each.
+
+    Only for published data sets: own pictures are split so that copies stay together, and checked for near copies too.
+    """
+    labelled = {
+        name: set(zip(mapped_files.digests(split.images.numpy()), split.labels.tolist(), strict=True))
+        for name, split in splits.items()
+    }
+    seen = {name: {digest for digest, _ in pairs} for name, pairs in labelled.items()}
     for one, other in itertools.combinations(seen, 2):
         if common := seen[one] & seen[other]:
-            warnings.append(f"{len(common):,} images of the {one} split are in the {other} split too")
-    return warnings
+            yield f"the {one} and the {other} split share {counted(len(common), 'image')}"
+    labels_of = Counter(digest for digest, _ in set().union(*labelled.values()))
+    if several := sum(count > 1 for count in labels_of.values()):
+        yield f"copies of {counted(several, 'image')} have different labels"
 
 
 def write_splits(prepared: Prepared, folder: Path = files.PREPARED) -> Dataset:
@@ -277,7 +292,7 @@ def _labelled(content: NDArray[np.uint8], dataset: Dataset, split: str) -> Label
     labels_end = len(header) + 8 * count
     size = labels_end + count * math.prod(dataset.image_shape)
     if content[: len(header)].tobytes() != header or len(content) != size:
-        raise ValueError(f"it is not {count:,} images of {dataset.image_shape} and their labels")
+        raise ValueError(f"it is not {counted(count, 'image')} of {dataset.image_shape}, with labels")
     labels = torch.from_numpy(content[len(header) : labels_end].copy().view(np.int64))
     images = mapped_files.tensor(content[labels_end:].reshape(count, *dataset.image_shape))
     if count == 0 or labels.min() < 0 or labels.max() >= len(dataset.class_names):

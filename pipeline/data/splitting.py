@@ -211,8 +211,8 @@ def _can_leave(
 
 def _too_few(name: str, count: int, splits: int) -> UserError:
     return UserError(
-        f"the class {printable(name)} has {count:,} pictures or subjects that are not copies of each other; each of "
-        f"{splits} splits needs one: add pictures, leave the class out, or, where they only look alike, set "
+        f"the class {printable(name)} has too few pictures or subjects that are not copies of each other ({count:,}); "
+        f"each of {splits} splits needs one: add pictures, leave the class out, or, where they only look alike, set "
         "data.near_duplicates: null"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.data.splits import SPLITS, TEST, Dataset
+from pipeline.errors import counted
 from pipeline.model.cnn import summary as summary_of_layers
 from pipeline.model.metrics import wilson_interval
 from pipeline.model.model_file import TrainedModel
@@ -35,7 +36,7 @@ def model_card(
             _table(("parameter", "value"), saved.recipe.items()),
             "## Architecture",
             f"```text\n{summary_of_layers(saved.cnn.architecture)}\n```",
-            f"## Metrics on the {dataset.splits[TEST].count:,} test images",
+            f"## Metrics on the {counted(dataset.splits[TEST].count, 'test image')}",
             *_scores(dataset, metrics),
             "## Limits",
             _limits(dataset),

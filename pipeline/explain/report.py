@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pipeline.errors import counted
 from pipeline.explain import activation_maximization, attribution, corruptions
 from pipeline.explain.activation_maximization import Regularization
 from pipeline.explain.class_images import ascent
@@ -141,8 +142,8 @@ def _shared_weights(inputs: ReportInputs) -> Figure:
 
 
 def _confusion_matrix(inputs: ReportInputs) -> Figure:
-    mistakes = canvas.counted(int(inputs.wrong.sum()), "mistake")
-    title = f"{mistakes} in {len(inputs.test):,} test images of {inputs.dataset.label}"
+    mistakes = counted(int(inputs.wrong.sum()), "mistake")
+    title = f"{mistakes} in {counted(len(inputs.test), 'test image')} of {inputs.dataset.label}"
     classes = torch.arange(len(inputs.dataset.class_names))
     if len(classes) > MAX_ROWS:
         return scores.confusion_of_many(inputs.confusion.numpy(), inputs.confused_pairs, title)
@@ -170,16 +171,16 @@ def _confident_mistakes(inputs: ReportInputs) -> Figure:
     images = attribution.most_confident_mistakes(
         inputs.test.labels, inputs.predicted, inputs.confidence, inputs.params.mistakes
     )
-    title = f"The {canvas.counted(len(images), 'most confident mistake')}: predicted class (confidence), label"
+    title = f"The {counted(len(images), 'most confident mistake')}: predicted class (confidence), label"
     if not len(images):
-        title = f"No mistake in {len(inputs.test):,} test images"
+        title = f"No mistake in {counted(len(inputs.test), 'test image')}"
     return _captioned(inputs, images, inputs.predicted[images], inputs.confidence[images], title)
 
 
 def _doubtful_labels(inputs: ReportInputs) -> Figure:
     found = attribution.likely_label_errors(inputs.probabilities, inputs.test.labels)
     images, classes = (each[: inputs.params.mistakes] for each in found)
-    title = f"{len(images)} of the {canvas.counted(len(found.images), 'label')} that confident learning flags"
+    title = f"{len(images)} of the {counted(len(found.images), 'label')} that confident learning flags"
     if not len(images):
         title = "Confident learning flags no label"
     return _captioned(inputs, images, classes, inputs.probabilities[images, classes], title)

@@ -117,8 +117,3 @@ def wrapped(text: str, width: int) -> str:
 def shortened(name: str, length: int) -> str:
     """A class name truncated to at most ``length`` characters."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def counted(number: int, thing: str, ending: str = "s") -> str:
-    """A number and its noun, in the plural unless the number is 1."""
-    return f"{number:,} {thing}{'' if number == 1 else ending}"

@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.errors import counted
 from pipeline.figures import canvas
 from pipeline.figures.tiles import Array, filter_tiles, mosaic
 
@@ -34,7 +35,7 @@ def filters(weights: Array, use: Array) -> Figure:
         else:
             axes.set_axis_off()
     figure.suptitle(
-        f"The {canvas.counted(len(tiles), 'filter')} of the first convolution ({canvas.sides(weights)} pixels), "
+        f"The {counted(len(tiles), 'filter')} of the first convolution ({canvas.sides(weights)} pixels), "
         "most used first"
     )
     figure.colorbar(picture, ax=grid, shrink=0.6, label="weight")
@@ -56,7 +57,7 @@ def feature_maps(image: Array, maps: Mapping[str, Array], title: str) -> Figure:
         canvas.bare(axes)
         axes.imshow(whole, cmap="viridis", vmin=0, interpolation="nearest")
         canvas.mark_zero(axes, whole, "white")
-        axes.set_title(f"{layer}: {canvas.counted(len(maps[layer]), 'map')} of {canvas.sides(maps[layer])}", fontsize=9)
+        axes.set_title(f"{layer}: {counted(len(maps[layer]), 'map')} of {canvas.sides(maps[layer])}", fontsize=9)
     figure.suptitle(f"{canvas.literal(title)}\nbrighter: a stronger response; one scale per layer", fontsize=11)
     return figure
 
@@ -105,7 +106,7 @@ def strongest_patches(patches: Array, strongest: Array, layer: str) -> Figure:
     ``strongest`` (filters,) is the highest response of each before ReLU; one of 0 or less is marked.
     """
     across = math.ceil(math.sqrt(patches.shape[1]))
-    filters, count = canvas.counted(len(patches), "filter"), canvas.counted(patches.shape[1], "patch", "es")
+    filters, count = counted(len(patches), "filter"), counted(patches.shape[1], "patch", "es")
     return _filter_grid(
         [np.nan_to_num(mosaic(each, columns=across), nan=0.5) for each in patches / 255],
         (strongest > 0).tolist(),
@@ -119,7 +120,7 @@ def filter_images(images: Array, sums: Array, layer: str) -> Figure:
 
     ``sums`` (filters,) are the sums that were reached, before ReLU; a filter with 0 or less is marked.
     """
-    filters = canvas.counted(len(images), "filter")
+    filters = counted(len(images), "filter")
     return _filter_grid(list(images), (sums > 0).tolist(), f"Images made to excite each of the {filters} of {layer}")
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from pipeline.errors import counted
 from pipeline.figures import canvas
 from pipeline.figures.tiles import Array
 
@@ -185,7 +186,8 @@ def components(
         ylabel=f"second ({shares[1]:.0%})",
     )
     title = (
-        f"{len(points):,} test images as the dense layer sees them,\ndrawn as their class; mistakes are ringed{which}"
+        f"{counted(len(points), 'test image')} as the dense layer sees them,\n"
+        f"drawn as their class; mistakes are ringed{which}"
     )
     axes.set_title(title, fontsize=10)
     return figure

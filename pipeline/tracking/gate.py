@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
 
+from pipeline.errors import counted
 from pipeline.params import Evaluate, Promotion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -82,7 +83,7 @@ class Comparison:
 def _by_accuracy(challenger: ScoredModel, champion: ScoredModel, labels: NDArray[np.int64]) -> Comparison:
     table = compare(challenger.correct, champion.correct)
     gain = champion.error_count - challenger.error_count
-    scores = f"{challenger.error_count} test errors against {champion.error_count}"
+    scores = f"{counted(challenger.error_count, 'test error')} against {champion.error_count}"
     return Comparison("accuracy", gain, table.p_value, table, scores, lower="more", higher="fewer")
 
 

@@ -17,28 +17,32 @@ def update(uri: str, experiment: str) -> None:
     path = sqlite_path(uri)
     if path is None:
         return
-    if is_own(uri):
-        _follow_repository(path, experiment)
+    _follow_move(path, experiment, is_own(uri))
     _leave_lost_folder(path, experiment, str(artifact_location(uri)))
 
 
-def _follow_repository(path: Path, experiment: str) -> None:
-    """If this repository was moved or copied, point its store, which has absolute paths, at the artifacts here."""
-    if (before := sqlite_files.other_repository(path, experiment)) is None:
+def _follow_move(path: Path, experiment: str, own: bool) -> None:
+    """If a store was moved with its artifacts, point it, which has absolute paths, at them.
+
+    That of this repository also if it was copied. The files of others may be where somebody wants them, or elsewhere.
+    """
+    now = files.root() if own else path.parent.resolve()
+    before = sqlite_files.other_folder(path, experiment, now)
+    if before is None or not (own or sqlite_files.has_moved(path, before, now)):
         return
     try:
         with exclusive_lock("locations"):
-            if sqlite_files.other_repository(path, experiment) is None:
+            if sqlite_files.other_folder(path, experiment, now) is None:
                 return  # another process has updated them
             kept = sqlite_files.keep_copy(path, "before-move")
-            sqlite_files.move_locations(path, before, files.root())
+            sqlite_files.move_locations(path, before, now)
     except (OSError, sqlite3.Error) as error:
         reason = f"the locations in {path} are those of {before}, and cannot be updated ({one_line(error)})"
         raise Fault(f"{reason}: make its folder writable, and room on that disk, then run again") from error
     how = "copied from {}, which keeps its own" if (before / path.name).exists() else "moved from {}"
     _say(
-        f"this repository was {how.format(before)}: the locations in {path.name} are now those of {files.root()}; "
-        f"the database as it was is in {kept.name}"
+        f"{'this repository' if own else path} was {how.format(before)}: the locations in {path.name} are now those "
+        f"of {now}; the database as it was is in {kept.name}"
     )
 
 

@@ -1,6 +1,5 @@
 """MLflow runs: open one, find one by its hashes, and write numbers, files and data sets into it."""
 
-import itertools
 import os
 import posixpath
 import re
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import DatasetInput, InputTag, Run, RunStatus
+from mlflow.entities import DatasetInput, InputTag, Metric, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
@@ -294,13 +293,17 @@ def lineage_of(run_id: str) -> dict[str, str]:
 def log_evaluation(run_id: str, dataset: Dataset, scores: Mapping[str, object]) -> None:
     """Write the scores on the test images, and that data set, into a run that has ended; its status stays."""
     numbers = {key: value for key, value in flat(scores).items() if isinstance(value, int | float)}
-    named = dict(zip(_metric_names(numbers), numbers.values(), strict=True))
+    names, now = _metric_names(numbers), round(time.time() * 1000)
     # MLflow shows the value of the highest step, and of equal steps that of the latest time.
-    step = len(MlflowClient().get_metric_history(run_id, next(iter(named))))
-    for start in range(0, len(named), MAX_METRICS_PER_BATCH):
-        some = itertools.islice(named.items(), start, start + MAX_METRICS_PER_BATCH)
-        mlflow.log_metrics(dict(some), step=step, run_id=run_id)
+    step = len(MlflowClient().get_metric_history(run_id, names[0]))
+    log_metrics(run_id, [Metric(*each, now, step) for each in zip(names, numbers.values(), strict=True)])
     _log_inputs(run_id, [_dataset_input(dataset, "test", "testing")])
+
+
+def log_metrics(run_id: str, metrics: Sequence[Metric]) -> None:
+    """Write metrics into a run, as many at a time as MLflow takes."""
+    for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+        MlflowClient().log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
 
 
 def _metric_names(keys: Iterable[str]) -> list[str]:

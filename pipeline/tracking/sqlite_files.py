@@ -55,16 +55,29 @@ def keep_copy(path: Path, suffix: str) -> Path:
     return kept
 
 
-def other_repository(path: Path, experiment: str) -> Path | None:
-    """The repository that a store's artifacts are in, if it is not this one."""
+def other_folder(path: Path, experiment: str, folder: Path) -> Path | None:
+    """The folder whose mlruns/ a store's artifacts are in, if it is not ``folder``."""
     try:
         found = _first_row(path, "SELECT artifact_location FROM experiments WHERE name = ?", experiment)
     except sqlite3.Error:
         return None  # mlflow then reports what is wrong with it
-    folder = local_path(found[0]) if found else None
-    if folder is None or folder.is_relative_to(files.root() / "mlruns"):
+    location = local_path(found[0]) if found else None
+    if location is None or location.is_relative_to(folder / "mlruns"):
         return None
-    return _folder_of_mlruns(folder)
+    return _folder_of_mlruns(location)
+
+
+def has_moved(path: Path, before: Path, now: Path) -> bool:
+    """Whether a store's artifacts are not in the folder ``before`` any more, and those of some run are in ``now``."""
+    if (before / "mlruns").exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            folders = [local_path(location) for (location,) in database.execute("SELECT artifact_uri FROM runs")]
+    except sqlite3.Error:
+        return False  # mlflow then reports what is wrong with it
+    moved = [folder.relative_to(before) for folder in folders if folder and folder.is_relative_to(before)]
+    return any((now / each).exists() for each in moved)
 
 
 def _folder_of_mlruns(folder: Path) -> Path | None:

@@ -16,7 +16,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pipeline import machine
 from pipeline.data.splits import Dataset
@@ -92,8 +91,7 @@ class StudyRun:
         ]
         if trial.validation_error is not None:
             metrics.append(Metric(self._error, trial.validation_error, trial.ended, 0))
-        for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
-            client.log_batch(child, metrics[start : start + MAX_METRICS_PER_BATCH])
+        runs.log_metrics(child, metrics)
         facts = {**trial.values, **trial.sizes}
         client.log_batch(child, params=[Param(key, str(value)) for key, value in facts.items()])
         client.set_terminated(child, STATUS[trial.status], end_time=trial.ended)

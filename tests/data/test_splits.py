@@ -150,12 +150,12 @@ def test_fault_20_labels_outside_the_classes_and_a_class_without_images_are_refu
     made = cut(numbered(600))
     assert splits.check(made, "it", names) == []
     with pytest.raises(
-        UserError, match=r"it: 144 labels of the train split are not a class, such as 2; allowed: 0 to 1"
+        UserError, match=r"it: the train split has 144 labels outside the classes, such as 2; allowed: 0 to 1"
     ):
         splits.check(made, "it", names[:2])
     made["train"].labels[7] = -1
     with pytest.raises(
-        UserError, match=r"it: 1 labels of the train split are not a class, such as -1; allowed: 0 to 2"
+        UserError, match=r"it: the train split has 1 label outside the classes, such as -1; allowed: 0 to 2"
     ):
         splits.check(made, "it", names)
     with pytest.raises(UserError, match=r"it: the train split has no image of class d"):
@@ -169,8 +169,22 @@ def test_fault_20_the_same_image_in_two_splits_is_reported() -> None:
     assert splits.check(made, "it", ("a", "b", "c")) == [
         "the test split has no image of class b",
         "the test split has no image of class c",
-        "3 images of the train split are in the test split too",
     ]
+    assert list(splits.copy_warnings(made)) == [
+        "the train and the test split share 3 images",
+        "copies of 2 images have different labels",  # those of the classes b and c
+    ]
+
+
+def test_an_image_that_is_twice_in_a_split_is_reported_where_its_labels_differ() -> None:
+    made = cut(numbered(600))
+    train = made["train"]
+    images, labels = torch.cat([train.images, train.images[:2]]), torch.cat([train.labels, train.labels[1:3]])
+    made["train"] = LabelledImages(images, labels)
+    assert train.labels[:3].tolist() == [0, 1, 2]
+    assert list(splits.copy_warnings(made)) == ["copies of 2 images have different labels"]
+    labels[-2:] = train.labels[:2]
+    assert list(splits.copy_warnings(made)) == []
 
 
 Tensors = dict[str, torch.Tensor]

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import files, prepare
-from pipeline.data import contact_sheets
-from pipeline.data.splits import TRAIN, read_dataset, read_split
+from pipeline.data import contact_sheets, sources
+from pipeline.data.sources import DataSource, Source
+from pipeline.data.splits import TRAIN, LabelledImages, read_dataset, read_split
 from tests.conftest import write_params
 
 CLASSES = ("a=b, c:d@e/f", "猫 🐈", "Žluťoučký kůň " + "x" * 100)
@@ -119,6 +121,26 @@ def test_a_published_data_set_has_both_and_no_table_of_pictures(pictures: Path) 
     assert sum(facts["train"] for facts in found["classes"]) == read_dataset().splits[TRAIN].count
     assert len(list(files.CONTACT_SHEETS.iterdir())) == 10
     assert not files.IMAGES.exists()
+
+
+def test_labels_that_differ_between_copies_are_reported_once_whatever_the_data_set(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(pictures / "0.png", pictures / "1.png")
+    own = [line for line in summary()["warnings"] if "copies" in line]
+    assert len(own) == 2  # that there are copies, and that their labels differ
+    printed = capsys.readouterr().err
+    assert [printed.count(line) for line in own] == [1, 1]
+
+    by_turns = torch.arange(5000).reshape(10, 500).T.flatten()  # 0, 1, ... 9, 0, 1 ...
+    digits = sources.DATASETS["mnist-5k"].load().train[by_turns]
+    test = LabelledImages(digits.images[-600:], digits.labels[-600:].clone())
+    test.labels[-1] = 0
+    source = Source("a test", tuple("0123456789"), digits, test)
+    monkeypatch.setitem(sources.DATASETS, "mnist-5k", DataSource(lambda: source))
+    write_params(Path(), {"data.dataset": "mnist-5k"})
+    assert summary()["warnings"][-1] == "copies of 1 image have different labels"
+    assert capsys.readouterr().err.endswith("warning: mnist-5k: copies of 1 image have different labels\n")
 
 
 @pytest.mark.parametrize(("classes", "each"), [(2, 100), (37, 100), (200, 20), (10_000, 10)])

@@ -192,7 +192,7 @@ def test_a_split_never_loses_a_rare_class(folder: Path) -> None:
     assert {row.split for row in own.rows if row.label == "rare"} == set(SPLITS)
     (folder / "rare/300.png").unlink()
     with pytest.raises(
-        UserError, match=r"the class rare has 2 pictures or .* each of 3 splits needs one: add pictures"
+        UserError, match=r"the class rare has too few pictures or .* \(2\); each of 3 splits needs one: add pictures"
     ):
         prepare(folder)
 

@@ -52,6 +52,7 @@ def test_the_p_value_is_that_of_a_fair_coin(b: int, c: int) -> None:
     ("challenger", "changed", "alias", "reason"),
     [
         (model(range(49)), {}, "champion", "49 test errors against 50 of version 1 (p = 1)"),
+        (model(range(1)), {}, "champion", "1 test error against 50 of version 1 (p = "),
         (model(range(50)), {}, "challenger", "50 test errors against 50 of version 1 (p = 1)"),
         (model(range(49)), {"alpha": 0.05}, "challenger", "49 test errors against 50 of version 1, not significantly "),
         (model(range(30)), {"alpha": 0.05}, "champion", "30 test errors against 50 of version 1 (p = 1.9e-06)"),

@@ -14,17 +14,19 @@ import mlflow
 import pytest
 import requests
 from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils as tracking_utils
 
 from pipeline import doctor, files, ui
 from pipeline.errors import Fault, UserError
-from pipeline.tracking import addresses, promotion, registry, sqlite_files, store
+from pipeline.tracking import addresses, promotion, registry, runs, sqlite_files, store
 from tests.conftest import OWN_MOUNTS, REPOSITORY, free_port, make_ui, needs_namespaces
 from tests.drawn import drawn
 from tests.tracking.registering import NAME
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process that is started in ``folder``."""
+    """As in a new process that is started in ``folder``: mlflow remembers where a run has its files."""
+    tracking_utils._artifact_repos_cache.clear()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.chdir(folder)
@@ -78,6 +80,8 @@ def test_fault_48_a_copied_and_then_moved_repository_keeps_its_runs_and_writes_i
     champion = registry.find("champion")
     assert registry.load(champion).preprocessing.resize == "strokes"
     assert promotion._logged_predictions(champion, champion.tags["predictions.sha256"]) is not None
+    runs.log_files(str(champion.run_id), [moved / files.METRICS], "again")
+    assert (moved / f"mlruns/{champion.run_id}/artifacts/again/metrics.json").exists()
     assert not copied.exists()
     assert contents(finished) == before
 
@@ -256,6 +260,42 @@ def test_fault_49_new_runs_of_a_store_whose_files_would_get_lost_have_theirs_bes
         mlflow.log_text("text", "a.txt")
     assert (team_store.parent / f"mlruns/{run.info.run_id}/artifacts/a.txt").exists()
     assert location_of_runs(team_store)[:-1] == before == location_of_runs(Path(f"{team_store}.before-move"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stays", [False, True], ids=["the folder", "what is in it"])
+def test_fault_49_a_store_that_is_moved_with_its_files_finds_them_and_adds_to_them_there(
+    workspace: Path,
+    team_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stays: bool,
+) -> None:
+    store.connect()
+    with mlflow.start_run() as old:
+        mlflow.log_text("text", "a.txt")
+    with mlflow.start_run() as without_files:
+        pass
+    before, moved = team_store.parent, tmp_path / "moved"
+    before.rename(moved)
+    if stays:
+        before.mkdir()
+    enter(workspace, monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", addresses.sqlite_address(moved / "team.db"))
+    capsys.readouterr()
+    store.connect()
+    assert capsys.readouterr().err == (
+        f"{moved}/team.db was moved from {before}: the locations in team.db are now those of {moved}; the database as "
+        "it was is in team.db.before-move\n"
+    )
+    store.connect()
+    assert capsys.readouterr().err == ""
+    for run in (old, without_files):
+        runs.log_files(run.info.run_id, [workspace / "params.yaml"], "later")
+        assert (moved / f"mlruns/{run.info.run_id}/artifacts/later/params.yaml").exists()
+    assert mlflow.artifacts.load_text(f"runs:/{old.info.run_id}/a.txt") == "text"
+    assert not [path for path in before.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
