@@ -204,9 +204,9 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write ``rows`` as CSV with their keys as the header: the same rows give the same bytes."""
     text = io.StringIO()
-    table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(rows[0])
+    table.writerows(row.values() for row in rows)
     write(path, text.getvalue().encode())
 
 

@@ -50,7 +50,14 @@ def trained(
 ) -> TrainedModel:
     """What the model file holds, after ``fit``."""
     generator = torch.Generator().manual_seed(params.seed)
-    found = novelty.fit(cnn, train.images, train.labels, validation.images, generator)
+
+    def some() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows in novelty.chosen(len(train), generator):
+            found = train[rows.to(train.labels.device)]
+            yield found.images, found.labels
+            mapped_files.let_go()
+
+    found = novelty.fit(cnn, some(), validation.images)
     return TrainedModel(cnn, dataset.tags, params.recipe, asdict(dataset.preprocessing), found)
 
 

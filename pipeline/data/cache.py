@@ -76,6 +76,7 @@ class Cache:
 def _opened(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=60)
     with closing(database.cursor()) as cursor:
+        cursor.execute("PRAGMA page_size = 16384")  # bytes, of a new file: an image is then in few pages
         cursor.execute("PRAGMA synchronous = NORMAL")
         cursor.execute(TABLE)
     return database

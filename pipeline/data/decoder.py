@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -66,14 +66,13 @@ def digest(file: File, name: str) -> bytes:
 
 def facts(file: File, name: str) -> bytes:
     """What image_files.inspect says of a picture; `facts_from` reads it."""
-    return json.dumps(image_files.inspect(file, name)._asdict()).encode()
+    return json.dumps(image_files.inspect(file, name)).encode()
 
 
-def facts_from(answer: bytes) -> Facts:
-    """The Facts in an answer of `facts`."""
-    found: dict[str, Any] = json.loads(answer.decode())
-    width, height = found.pop("size")
-    return Facts(size=(width, height), **found)
+def facts_from(answers: Iterable[bytes]) -> list[Facts]:
+    """The Facts in answers of `facts`."""
+    found = json.loads(f"[{b','.join(answers).decode()}]")
+    return [Facts(form, (width, height), *others) for form, (width, height), *others in found]
 
 
 def has_colour(file: File, name: str) -> bytes:

@@ -76,8 +76,10 @@ class PictureReader:
         asked = ((some, self._decoders.ask(decoder.digest, list(map(self._request, some)))) for some in batches)
         for some, digests in _one_ahead(asked):
             hashed = [HashedFile(entry, sha256.decode()) for entry, sha256 in self._good(some, some, digests)]
-            facts = self._good(hashed, [file.entry for file in hashed], self._ask("facts", decoder.facts, hashed)())
-            found += [Inspected(*file, decoder.facts_from(answer)) for file, answer in facts]
+            answers = self._ask("facts", decoder.facts, hashed)()
+            good = list(self._good(hashed, [file.entry for file in hashed], answers))
+            facts = decoder.facts_from(answer for _, answer in good)
+            found += [Inspected(*file, each) for (file, _), each in zip(good, facts, strict=True)]
         return found
 
     def images(

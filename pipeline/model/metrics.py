@@ -14,7 +14,7 @@ from pipeline.model import cpu_threads
 from pipeline.model.cnn import CNN
 
 CHUNK = 250  # images that are scored together, if they are small
-CHUNK_PIXELS = CHUNK * 32 * 32  # of larger images there are as many pixels: the maps of 250 would take gigabytes
+CHUNK_PIXELS = CHUNK * 28 * 28  # of larger images there are fewer: the maps of 250 would take gigabytes
 Result = TypeVar("Result")
 
 

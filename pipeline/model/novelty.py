@@ -5,6 +5,7 @@ its features are far from those of all training images, and its highest logit is
 out-of-distribution detection for real-world settings"). The novelty score is the sum of both, each as a standard score.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from pipeline.model.cnn import CNN, Architecture, output_shape
 GRID = 3  # the last maps are averaged over a grid of at most this many cells a side
 CENTRES = 5  # of each class
 IMAGES = 10_000  # training images that the centres are computed from
-CHUNK = 2000  # of these images at a time
+CHUNK = 500  # of these images at a time
 ITERATIONS = 10  # of k-means
 FALSE_ALARMS = 0.005  # the share of validation images above the threshold
 MIN_VALIDATION = 200  # images; of fewer, not one would be above it
@@ -80,20 +81,21 @@ def _grid(architecture: Architecture) -> tuple[int, int]:
     return min(GRID, height), min(GRID, width)
 
 
-def fit(
-    cnn: CNN, images: Tensor, labels: Tensor, validation_images: Tensor, generator: torch.Generator
-) -> Novelty | None:
-    """The centres of some training images (N, H, W, C) with labels (N,), and the statistics of the validation images.
+def chosen(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The indices of the training images that the centres are computed from, some at a time. There are ``count``."""
+    return torch.split(torch.randperm(count, generator=generator)[:IMAGES], CHUNK)
 
-    None with fewer validation images than it takes to know such a threshold. ``generator`` is one of the CPU, and
-    chooses the images. The same on any number of threads.
+
+def fit(cnn: CNN, some: Iterable[tuple[Tensor, Tensor]], validation_images: Tensor) -> Novelty | None:
+    """The centres of training images (N, H, W, C) with labels (N,), and the statistics of the validation images.
+
+    ``some`` are the images that are `chosen`, and their labels. None with fewer validation images than it takes to know
+    such a threshold. The same on any number of threads.
     """
     if len(validation_images) < MIN_VALIDATION:
         return None
-    chosen = torch.randperm(len(images), generator=generator)[:IMAGES]
-    some = torch.split(chosen.to(images.device), CHUNK)
-    features = torch.cat([outputs(cnn, images[rows]).features for rows in some])
-    labels = labels.cpu()[chosen]
+    found = [(outputs(cnn, images).features, labels.cpu()) for images, labels in some]
+    features, labels = (torch.cat(each) for each in zip(*found, strict=True))
     validation = outputs(cnn, validation_images)
     with cpu_threads.single_thread():
         centres = torch.cat([_centres(features[labels == label]) for label in sorted(set(labels.tolist()))])

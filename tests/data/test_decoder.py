@@ -198,7 +198,7 @@ def test_several_processes_answer_in_order_for_files_and_for_contents(tmp_path: 
             assert str(answer) == str(other) == str(fact) == f"{number}.jpg is not a picture; allowed: {ALLOWED}"
         else:
             assert answer == other == image_files.read(io.BytesIO(turned(number)), "it", COLOUR).image.tobytes()
-            assert decoding.facts_from(fact).size == (90, 60)
+            assert [each.size for each in decoding.facts_from([fact])] == [(90, 60)]
 
 
 def test_a_content_that_cannot_be_had_is_a_refusal_of_its_picture_alone() -> None:

@@ -74,8 +74,9 @@ def test_the_number_of_threads_changes_nothing(learned: CNN, digits: dict[str, L
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            generator = torch.Generator().manual_seed(0)
-            fitted = novelty.fit(learned, train.images, train.labels, validation.images, generator)
+            rows = novelty.chosen(len(train), torch.Generator().manual_seed(0))
+            some = ((train.images[each], train.labels[each]) for each in rows)
+            fitted = novelty.fit(learned, some, validation.images)
             found.add(model_file.to_bytes(TrainedModel(learned, novelty=fitted)))
     finally:
         torch.set_num_threads(threads)
@@ -88,7 +89,7 @@ def test_images_of_any_shape_a_class_of_one_image_and_an_untrained_network(shape
     cnn = CNN(Architecture(shape, ("cat", "dog", "cow"), (4,), kernel_size=1, pool_size=1), generator)
     images = torch.randint(256, (12, *shape), generator=generator, dtype=torch.uint8)
     labels = torch.tensor([0] * 6 + [1] + [2] * 5)
-    fitted = novelty.fit(cnn, images, labels, images.repeat(20, 1, 1, 1), generator)
+    fitted = novelty.fit(cnn, [(images, labels)], images.repeat(20, 1, 1, 1))
     assert fitted is not None
     assert fitted.centres.shape == (11, novelty.feature_count(cnn.architecture))
     assert fitted.score(novelty.outputs(cnn, images)).isfinite().all()
@@ -97,4 +98,4 @@ def test_images_of_any_shape_a_class_of_one_image_and_an_untrained_network(shape
 
 def test_few_validation_images_cannot_set_a_limit(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     train, validation = digits["train"], digits["validation"].images[: novelty.MIN_VALIDATION - 1]
-    assert novelty.fit(learned, train.images, train.labels, validation, torch.Generator()) is None
+    assert novelty.fit(learned, [(train.images, train.labels)], validation) is None
