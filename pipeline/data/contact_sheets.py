@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pipeline import files
 from pipeline.data.splits import TRAIN, Prepared
+from pipeline.errors import counted
 
 COLUMNS = 10
 MOST = 100  # images on a sheet
@@ -44,7 +45,7 @@ def write(prepared: Prepared, folder: Path = files.CONTACT_SHEETS) -> list[str]:
 def _sheet(prepared: Prepared, number: int) -> bytes:
     """The sheet of a class."""
     chosen, count = _chosen(prepared, number)
-    title = f"{_in_latin(prepared.class_names[number])}: {len(chosen):,} of {count:,} training images"
+    title = f"{_in_latin(prepared.class_names[number])}: {len(chosen):,} of {counted(count, 'training image')}"
     return _as_png(draw(prepared.splits[TRAIN].images[chosen].numpy(), chosen.tolist(), title))
 
 

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple, Self
 from pipeline.data import label_table
 from pipeline.data.file_trees import BROKEN_LINK, NOT_UTF8, Contents, FileTree, Folder, Zip
 from pipeline.data.splits import SPLITS, TEST, TRAIN, VALIDATION
-from pipeline.errors import UserError, check_class_names, printable
+from pipeline.errors import UserError, check_class_names, counted, printable
 
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
@@ -329,9 +329,8 @@ def _search(pattern: re.Pattern[str], path: str) -> re.Match[str] | None:
 
 
 def _no_match(parameter: str, text: str, paths: Collection[str]) -> UserError:
-    return UserError(
-        f"params.yaml: {parameter} {_short(text)} matches none of the {len(paths):,} pictures, such as {_some(paths)}"
-    )
+    count = counted(len(paths), "picture")
+    return UserError(f"params.yaml: {parameter} {_short(text)} matches none of {count}, such as {_some(paths)}")
 
 
 class _Finder:

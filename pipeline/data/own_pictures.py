@@ -24,7 +24,7 @@ from pipeline.data.picture_reader import Decoded, Inspected, PictureReader
 from pipeline.data.sources import DATASETS
 from pipeline.data.splits import SPLITS, LabelledImages, Prepared
 from pipeline.data.splitting import Assignment
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError, counted, printable
 from pipeline.params import Data
 
 CACHE = Path("data/decoded/pictures.db")  # in the repository
@@ -115,7 +115,8 @@ def prepare(params: Data) -> OwnPictures:
         ),
         rows=_rows(read, reader.problems, listing.entries, assignment, order),
         left_out=tuple(
-            f"left out, {reason}: {len(paths):,} files, such as {paths[0]}" for reason, paths in listing.skipped.items()
+            f"left out, {reason}: {counted(len(paths), 'file')}, such as {paths[0]}"
+            for reason, paths in listing.skipped.items()
         ),
         warnings=(
             *listing.warnings,
@@ -131,8 +132,8 @@ def _check_problems(problems: dict[str, str], count: int, params: Data) -> None:
     if len(problems) == count or len(problems) > params.max_bad_fraction * count:
         examples = "; ".join(list(problems.values())[:3])
         raise UserError(
-            f"{len(problems):,} of {count:,} pictures cannot be read, such as: {examples}: remove or replace them, or "
-            "raise data.max_bad_fraction in params.yaml"
+            f"{len(problems):,} of {counted(count, 'picture')} cannot be read, such as: {examples}: remove or replace "
+            "them, or raise data.max_bad_fraction in params.yaml"
         )
 
 
@@ -224,7 +225,8 @@ def _split_warnings(
 ) -> Iterator[str]:
     if several := [each for each in read if each.facts.frames > 1]:
         example = f"{printable(several[0].entry.path)} ({several[0].facts.frames:,})"
-        yield f"{len(several):,} pictures have several frames or pages, the first of which is used, such as {example}"
+        pictures = counted(len(several), "picture")
+        yield f"only the first frame or page is used of {pictures} with several, such as {example}"
     counts = Counter(copies.tolist())
     if repeated := sum(count for count in counts.values() if count > 1):
         yield f"{repeated:,} pictures have copies, which are all in one split"
@@ -235,15 +237,15 @@ def _split_warnings(
     if two:
         first = [each.entry.path for each, copy in zip(read, copies.tolist(), strict=True) if copy == two[0]]
         examples = " and ".join(map(printable, first[:2]))
-        yield f"{len(two):,} pictures have copies of another class, such as {examples}"
+        yield f"copies of {counted(len(two), 'picture')} have different classes, such as {examples}"
     if assignment.leaks:
         yield (
-            f"a random split would have put {assignment.leaks:,} pictures into validation or test of which a copy, or "
-            "one of the same subject, is in train; here none is"
+            f"a random split would have put {counted(assignment.leaks, 'picture')} into validation or test of which a "
+            "copy, or one of the same subject, is in train; here none is"
         )
     if assignment.moved:
         examples = ", ".join(printable(read[row].entry.path) for row in assignment.moved[:3])
-        yield f"{len(assignment.moved):,} pictures are not in their published split, such as {examples}"
+        yield f"moved out of the published split: {counted(len(assignment.moved), 'picture')}, such as {examples}"
     for split in SPLITS:
         if names := [name for name, completed in assignment.completed if completed == split]:
             what = f"class {_some(names)}" if len(names) == 1 else f"{len(names):,} classes ({_some(names)})"

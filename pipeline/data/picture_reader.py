@@ -17,7 +17,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.decoder import Answer, Decoders, Function, Request
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Facts, Preprocessing
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError, counted, printable
 
 BATCH = 500  # pictures whose results are written into the cache together
 FIRST = 50  # pictures that are searched for colour together
@@ -173,7 +173,7 @@ def _shown(items: Sequence[Item], what: str, size: int = BATCH) -> Iterator[Sequ
     """The items in batches of ``size``; on a terminal with a bar and the time left, elsewhere with a line first."""
     with tqdm(total=len(items), desc=what, unit=" pictures", disable=None) as bar:
         if bar.disable:
-            print(f"{what} {len(items):,} pictures", flush=True)
+            print(f"{what} {counted(len(items), 'picture')}", flush=True)
         for start in range(0, len(items), size):
             some = items[start : start + size]
             yield some

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data import mapped_files
 from pipeline.data.own_pictures import Row
 from pipeline.data.splits import SPLITS, LabelledImages, Prepared
-from pipeline.errors import printable
+from pipeline.errors import counted, printable
 
 SIZES = ("smallest", "median", "largest")
 SHOWN = 3  # pictures that a warning names
@@ -54,9 +54,9 @@ def summary(
 def image_warnings(prepared: Prepared, rows: Sequence[Row]) -> Iterator[str]:
     """What is wrong with single pictures, a line for each kind."""
     if unused := [row for row in rows if not row.split]:
-        yield f"{len(unused):,} pictures cannot be read, such as {_some([row.path for row in unused])}"
+        yield f"{counted(len(unused), 'picture')} cannot be read, such as {_some([row.path for row in unused])}"
     if blank := list(_blank(prepared, rows)):
-        yield f"{len(blank):,} pictures are blank, one value everywhere, such as {_some(blank)}"
+        yield f"blank, one value everywhere: {counted(len(blank), 'picture')}, such as {_some(blank)}"
 
 
 def _sizes(rows: Sequence[Row]) -> Mapping[str, dict[str, list[int]]]:

@@ -524,12 +524,12 @@ def test_groups_are_found_by_a_pattern_in_class_folders(tmp_path: Path) -> None:
         ),
         (
             {"label_pattern": "(?P<label>emu)"},
-            "params.yaml: data.label_pattern (?P<label>emu) matches none of the 3 pictures, such as cat/1.png, "
+            "params.yaml: data.label_pattern (?P<label>emu) matches none of 3 pictures, such as cat/1.png, "
             "cat/2.JPG and 1 more",
         ),
         (
             {"group": "(?P<group>emu)?"},
-            "params.yaml: data.group (?P<group>emu)? matches none of the 3 pictures, such as cat/1.png, cat/2.JPG and "
+            "params.yaml: data.group (?P<group>emu)? matches none of 3 pictures, such as cat/1.png, cat/2.JPG and "
             "1 more",
         ),
         (

@@ -68,9 +68,9 @@ def test_blank_and_unreadable_pictures_are_named_whatever_fills_the_image_beside
     Image.new("L", (16, 16), 99).save(pictures / "0.png")
     (pictures / "1.png").write_bytes(b"no picture")
     warnings = summary()["warnings"]
-    assert "1 pictures cannot be read, such as 1.png" in warnings
+    assert "1 picture cannot be read, such as 1.png" in warnings
     (blank,) = (line for line in warnings if "blank" in line)
-    assert blank.startswith("2 pictures are blank, one value everywhere, such as ")
+    assert blank.startswith("blank, one value everywhere: 2 pictures, such as ")
     assert set(blank.split("such as ")[1].split(", ")) == {"0.png", "2.png"}
     assert blank in capsys.readouterr().err
 

@@ -171,8 +171,8 @@ def test_the_same_picture_on_both_sides_of_a_published_split_is_found_kept_on_on
     )
     assert together == 100 if number == 0 else together >= 95
     report = "\n".join(own.warnings)
-    assert "pictures are not in their published split, such as test/" in report
-    assert "pictures have copies of another class, such as " in report
+    assert "moved out of the published split: " in report
+    assert "have different classes, such as " in report
     others = {path: split for path, split in where.items() if "photo" not in path and "otohp" not in path}
     assert all((split == TEST) == path.startswith("test/") for path, split in others.items())
 
@@ -257,7 +257,7 @@ def test_of_a_gif_of_88_frames_the_first_is_used_and_that_is_reported(folder: Pa
     first.save(folder / "star/moving.gif", save_all=True, append_images=others)
     own = prepare(folder)
     assert np.array_equal(image_of(own, "star/moving.gif")[..., 0], grey(1000))
-    assert "1 pictures have several frames or pages, the first of which is used, such as star/moving.gif (88)" in (
+    assert "only the first frame or page is used of 1 picture with several, such as star/moving.gif (88)" in (
         own.warnings
     )
 

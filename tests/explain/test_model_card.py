@@ -62,7 +62,7 @@ def test_warnings_and_sizes_are_shown_where_there_are_any() -> None:
         "smallest": [8, 8],
         "largest": [9, 7],
     }
-    found = card(3, warnings=["1 pictures are blank, such as a|b.png"], classes=[other])
+    found = card(3, warnings=["blank: 1 picture, such as a|b.png"], classes=[other])
     assert "| number | class | train | validation | test | unreadable | smallest | largest |" in found
     assert "| 0 | a | 1 | 1 | 1 | 2 | 8 x 8 | 9 x 7 |" in found
-    assert r"- 1 pictures are blank, such as a\|b.png" in found
+    assert r"- blank: 1 picture, such as a\|b.png" in found
