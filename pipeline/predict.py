@@ -70,10 +70,17 @@ def _is_folder(name: str) -> bool:
 
 def _readable(paths: Sequence[str], loaded: Loaded, decoders: Decoders) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The paths of the pictures that can be read, and their images (H, W, C); for the others an error is printed."""
-    requests = [
-        Request(printable(path), _from_stdin if path == STDIN else path, (loaded.preprocessing,)) for path in paths
-    ]
-    for path, answer in zip(paths, decoders.ask(decoder.image, requests), strict=True):
+    requests, known = list[Request](), list[str]()
+    for path in paths:
+        try:
+            # Standard input is read here: a thread that waits for it could not be interrupted.
+            source = _from_stdin() if path == STDIN else path
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            requests.append(Request(printable(path), source, (loaded.preprocessing,)))
+            known.append(path)
+    for path, answer in zip(known, decoders.ask(decoder.image, requests), strict=True):
         if isinstance(answer, UserError):
             print(f"error: {answer}", file=sys.stderr)
         else:

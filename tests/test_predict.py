@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,25 @@ def test_endless_standard_input_is_refused(folder: Path) -> None:
     first, *_ = process.communicate()[1].decode().splitlines()
     assert first == "error: standard input has more than 1,000 bytes; name the file instead"
     assert process.returncode == 2
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(
+    not Path("/proc/self/syscall").exists(), reason="sees in /proc, which Linux has, what is waited for"
+)
+def test_an_interrupt_ends_it_while_it_waits_for_standard_input(folder: Path) -> None:
+    environment = os.environ | {"DVC_ROOT": str(folder)}
+    process = forked.Popen(
+        [sys.executable, "-m", "pipeline.predict", "-"],
+        cwd=folder, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not Path(f"/proc/{process.pid}/syscall").read_text().startswith("0 0x0 "):  # read() of standard input
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    assert process.communicate()[1] == b"interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -35,12 +37,13 @@ from pipeline.data.image_files import Facts, File, Preprocessing
 from pipeline.errors import Fault, UserError
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 300.0  # within which a picture must be decoded
+SECONDS = 600.0  # within which a picture must be decoded, with the time that a large one waits for its turn
 START_SECONDS = 60.0  # within which the process must be ready
 MEMORY = 3_000_000_000  # bytes that a process may have: image_files.MAX_MEMORY, the file from a .zip, and the libraries
-MAX_ANSWER = 1 << 30  # bytes
+MAX_REASON = 10_000  # bytes
 DIGEST = 32  # bytes of an SHA-256
-TASK = 100  # pictures that a process is asked for together: of small pictures, a message costs as much as one
+TASK = 100  # pictures that a process is asked for at once, at most: a message costs as much as a small picture
+SMALLEST_TASK = 10
 YES, NO = b"yes", b"no"
 GOOD, BAD = b"+", b"-"  # before an answer, and before the reason why there is none
 Source = str | memoryview | Callable[[], memoryview]  # a path, the content, or what reads it and may raise UserError
@@ -100,7 +103,11 @@ Function = Callable[..., bytes]
 
 
 class _EndedError(Exception):
-    """The process ended before it answered."""
+    """The process ended before it answered, or was ended since it took too long."""
+
+    def __init__(self, reason: str, is_late: bool = False) -> None:
+        super().__init__(reason)
+        self.is_late = is_late
 
 
 class Decoder:
@@ -112,7 +119,7 @@ class Decoder:
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY, turn: IO[bytes] | None = None) -> None:
         self._seconds, self._memory, self._turn = seconds, memory, turn
-        self._is_closed = self._is_ready = self._is_late = False
+        self._is_closed = False
         self._start()
 
     def __enter__(self) -> Self:
@@ -127,57 +134,96 @@ class Decoder:
         self._process.kill()
         self._process.wait()
 
-    def ask(self, function: Function, requests: Sequence[Request], seconds: float | None = None) -> list[Answer]:
+    def ask(
+        self,
+        function: Function,
+        requests: Sequence[Request],
+        seconds: float | None = None,
+        largest_answer: int = 1 << 30,
+    ) -> list[Answer]:
         """What ``function``, one of this module, answers for each picture, or why it cannot be read.
 
-        It has ``seconds`` for each. Raises Fault where the process cannot be started.
+        It has ``seconds`` for each, and ``largest_answer`` bytes. Raises Fault where the process cannot be started.
         """
         answers, ended_at = list[Answer](), -1
         while len(answers) < len(requests):
+            self._wait_until_ready()
             try:
-                self._ask(function, requests[len(answers) :], answers, seconds or self._seconds)
-            except _EndedError:
-                is_late, reason = self._is_late, self._start_again()
-                if is_late or ended_at == len(answers):  # at first somebody else may have ended it
-                    answers.append(UserError(f"{requests[len(answers)].name} cannot be read: {reason}"))
+                rest = requests[len(answers) :]
+                self._ask(function, rest, answers, seconds or self._seconds, largest_answer + MAX_REASON)
+            except _EndedError as ended:
+                self._start_again()
+                if ended.is_late or ended_at == len(answers):  # at first somebody else may have ended it
+                    answers.append(UserError(f"{requests[len(answers)].name} cannot be read: {ended}"))
                 else:
                     ended_at = len(answers)
+            except BaseException:
+                self._connection.close()  # what it would still answer is not for the next request
+                raise
         return answers
 
     def image(
         self, name: str, source: Source, preprocessing: Preprocessing, seconds: float | None = None
     ) -> NDArray[np.uint8]:
         """A picture as an image (H, W, C), within ``seconds``. Raises UserError where it cannot be read."""
-        (answer,) = self.ask(image, [Request(name, source, (preprocessing,))], seconds)
+        shape = preprocessing.image_shape
+        (answer,) = self.ask(image, [Request(name, source, (preprocessing,))], seconds, math.prod(shape))
         if isinstance(answer, UserError):
             raise answer
-        return np.frombuffer(answer, np.uint8).reshape(preprocessing.image_shape)
+        return np.frombuffer(answer, np.uint8).reshape(shape)
 
-    def _ask(self, function: Function, requests: Sequence[Request], answers: list[Answer], seconds: float) -> None:
+    def _ask(
+        self, function: Function, requests: Sequence[Request], answers: list[Answer], seconds: float, most: int
+    ) -> None:
         """Append the answers one by one. Raises _EndedError where the process ends before the last."""
-        if not self._is_ready:
-            self._wait_until_ready()
-        self._is_late = False
-        message = [(name, source if isinstance(source, str) else None, rest) for name, source, rest in requests]
-        try:
-            with self._ended_after(seconds, answers):
-                self._connection.send((function.__name__, message))
-                for request in requests:
-                    problem = None if isinstance(request.source, str) else self._send(request.source)
-                    answer = self._connection.recv_bytes(MAX_ANSWER)
-                    found = answer[1:] if answer[:1] == GOOD else UserError(answer[1:].decode())
-                    answers.append(problem or found)
-        except (EOFError, OSError):
-            raise _EndedError from None
+        sources = [request.source if isinstance(request.source, str) else None for request in requests]
+        message = [(name, source, rest) for (name, _, rest), source in zip(requests, sources, strict=True)]
+        self._send(partial(self._connection.send, (function, message)), seconds)
+        for request in requests:
+            problem: UserError | None = None
+            if not isinstance(request.source, str):
+                try:
+                    content = request.source if isinstance(request.source, memoryview) else request.source()
+                except UserError as error:
+                    problem, content = error, memoryview(b"")
+                self._send(partial(self._connection.send_bytes, content), seconds)
+            answer = self._received(seconds, most)
+            answers.append(problem or (answer[1:] if answer[:1] == GOOD else UserError(answer[1:].decode())))
 
-    def _send(self, content: memoryview | Callable[[], memoryview]) -> UserError | None:
-        """Send a picture's content, and nothing where it cannot be read: the reason."""
+    def _send(self, send: Callable[[], None], seconds: float) -> None:
+        """Send something. The process is ended if it does not take it. Raises _EndedError."""
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.daemon = True
+        timer.start()
         try:
-            self._connection.send_bytes(content if isinstance(content, memoryview) else content())
-        except UserError as error:
-            self._connection.send_bytes(b"")
-            return error
-        return None
+            send()
+        except OSError:
+            raise self._ended(is_late=timer.finished.is_set()) from None
+        finally:
+            timer.cancel()
+
+    def _received(self, seconds: float, most: int) -> bytes:
+        """What the process answers, at most so many bytes. Raises _EndedError."""
+        try:
+            if not self._answers.poll(1000 * seconds):
+                self._process.kill()
+                raise self._ended(is_late=True)
+            return self._connection.recv_bytes(most)
+        except (EOFError, OSError):
+            raise self._ended() from None
+
+    def _ended(self, is_late: bool = False) -> _EndedError:
+        """Why the process does not answer."""
+        if is_late:
+            return _EndedError(f"decoding took more than {self._seconds:.0f} s", is_late)
+        self._connection.close()
+        try:
+            code = self._process.wait(1)  # it is ending by itself, if it can: only then the code says why
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return _EndedError(f"the process that decodes it {how}")
 
     def _start(self) -> None:
         self._is_ready = False
@@ -187,6 +233,16 @@ class Decoder:
                 self._process = self._process_with(theirs.fileno())
         except OSError as error:
             raise Fault(f"no picture can be decoded: no process can be started for it ({error.strerror})") from error
+        self._answers = select.poll()
+        self._answers.register(self._connection.fileno(), select.POLLIN)
+
+    def _start_again(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+        if self._is_closed:
+            raise Fault("no picture can be decoded: the command ends")
+        self._start()
 
     def _process_with(self, descriptor: int) -> subprocess.Popen[bytes]:
         # Not by multiprocessing, which would import the command, with MLflow and PyTorch, into it.
@@ -194,6 +250,7 @@ class Decoder:
         turn = [self._turn.fileno()] if self._turn else []
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, (descriptor, self._memory, int(self._seconds), *turn))],
+            stdout=subprocess.DEVNULL,
             pass_fds=[descriptor, *turn],
             start_new_session=True,  # an interrupt in the terminal reaches the command alone
             # PYTHONPATH, since this process may have found its modules in another way; threads take memory, unused.
@@ -201,54 +258,20 @@ class Decoder:
         )
 
     def _wait_until_ready(self) -> None:
-        try:
-            with self._ended_after(START_SECONDS):
-                self._connection.recv_bytes()
-        except (EOFError, OSError):
-            raise Fault(f"no picture can be decoded: {self._start_again()}") from None
-        self._is_ready = True
-
-    @contextmanager
-    def _ended_after(self, seconds: float, answers: Sequence[Answer] = ()) -> Iterator[None]:
-        """The process is killed where that passes without another answer, or it does not even take what is sent."""
-
-        def start() -> None:
-            self._timer = threading.Timer(seconds, watch, [len(answers)])
-            self._timer.daemon = True
-            self._timer.start()
-
-        def watch(known: int) -> None:
-            if not is_over and len(answers) > known:
-                start()
-            elif not is_over:
-                self._is_late = True
-                self._process.kill()
-
-        is_over = False
-        start()
-        try:
-            yield
-        finally:
-            is_over = True
-            self._timer.cancel()
-
-    def _start_again(self) -> str:
-        """Start another process in place of one that does not answer; why that was."""
-        code, is_late = self._end(), self._is_late
-        if self._is_closed:
-            raise Fault("the decoder is closed")
-        self._start()
-        if is_late:
-            return f"decoding took more than {self._seconds:.0f} s"
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"the process that decodes it {how}"
-
-    def _end(self) -> int:
-        self._connection.close()
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(1)  # it is ending by itself, if it can: only then the code says why
-        self._process.kill()
-        return self._process.wait()
+        """Where it ends meanwhile, another one is started, once. Raises Fault."""
+        for is_last in (False, True):
+            if self._is_ready:
+                return
+            try:
+                self._received(START_SECONDS, most=0)
+                self._is_ready = True
+            except _EndedError as ended:
+                if ended.is_late:
+                    took = f"its process took more than {START_SECONDS:.0f} s to start"
+                    raise Fault(f"no picture can be decoded: {took}") from None
+                if is_last:
+                    raise Fault(f"no picture can be decoded: {ended}") from None
+                self._start_again()
 
 
 class Decoders:
@@ -258,6 +281,7 @@ class Decoders:
         self._turn = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
         self._threads = ThreadPoolExecutor(os.cpu_count())
         self._all, self._idle = list[Decoder](), list[Decoder]()
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -267,6 +291,7 @@ class Decoders:
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
+        self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in self._all:
             decoder.close()
@@ -275,11 +300,15 @@ class Decoders:
 
     def ask(self, function: Function, requests: Sequence[Request]) -> Iterator[Answer]:
         """The answers of Decoder.ask, in order."""
-        tasks = (requests[start : start + TASK] for start in range(0, len(requests), TASK))
+        size = max(SMALLEST_TASK, min(TASK, len(requests) // (2 * (os.cpu_count() or 1))))
+        tasks = (requests[start : start + size] for start in range(0, len(requests), size))
         return itertools.chain.from_iterable(self._threads.map(partial(self._ask, function), tasks))
 
     def _ask(self, function: Function, requests: Sequence[Request]) -> list[Answer]:
-        decoder = self._idle.pop() if self._idle else self._started()
+        try:
+            decoder = self._idle.pop()
+        except IndexError:
+            decoder = self._started()
         answers = decoder.ask(function, requests)
         self._idle.append(decoder)
         return answers
@@ -287,6 +316,8 @@ class Decoders:
     def _started(self) -> Decoder:
         decoder = Decoder(turn=self._turn)
         self._all.append(decoder)
+        if self._is_closed:  # meanwhile: nobody else would end it
+            decoder.close()
         return decoder
 
 
@@ -306,9 +337,9 @@ def serve(descriptor: int, memory: int, seconds: int, turn: int | None = None) -
         while True:
             function, requests = connection.recv()
             for name, path, arguments in requests:
-                file = path or io.BytesIO(connection.recv_bytes())
+                file = io.BytesIO(connection.recv_bytes()) if path is None else path
                 signal.alarm(seconds + 1)  # ends this process where the other side has been killed meanwhile
-                answer = _answer(globals()[function], file, name, *arguments)
+                answer = _answer(function, file, name, *arguments)
                 signal.alarm(0)
                 connection.send_bytes(answer)
 
@@ -318,6 +349,8 @@ def _answer(function: Function, file: File, name: str, *arguments: object) -> by
         return GOOD + function(file, name, *arguments)
     except UserError as error:
         return BAD + str(error).encode()
+    except OSError as error:  # of the disk
+        return BAD + f"{name} cannot be read: {error.strerror or error}".encode()
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def on_all_cores(function: Callable[[Bytes], Result], array: Bytes, rows: Rows |
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as threads:
         begun = deque[Future[Result]]()
-        for part in _parts(array, rows):
+        for part in _parts(array, rows, cores):
             begun.append(threads.submit(lambda part: function(array[part]), part))
             if len(begun) > cores:  # not all at once, or all of the array would be in memory
                 yield begun.popleft().result()
@@ -86,8 +86,9 @@ def on_all_cores(function: Callable[[Bytes], Result], array: Bytes, rows: Rows |
     let_go()
 
 
-def _parts(array: Bytes, rows: Rows | None) -> Iterator[slice | Rows]:
-    step = rows_at_once(array.shape[1:])
+def _parts(array: Bytes, rows: Rows | None, at_once: int = 1) -> Iterator[slice | Rows]:
+    """Rows that are handled together, where ``at_once`` such parts are in memory."""
+    step = max(1, rows_at_once(array.shape[1:]) // at_once)
     for start in range(0, len(array if rows is None else rows), step):
         some = slice(start, start + step)
         yield some if rows is None else rows[some]

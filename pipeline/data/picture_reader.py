@@ -76,7 +76,7 @@ class PictureReader:
         asked = ((some, self._decoders.ask(decoder.digest, list(map(self._request, some)))) for some in batches)
         for some, digests in _one_ahead(asked):
             hashed = [HashedFile(entry, sha256.decode()) for entry, sha256 in self._good(some, some, digests)]
-            answers = self._ask("facts", decoder.facts, hashed)()
+            answers = self._begin("facts", decoder.facts, hashed)()
             good = list(self._good(hashed, [file.entry for file in hashed], answers))
             facts = decoder.facts_from(answer for _, answer in good)
             found += [Inspected(*file, each) for (file, _), each in zip(good, facts, strict=True)]
@@ -99,7 +99,7 @@ class PictureReader:
         how = f"image {files.sha256(json.dumps(asdict(preprocessing)).encode())[:16]}"
         batches = _shown(pictures, "decoding", mapped_files.rows_at_once(preprocessing.image_shape, BATCH))
         asked = (
-            (some, self._ask(how, decoder.digest_and_image, some, [(preprocessing,)] * len(some))) for some in batches
+            (some, self._begin(how, decoder.digest_and_image, some, [(preprocessing,)] * len(some))) for some in batches
         )
         for some, results in _one_ahead(asked):
             found = list(self._good(some, [each.entry for each in some], results()))
@@ -111,7 +111,7 @@ class PictureReader:
     def has_colour(self, pictures: Sequence[Inspected]) -> bool:
         """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
         batches = (pictures[start : start + FIRST] for start in range(0, len(pictures), FIRST))
-        return any(decoder.YES in self._ask("colour", decoder.has_colour, some)() for some in batches)
+        return any(decoder.YES in self._begin("colour", decoder.has_colour, some)() for some in batches)
 
     def _keys(self, digests: Mapping[Inspected, bytes], preprocessing: Preprocessing) -> dict[Inspected, str]:
         """The key of each of these pictures, whose images have these ``digests``: see Decoded."""
@@ -124,7 +124,7 @@ class PictureReader:
             else:
                 resized.append(picture)
         sizes = [(_own_size(picture.facts, preprocessing),) for picture in resized]
-        found = zip(resized, self._ask("pixels", decoder.pixel_digest, resized, sizes)(), strict=True)
+        found = zip(resized, self._begin("pixels", decoder.pixel_digest, resized, sizes)(), strict=True)
         return keys | {picture: digest.hex() for picture, digest in found if isinstance(digest, bytes)}
 
     def _request(self, entry: Entry, arguments: tuple[Any, ...] = ()) -> Request:
@@ -140,7 +140,7 @@ class PictureReader:
             else:
                 yield item, result
 
-    def _ask(
+    def _begin(
         self, what: str, function: Function, items: Sequence[Hashed], arguments: Sequence[tuple[Any, ...]] = ()
     ) -> Callable[[], list[Answer]]:
         """Begin to find out what is not known of these files. What is returned waits for it, and keeps it.

@@ -226,8 +226,52 @@ def test_a_picture_that_crashes_its_process_is_named_and_all_others_are_read(
     assert [isinstance(answer, bytes) for answer in answers] == [number not in (3, 8) for number in range(10)]
 
 
+@pytest.mark.faults
+def test_a_picture_that_takes_too_long_among_others_is_given_up_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        CRASHES.replace("os.kill(os.getpid(), signal.SIGSEGV)", "time.sleep(60)")
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    started = time.monotonic()
+    with Decoder(seconds=2) as decoder:
+        answers = decoder.ask(decoding.image, save_pictures(tmp_path, 10))
+    assert str(answers[3]) == "3.jpg cannot be read: decoding took more than 2 s"
+    assert [isinstance(answer, bytes) for answer in answers] == [number not in (3, 8) for number in range(10)]
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.faults
+def test_what_the_disk_says_is_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
+    with Decoder() as decoder:
+        for path, reason in (("", "no such file"), (str(tmp_path / "bad.jpg"), "Input/output error")):
+            for function in (decoding.digest, decoding.facts):
+                assert str(decoder.ask(function, [Request("it", path)])[0]) == f"it cannot be read: {reason}"
+
+
+@pytest.mark.faults
+def test_a_process_that_is_killed_while_it_starts_is_started_again() -> None:
+    with Decoder() as decoder:
+        process_of(decoder).kill()
+        assert image(decoder)
+
+
+@pytest.mark.faults
+def test_what_an_interrupted_request_would_have_answered_is_not_the_answer_of_the_next() -> None:
+    def interrupted() -> memoryview:
+        raise KeyboardInterrupt
+
+    red, grey = (memoryview(encoded(Image.new(mode, (9, 9), 90))) for mode in ("RGB", "L"))
+    with Decoder() as decoder:
+        with pytest.raises(KeyboardInterrupt):
+            decoder.ask(decoding.image, [Request("it", each, (COLOUR,)) for each in (red, interrupted)])
+        assert image(decoder, bytes(grey)) == image_files.read(io.BytesIO(grey), "it", COLOUR).image.tobytes()
+
+
 CRASHES = """
-import os, signal, sys
+import os, signal, sys, time
 
 def audit(event, arguments):
     if event == "open" and str(arguments[0]).endswith("3.jpg"):
