@@ -232,13 +232,12 @@ def _mean_and_deviation(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[
 
 def _sums(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The sum of the levels, and that of their squares, for each channel."""
-    levels = images.astype(np.uint16)
-    return _sum(levels), _sum(levels * levels)
+    return _sum(images), _sum(np.multiply(images, images, dtype=np.uint16))
 
 
-def _sum(levels: NDArray[np.uint16]) -> NDArray[np.int64]:
+def _sum(values: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.int64]:
     """The sum for each channel (C,) of some images (N, H, W, C); over the images first, which is fast."""
-    return np.asarray(levels.sum(axis=0, dtype=np.uint32).sum(axis=(0, 1), dtype=np.int64))
+    return np.asarray(values.sum(axis=0, dtype=np.uint32).sum(axis=(0, 1), dtype=np.int64))
 
 
 def read_dataset(folder: Path = files.PREPARED) -> Dataset:
