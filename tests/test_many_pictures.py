@@ -29,7 +29,7 @@ MAX_MB = 1500
 MAX_MB_TO_PREPARE = min(MAX_MB, 500 + COUNT / 200)  # less than it would be with the images in memory
 PARAMS = {"data.dataset": "folder", "train.epochs": 1}
 # Memory in use is what the system cannot take back: the pages of mapped files do not count. It is that of the stage and
-# of the processes that it has started.
+# of the processes that decode for it.
 PROGRAM = """
 import json, os, runpy, sys, threading, time
 from pathlib import Path
@@ -38,14 +38,14 @@ peaks = {"RssAnon": 0, "VmRSS": 0}
 
 def watch():
     own = os.getpid()
-    command = Path("/proc/self/cmdline").read_bytes()
     while True:
         found = dict.fromkeys(peaks, 0)
         children = [file.read_text().split() for file in Path(f"/proc/{own}/task").glob("*/children")]
         for process in [own, *sum(children, [])]:
             try:
-                if process != own and Path(f"/proc/{process}/cmdline").read_bytes() == command:
-                    continue  # a process that is about to become another program, and has the memory of this one
+                # One that has been forked, and is about to become another program, still has the memory of this one.
+                if process != own and b"decoder" + b".serve" not in Path(f"/proc/{process}/cmdline").read_bytes():
+                    continue
                 lines = Path(f"/proc/{process}/status").read_text().splitlines()
             except OSError:  # it has ended
                 continue
