@@ -1,6 +1,7 @@
 """Stage `evaluate`: score the model on the test images, register it, decide whether it becomes champion."""
 
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -80,7 +81,7 @@ def main() -> None:
     inputs.check_unchanged()
     print(
         f"{dataset.label}: test accuracy {scores['accuracy']:.2%}, "
-        f"{counted(int((~entry.correct).sum()), 'error')} in {counted(len(test), 'image')}\n"
+        f"{counted(scores['error_count'], 'error')} in {counted(len(test), 'image')}\n"
         f"{metrics.beside_accuracy(scores)}\n"
         f"{registered.name} version {registered.version} is {registered.decision.alias}: {registered.decision.reason}"
     )
@@ -98,9 +99,7 @@ def _check_origin(trained: TrainedModel, params: Params, dataset: Dataset) -> No
         )
 
 
-def _test_scores(
-    cnn: CNN, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate
-) -> dict[str, object]:
+def _test_scores(cnn: CNN, logits: Tensor, test: LabelledImages, dataset: Dataset, params: Evaluate) -> dict[str, Any]:
     probabilities = logits.softmax(dim=1)
     return _basic_scores(logits, test, dataset, TEST) | {
         "error_count": int((logits.argmax(dim=1) != test.labels).sum()),

@@ -1,9 +1,7 @@
 """Notices that what a stage has read is changed while it runs."""
 
-import itertools
 import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,22 +59,22 @@ class StageInputs:
         """A person's pictures, in a folder or a .zip. They are too large to be hashed once more."""
         if dvc_files.OWN_PICTURES not in self._definition["deps"]:
             return {}
-        pictures = str(read_params().data.path)
-        found = dict[str, Stat]()
-        for path in itertools.chain([pictures], _files_in(pictures)):
-            with suppress(OSError):  # a link to nothing
-                facts = os.stat(path)  # noqa: PTH116 - with many pictures, objects of pathlib take longer than the files
-                if stat.S_ISREG(facts.st_mode):
-                    found[path] = _stat(facts)
+        path = Path(read_params().data.path)
+        if path.is_file():
+            return _stats({str(path): path})
+        found, waiting = dict[str, Stat](), [str(path)]
+        while waiting:
+            with suppress(OSError), os.scandir(waiting.pop()) as entries:  # objects of pathlib take three times as long
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif entry.is_file():
+                        found[entry.path] = _stat(entry.stat())
         return found
 
 
 def _stats(paths: Mapping[str, Path]) -> dict[str, Stat]:
     return {name: _stat(path.stat()) for name, path in paths.items()}
-
-
-def _files_in(folder: str) -> Iterator[str]:
-    return (f"{inside}/{name}" for inside, _, names in os.walk(folder) for name in names)
 
 
 def _stat(facts: os.stat_result) -> Stat:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pipeline import files
+from pipeline.data import mapped_files
 from pipeline.data.splits import TRAIN, Prepared
 from pipeline.errors import counted
 
@@ -46,7 +47,9 @@ def _sheet(prepared: Prepared, number: int) -> bytes:
     """The sheet of a class."""
     chosen, count = _chosen(prepared, number)
     title = f"{_in_latin(prepared.class_names[number])}: {len(chosen):,} of {counted(count, 'training image')}"
-    return _as_png(draw(prepared.splits[TRAIN].images[chosen].numpy(), chosen.tolist(), title))
+    images = prepared.splits[TRAIN].images[chosen].numpy()
+    mapped_files.let_go()
+    return _as_png(draw(images, chosen.tolist(), title))
 
 
 def draw(images: NDArray[np.uint8], numbers: Sequence[int], title: str) -> Image.Image:

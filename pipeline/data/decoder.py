@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -277,26 +277,20 @@ class Decoder:
 class Decoders:
     """A decoder for each core, for one thread and a ``with``. None is started before there is something to do."""
 
-    def __init__(self) -> None:
-        self._turn = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-        self._threads = ThreadPoolExecutor(os.cpu_count())
-        self._all, self._idle = list[Decoder](), list[Decoder]()
-        self._is_closed = False
-
     def __enter__(self) -> Self:
+        self._open = ExitStack()
+        self._turn = self._open.enter_context(tempfile.TemporaryFile())
+        self._threads = self._open.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        self._all, self._idle, self._is_closed = list[Decoder](), list[Decoder](), False
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """The processes end, whatever they are doing."""
         self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in self._all:
             decoder.close()
-        self._threads.shutdown()
-        self._turn.close()
+        self._open.close()  # waits for the threads
 
     def ask(self, function: Function, requests: Sequence[Request]) -> Iterator[Answer]:
         """The answers of Decoder.ask, in order."""

@@ -170,13 +170,14 @@ def _is_utf8(name: str) -> bool:
 
 def open_regular(path: str | Path, name: str) -> IO[bytes]:
     """A file for reading. Raises OSError, or UserError where it is not a regular file, or has more than MAX_BYTES."""
-    status = os.stat(path)  # noqa: PTH116 - with many pictures, objects of pathlib take longer than the files
+    file = Path(path)
+    status = file.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):  # a named pipe, for instance, would be waited for
         raise UserError(f"{name} is not a regular file")
     _check_size(name, status.st_size)
-    return open(path, "rb")  # noqa: PTH123
+    return file.open("rb")
 
 
 def _check_size(name: str, size: int) -> None:

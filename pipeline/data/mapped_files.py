@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.errors import Fault
 
 CHUNK, CHUNK_BYTES = 1000, 1 << 26  # the most rows, which are images, at a time, and the most bytes of them
+SCATTERED = 100  # rows at a time that may be anywhere in a file: the system may map 2 MB of it for each of them
 Bytes = NDArray[np.uint8]
 Rows = Sequence[int] | NDArray[np.int64]
 Result = TypeVar("Result")
@@ -88,7 +89,7 @@ def on_all_cores(function: Callable[[Bytes], Result], array: Bytes, rows: Rows |
 
 def _parts(array: Bytes, rows: Rows | None, at_once: int = 1) -> Iterator[slice | Rows]:
     """Rows that are handled together, where ``at_once`` such parts are in memory."""
-    step = max(1, rows_at_once(array.shape[1:]) // at_once)
+    step = max(1, rows_at_once(array.shape[1:], CHUNK if rows is None else SCATTERED) // at_once)
     for start in range(0, len(array if rows is None else rows), step):
         some = slice(start, start + step)
         yield some if rows is None else rows[some]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.data import duplicates, image_files, mapped_files, splitting
 from pipeline.data.cache import Cache
+from pipeline.data.decoder import Decoders
 from pipeline.data.folder import Entry, Pictures
 from pipeline.data.image_files import Preprocessing
 from pipeline.data.picture_reader import Decoded, Inspected, PictureReader
@@ -72,7 +73,8 @@ class OwnPictures:
 def prepare(params: Data) -> OwnPictures:
     """The pictures that ``data`` in params.yaml names. Raises UserError where it asks for what cannot be had."""
     path, scratch = Path(params.path), (files.root() / CACHE).parent
-    with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache, PictureReader(pictures, cache) as reader:
+    with Pictures(path) as pictures, Cache(files.root() / CACHE) as cache, Decoders() as decoders:
+        reader = PictureReader(pictures, cache, decoders)
         listing = pictures.listing(params.labels, params.label_pattern, params.group)
         inspected = reader.inspected(listing.entries)
         _check_problems(reader.problems, len(listing.entries), params)

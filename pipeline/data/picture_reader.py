@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,17 +57,11 @@ Hashed = TypeVar("Hashed", HashedFile, Inspected)
 
 
 class PictureReader:
-    """Reads pictures, for one thread and a ``with``. ``problems`` says, by their paths, why some cannot be read."""
+    """Reads pictures, for one thread. ``problems`` says, by their paths, why some cannot be read."""
 
-    def __init__(self, pictures: Pictures, cache: Cache) -> None:
+    def __init__(self, pictures: Pictures, cache: Cache, decoders: Decoders) -> None:
         self.problems = dict[str, str]()
-        self._pictures, self._cache, self._decoders = pictures, cache, Decoders()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._decoders.close()
+        self._pictures, self._cache, self._decoders = pictures, cache, decoders
 
     def inspected(self, entries: Sequence[Entry]) -> list[Inspected]:
         """The pictures whose facts can be read."""
@@ -111,7 +105,8 @@ class PictureReader:
     def has_colour(self, pictures: Sequence[Inspected]) -> bool:
         """Whether one of these has a pixel that is not grey. What cannot be read is noticed later."""
         batches = (pictures[start : start + FIRST] for start in range(0, len(pictures), FIRST))
-        return any(decoder.YES in self._begin("colour", decoder.has_colour, some)() for some in batches)
+        asked = (self._begin("colour", decoder.has_colour, some) for some in batches)
+        return any(decoder.YES in answers() for answers in _one_ahead(asked))
 
     def _keys(self, digests: Mapping[Inspected, bytes], preprocessing: Preprocessing) -> dict[Inspected, str]:
         """The key of each of these pictures, whose images have these ``digests``: see Decoded."""
