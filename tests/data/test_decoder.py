@@ -246,7 +246,11 @@ def test_a_picture_that_takes_too_long_among_others_is_given_up_alone(
 def test_what_the_disk_says_is_the_reason(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
     with Decoder() as decoder:
-        for path, reason in (("", "no such file"), (str(tmp_path / "bad.jpg"), "Input/output error")):
+        for path, reason in (
+            ("", f"it is a folder without pictures ({', '.join(image_files.SUFFIXES)})"),  # the one that one is in
+            (str(tmp_path / "none.jpg"), "no such file"),
+            (str(tmp_path / "bad.jpg"), "Input/output error"),
+        ):
             for function in (decoding.digest, decoding.facts):
                 assert str(decoder.ask(function, [Request("it", path)])[0]) == f"it cannot be read: {reason}"
 
