@@ -57,11 +57,11 @@ def watch():
         time.sleep(0.05)  # more often, it would slow down what it watches
 
 threading.Thread(target=watch, daemon=True).start()
-started = time.perf_counter(), time.process_time()
+started = time.perf_counter(), sum(os.times()[:4])
 module = runpy.run_module("pipeline." + sys.argv[1])
-loaded = time.perf_counter(), time.process_time()
+loaded = time.perf_counter(), sum(os.times()[:4])
 module["main"]()
-now = time.perf_counter(), time.process_time()
+now = time.perf_counter(), sum(os.times()[:4])
 print(json.dumps({
     "in_use_mb": peaks["RssAnon"] / 1000, "resident_mb": peaks["VmRSS"] / 1000,
     "seconds": now[0] - loaded[0], "processor_seconds": now[1] - loaded[1],
@@ -133,7 +133,7 @@ def test_so_many_a_second_are_prepared_whose_images_are_not_in_memory(prepared: 
     if ALONE:
         assert COUNT / prepared.seconds >= 1000
     else:  # the processors are shared with other tests
-        assert COUNT / prepared.processor_seconds >= 300
+        assert COUNT / prepared.processor_seconds >= 200
 
 
 def test_one_more_picture_costs_no_second_look_at_the_others(prepared: Measured, folder: Path) -> None:
