@@ -1,6 +1,7 @@
 """Stage `prepare`: download and verify the images, or read your own, split them, and write them to data/prepared."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import files
 from pipeline.data import contact_sheets, own_pictures, sources, splits, splitting, summary
@@ -29,9 +30,10 @@ def main() -> None:
     inputs.check_unchanged()
     if own is None:
         files.IMAGES.unlink(missing_ok=True)  # of other pictures
-    dataset = splits.write_splits(prepared)
-    sheets = contact_sheets.write(prepared)
-    told = summary.summary(prepared, rows, sheets, [*warnings, *(own.data_warnings if own else ())])
+    with ThreadPoolExecutor(1) as thread:
+        sheets = thread.submit(contact_sheets.write, prepared)
+        dataset = splits.write_splits(prepared)
+    told = summary.summary(prepared, rows, sheets.result(), [*warnings, *(own.data_warnings if own else ())])
     files.write_json(files.SUMMARY, told)
     inputs.check_unchanged()
     counts = ", ".join(f"{facts.count:,} {split}" for split, facts in dataset.splits.items())

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import struct
+import time
 import zipfile
 import zlib
 from collections import defaultdict
@@ -19,6 +20,7 @@ from pipeline.errors import UserError, printable
 
 # An uncompressed picture of 300 megapixels in colour has 0.9 GB. What a zip holds is read into memory.
 MAX_BYTES = 1 << 30
+CLOCK_TICK = 2_000_000_000  # nanoseconds; the longest that file systems have, that of FAT
 SYSTEM_NAMES = frozenset({
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
     "ehthumbs.db", "desktop.ini",
@@ -71,6 +73,9 @@ class FileTree(Protocol):
     def file(self, path: str) -> str | None:
         """Where a file is on the disk; None inside a .zip."""
 
+    def version(self, path: str) -> str:
+        """Of a file: the same text only as long as its content is the same. Raises UserError as `open` does."""
+
     def close(self) -> None:
         """Close what is open."""
 
@@ -119,6 +124,13 @@ class Folder:
         """See FileTree."""
         return f"{self._folder}/{path}"
 
+    def version(self, path: str) -> str:
+        """See FileTree."""
+        try:
+            return _version(Path(self.file(path)).stat())
+        except OSError as error:
+            raise UserError(f"{printable(path)} cannot be read: {error.strerror}") from error
+
     def close(self) -> None:
         """Nothing stays open."""
 
@@ -158,6 +170,16 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "file" if stat.S_ISREG(mode) else NOT_REGULAR
 
 
+def _version(status: os.stat_result) -> str:
+    """Of a file: see FileTree.version. Unlike the time of the last change, that of its inode cannot be set back.
+
+    A file that has changed just now may change again before the clock ticks: the text is then one that does not return.
+    """
+    told = f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    now = time.time_ns()
+    return told if now - max(status.st_mtime_ns, status.st_ctime_ns) > CLOCK_TICK else f"{told} {now}"
+
+
 def is_system(name: str) -> bool:
     """Whether a file or folder is hidden, or was made by an operating system or a network drive for itself."""
     return name.startswith(".") or name.casefold() in SYSTEM_NAMES
@@ -193,6 +215,7 @@ class Zip:
         self._name = printable(str(path))
         try:
             self._zip = zipfile.ZipFile(path)
+            self._version = _version(path.stat())
         except OSError as error:
             raise UserError(f"{self._name} cannot be read: {error.strerror or error}") from error
         except DAMAGED as error:
@@ -261,6 +284,10 @@ class Zip:
 
     def file(self, path: str) -> None:
         """See FileTree."""
+
+    def version(self, path: str) -> str:
+        """See FileTree. ``contents`` comes first."""
+        return f"{self._version} {self._members[path].header_offset}"
 
     def close(self) -> None:
         """Close the archive."""

@@ -134,6 +134,10 @@ class Pictures:
 
         return self._tree.file(path) or content
 
+    def version(self, path: str) -> str:
+        """Of the file of an Entry: see FileTree. The listing comes first."""
+        return self._tree.version(f"{self._top}{path}")
+
     def _contents(self) -> Contents:
         """What there is. If one folder holds all files of a zip, paths are relative to it."""
         contents = self._tree.contents()

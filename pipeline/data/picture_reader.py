@@ -24,8 +24,8 @@ FIRST = 50  # pictures that are searched for colour together
 SMALL = 64 * 64  # pixels; pictures of more are known by their files
 
 
-class HashedFile(NamedTuple):
-    """The file of a picture, and the SHA-256 of its content."""
+class PictureFile(NamedTuple):
+    """The file of a picture, and what says which content it has: its version (see FileTree) or its SHA-256."""
 
     entry: Entry
     digest: str
@@ -53,7 +53,7 @@ class Decoded(NamedTuple):
 
 
 Item = TypeVar("Item")
-Hashed = TypeVar("Hashed", HashedFile, Inspected)
+Known = TypeVar("Known", PictureFile, Inspected)
 
 
 class PictureReader:
@@ -66,15 +66,24 @@ class PictureReader:
     def inspected(self, entries: Sequence[Entry]) -> list[Inspected]:
         """The pictures whose facts can be read."""
         found = list[Inspected]()
-        batches = _shown(entries, "looking at")
-        asked = ((some, self._decoders.ask(decoder.digest, list(map(self._request, some)))) for some in batches)
-        for some, digests in _one_ahead(asked):
-            hashed = [HashedFile(entry, sha256.decode()) for entry, sha256 in self._good(some, some, digests)]
+        for some, digests in _one_ahead(map(self._hashes, _shown(entries, "looking at"))):
+            good_files = self._good(some, [file.entry for file in some], digests())
+            hashed = [PictureFile(file.entry, sha256.decode()) for file, sha256 in good_files]
             answers = self._begin("facts", decoder.facts, hashed)()
             good = list(self._good(hashed, [file.entry for file in hashed], answers))
             facts = decoder.facts_from(answer for _, answer in good)
             found += [Inspected(*file, each) for (file, _), each in zip(good, facts, strict=True)]
         return found
+
+    def _hashes(self, entries: Sequence[Entry]) -> tuple[list[PictureFile], Callable[[], list[Answer]]]:
+        """Begin to hash the files that have another version than when they were hashed before."""
+        found = list[PictureFile]()
+        for entry in entries:
+            try:
+                found.append(PictureFile(entry, self._pictures.version(entry.path)))
+            except UserError as error:
+                self.problems[entry.path] = str(error)
+        return found, self._begin("sha256", decoder.digest, found)
 
     def images(
         self, pictures: Sequence[Inspected], preprocessing: Preprocessing, folder: Path
@@ -136,7 +145,7 @@ class PictureReader:
                 yield item, result
 
     def _begin(
-        self, what: str, function: Function, items: Sequence[Hashed], arguments: Sequence[tuple[Any, ...]] = ()
+        self, what: str, function: Function, items: Sequence[Known], arguments: Sequence[tuple[Any, ...]] = ()
     ) -> Callable[[], list[Answer]]:
         """Begin to find out what is not known of these files. What is returned waits for it, and keeps it.
 

@@ -301,3 +301,35 @@ def test_names_in_a_zip_are_read_in_their_encoding(tmp_path: Path, raw: bytes, f
     tree = Zip(tmp_path / "it.zip")
     assert tree.contents().files == [name]
     assert tree.open(name).read() == b"it"
+
+
+def test_the_version_of_a_file_changes_with_its_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_trees, "CLOCK_TICK", 0)
+    tree, path = in_folder(tmp_path, CATS), tmp_path / "pictures/cat/1.png"
+    first, times = [tree.version(path) for path in CATS], path.stat()
+    assert [tree.version(path) for path in CATS] == first
+    path.write_bytes(b"dog 1")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # set back, as some programs do
+    assert [tree.version(path) == old for path, old in zip(CATS, first, strict=True)] == [False, True]
+
+
+def test_the_version_of_a_file_in_a_zip_changes_with_the_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_trees, "CLOCK_TICK", 0)
+
+    def versions() -> list[str]:
+        tree = Zip(tmp_path / "cats.zip")
+        tree.contents()
+        return [tree.version(path) for path in CATS]
+
+    zipped(tmp_path / "cats.zip", CATS)
+    first = versions()
+    assert versions() == first
+    assert len(set(first)) == len(CATS)
+    zipped(tmp_path / "cats.zip", CATS | {"cat/1.png": b"dog 1"})
+    assert set(versions()).isdisjoint(first)
+
+
+def test_a_file_that_changed_just_now_has_another_version_each_time(tmp_path: Path) -> None:
+    tree = in_folder(tmp_path, CATS)
+    assert tree.version("cat/1.png") != tree.version("cat/1.png")
+    assert refusal(lambda: tree.version("cat/9.png")) == "cat/9.png cannot be read: No such file or directory"

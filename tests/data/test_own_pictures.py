@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import decoder, own_pictures, splits
+from pipeline.data import decoder, file_trees, own_pictures, splits
 from pipeline.data.decoder import Decoders, Request
 from pipeline.data.own_pictures import OwnPictures
 from pipeline.data.splits import SPLITS, TEST, TRAIN
@@ -148,21 +148,22 @@ def test_adding_pictures_moves_none_of_the_old_ones(folder: Path) -> None:
     assert split_of(prepare(folder, image_size=9, channels=3, resize="crop")) == after
 
 
-def test_only_new_contents_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_files_are_read_and_only_new_contents_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_trees, "CLOCK_TICK", 0)  # files that were written just now count as old
     fill(folder)
     prepare(folder)
-    decoded = list[str]()
+    read, decoded = list[str](), list[str]()
     ask = Decoders.ask
 
     def counted(self: Decoders, function: decoder.Function, requests: Sequence[Request]) -> Iterator[decoder.Answer]:
-        if function is not decoder.digest:
-            decoded.extend(request.name for request in requests)
+        (read if function is decoder.digest else decoded).extend(request.name for request in requests)
         return ask(self, function, requests)
 
     monkeypatch.setattr(Decoders, "ask", counted)
     shutil.copy(folder / "star/2.png", folder / "star/copy.png")
     fill(folder, 1, start=COUNT)
     prepare(folder)
+    assert sorted(read) == [f"circle/{COUNT}.png", "star/copy.png"]
     assert set(decoded) == {f"circle/{COUNT}.png"}
     decoded.clear()
     prepare(folder, resize="stretch", image_size=9)
