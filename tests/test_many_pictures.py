@@ -40,8 +40,13 @@ def watch():
     own = os.getpid()
     while True:
         found = dict.fromkeys(peaks, 0)
-        children = [file.read_text().split() for file in Path(f"/proc/{own}/task").glob("*/children")]
-        for process in [own, *sum(children, [])]:
+        children = []
+        for file in Path(f"/proc/{own}/task").glob("*/children"):
+            try:
+                children += file.read_text().split()
+            except OSError:  # the thread has ended
+                continue
+        for process in [own, *children]:
             try:
                 # One that has been forked, and is about to become another program, still has the memory of this one.
                 if process != own and b"decoder" + b".serve" not in Path(f"/proc/{process}/cmdline").read_bytes():
