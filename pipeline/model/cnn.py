@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import check_class_names
 from pipeline.model import cpu_ops
-from pipeline.model.layers import Dropout, Flatten, Pool, Pooling, as_float
+from pipeline.model.layers import BatchNorm, Dropout, Flatten, Pool, Pooling, as_float
 
 MAX_IMAGE_SIZE = 2**24  # H * W * C; those of 4096 x 4096 pixels in grey
 
@@ -58,7 +58,7 @@ class Block(nn.Sequential):
         layers = OrderedDict[str, nn.Module]()
         layers["convolution"] = nn.Conv2d(channels, filters, a.kernel_size, a.stride, a.padding)
         if a.batch_norm:
-            layers["normalisation"] = nn.BatchNorm2d(filters)
+            layers["normalisation"] = BatchNorm(filters)
         layers["activation"] = nn.ReLU()
         layers["pooling"] = Pooling(a.pool, a.pool_size)
         super().__init__(layers)
@@ -231,7 +231,7 @@ def layer_names(cnn: CNN) -> dict[nn.Module, str]:
 def _kind(layer: nn.Module) -> str:
     if isinstance(layer, Pooling):
         return f"{layer.kind}_pooling2d"
-    known = {nn.Conv2d: "conv2d", nn.BatchNorm2d: "batch_norm", nn.Linear: "dense"}
+    known = {nn.Conv2d: "conv2d", BatchNorm: "batch_norm", nn.Linear: "dense"}
     return known.get(type(layer), type(layer).__name__.lower())
 
 

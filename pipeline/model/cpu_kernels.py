@@ -24,6 +24,7 @@ from pipeline.model import kernel_cache
 Loop = Callable[..., None]
 Transform = Callable[..., tuple[np.float32, ...]]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
@@ -163,6 +164,110 @@ def pool_relu(window: int, sign: int) -> Pair:
                             )
 
     return Pair(_compiled(forward), _compiled(backward))
+
+
+@_cached_build
+def moments() -> Loop:
+    """For each filter of maps (N, H, W, filters): the sums of what they are above ``shift``, and of its squares.
+
+    ``shift`` (filters,) should be near the means, so that the variance is not a small difference of large numbers.
+    """
+
+    def forward(maps: Floats, shift: Floats, sums: Doubles) -> None:  # adds to (2, filters)
+        filters = maps.shape[3]
+        for n in range(maps.shape[0]):
+            for i in range(maps.shape[1]):
+                of_row = np.zeros((2, filters), np.float32)
+                for j in range(maps.shape[2]):
+                    for f in range(filters):
+                        above = maps[n, i, j, f] - shift[f]
+                        of_row[0, f] += above
+                        of_row[1, f] += above * above
+                for f in range(filters):
+                    sums[0, f] += of_row[0, f]
+                    sums[1, f] += of_row[1, f]
+
+    return _compiled(forward)
+
+
+class Normalised(NamedTuple):
+    """The loops of a normalisation: forward, then the sums that its gradients need, then its gradients."""
+
+    forward: Loop
+    sums: Loop
+    backward: Loop
+
+
+@_cached_build
+def normalised_pool(window: int, sign: int, relu: bool) -> Normalised:
+    """Batch normalisation of maps (N, H, W, filters), ReLU if ``relu``, and pooling.
+
+    The normalised maps are ``scale`` (filters,) times the maps plus ``offset``. ``chosen`` has what the maps were at
+    the argmax of each window. The gradient of a map is ``scale`` times that of the normalised one, minus ``constant``
+    and minus ``slope`` times what the map is above the mean: changing one value changes the mean and the deviation.
+    """
+    zero, lowest = np.float32(0), np.float32(-np.inf)
+
+    def forward(maps: Floats, scale: Floats, offset: Floats, pooled: Floats, chosen: Floats, argmax: Bytes) -> None:
+        for n in range(pooled.shape[0]):
+            for i in range(pooled.shape[1]):
+                for j in range(pooled.shape[2]):
+                    for f in range(pooled.shape[3]):
+                        best, raw = lowest, zero
+                        best_place = 0
+                        for place in range(window * window):
+                            given = maps[n, i * window + place // window, j * window + place % window, f]
+                            value = sign * (given * scale[f] + offset[f])
+                            if value > best or value != value:
+                                best, raw = value, given
+                                best_place = place
+                        best *= sign
+                        dead = relu and best <= 0
+                        pooled[n, i, j, f] = zero if dead else best
+                        chosen[n, i, j, f] = raw
+                        argmax[n, i, j, f] = DEAD if dead else best_place
+
+    def sums(grad_pooled: Floats, chosen: Floats, argmax: Bytes, mean: Floats, sums: Doubles) -> None:  # adds
+        filters = chosen.shape[3]
+        for n in range(chosen.shape[0]):
+            for i in range(chosen.shape[1]):
+                of_row = np.zeros((2, filters), np.float32)
+                for j in range(chosen.shape[2]):
+                    for f in range(filters):
+                        gradient = grad_pooled[n, i, j, f] if argmax[n, i, j, f] != DEAD else zero
+                        of_row[0, f] += gradient
+                        of_row[1, f] += gradient * (chosen[n, i, j, f] - mean[f])
+                for f in range(filters):
+                    sums[0, f] += of_row[0, f]
+                    sums[1, f] += of_row[1, f]
+
+    def backward(
+        grad_pooled: Floats,
+        maps: Floats,
+        argmax: Bytes,
+        mean: Floats,
+        scale: Floats,
+        constant: Floats,
+        slope: Floats,
+        grad_maps: Floats,
+    ) -> None:
+        count, height, width, filters = maps.shape
+        rows, columns = argmax.shape[1] * window, argmax.shape[2] * window
+        for n in range(count):
+            for i in range(height):
+                for j in range(width):
+                    if i < rows and j < columns:
+                        here = i % window * window + j % window
+                        for f in range(filters):
+                            is_argmax = argmax[n, i // window, j // window, f] == here
+                            gradient = grad_pooled[n, i // window, j // window, f] if is_argmax else zero
+                            rest = constant[f] + slope[f] * (maps[n, i, j, f] - mean[f])
+                            grad_maps[n, i, j, f] = scale[f] * gradient - rest
+                    else:  # in no window
+                        for f in range(filters):
+                            grad_maps[n, i, j, f] = -(constant[f] + slope[f] * (maps[n, i, j, f] - mean[f]))
+
+    return Normalised(_compiled(forward), _compiled(sums), _compiled(backward))
 
 
 DEPTH = 8  # products that are summed up at once; more would not fit into the registers

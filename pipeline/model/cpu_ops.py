@@ -14,8 +14,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from pipeline.model import cpu_kernels
-from pipeline.model.cpu_kernels import Loop, Pair
-from pipeline.model.layers import Dropout, Pooling, as_float
+from pipeline.model.cpu_kernels import Loop, Normalised, Pair
+from pipeline.model.cpu_threads import Chunk, current_chunk
+from pipeline.model.layers import BatchNorm, Dropout, Pooling, as_float
 
 SIGNS = {"max": 1, "min": -1}
 MAX_UNROLLED = 36  # multiply-adds for one filter and one pooling window; above it, the compiler keeps slow loops
@@ -71,11 +72,18 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _is_unpadded(convolution: nn.Conv2d, pooling: Pooling) -> bool:
-    """Whether this is a convolution with square filters, no padding and a bias, followed by max or min pooling."""
+def _is_plain(convolution: nn.Conv2d, pooling: Pooling) -> bool:
+    """Whether this is a convolution with square filters, zeros as padding and a bias, before max or min pooling."""
     (height, width), (down, right) = convolution.kernel_size, convolution.stride
-    is_plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
+    pads_alike = convolution.padding_mode == "zeros" and convolution.padding in [(side, side) for side in range(height)]
+    is_plain = pads_alike and convolution.dilation == (1, 1) and convolution.groups == 1
     return height == width and down == right and is_plain and convolution.bias is not None and pooling.kind in SIGNS
+
+
+def _padded(maps: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """Maps (N, C, H, W) with the zeros that the convolution adds on each side."""
+    side = int(convolution.padding[0])
+    return F.pad(maps.permute(0, 2, 3, 1), (0, 0, *[side] * 4)).permute(0, 3, 1, 2) if side else maps
 
 
 class _Context(FunctionCtx):
@@ -88,6 +96,9 @@ class _Context(FunctionCtx):
     pair: Pair
     shape: torch.Size
     dtype: torch.dtype
+    loops: Normalised
+    chunk: Chunk | None
+    values: int
     drawing: tuple[cpu_kernels.Drawn, int, np.float32]
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -98,19 +109,20 @@ Gradients = tuple[Tensor | None, ...]
 
 def _can_read_bytes(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
     """Whether ``_bytes_block`` computes these layers, and is faster."""
-    if maps.dtype != torch.uint8 or not _is_unpadded(convolution, pooling):
+    if maps.dtype != torch.uint8 or not _is_plain(convolution, pooling):
         return False
     filters = convolution.out_channels
     return filters >= MIN_FILTERS and convolution.weight.numel() // filters * pooling.size**2 <= MAX_UNROLLED
 
 
 def _bytes_block(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, pixels: Tensor) -> Tensor:
-    maps: Tensor = _BytesBlock.apply(convolution.weight, convolution.bias, pixels, convolution, pooling)
+    padded = _padded(pixels, convolution)
+    maps: Tensor = _BytesBlock.apply(convolution.weight, convolution.bias, padded, convolution, pooling)
     return maps
 
 
 class _BytesBlock(torch.autograd.Function):
-    """Convolution, ReLU and pooling of pixels (N, C, H, W) uint8."""
+    """Convolution, ReLU and pooling of pixels (N, C, H, W) uint8, which have their padding."""
 
     @staticmethod
     def forward(
@@ -139,16 +151,17 @@ class _BytesBlock(torch.autograd.Function):
 
 def _can_follow_argmax(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
     """Whether ``_block`` computes these layers, and is faster."""
-    return maps.dtype != torch.uint8 and pooling.size > 1 and _is_unpadded(convolution, pooling)
+    return maps.dtype != torch.uint8 and pooling.size > 1 and _is_plain(convolution, pooling)
 
 
 def _block(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, inputs: Tensor) -> Tensor:
-    maps: Tensor = _Block.apply(inputs, convolution.weight, convolution.bias, convolution, pooling)
+    padded = _padded(inputs, convolution)
+    maps: Tensor = _Block.apply(padded, convolution.weight, convolution.bias, convolution, pooling)
     return maps
 
 
 class _Block(torch.autograd.Function):
-    """Convolution, ReLU and pooling of inputs (N, C, H, W)."""
+    """Convolution, ReLU and pooling of inputs (N, C, H, W), which have their padding."""
 
     @staticmethod
     def forward(
@@ -157,7 +170,7 @@ class _Block(torch.autograd.Function):
         if _suits_winograd(convolution, pooling) and not torch.is_autocast_enabled("cpu"):
             pooled, ctx.argmax = _by_winograd(inputs, weight, bias, SIGNS[pooling.kind])
         else:
-            pooled, ctx.argmax = _pooled(pooling, convolution(inputs))
+            pooled, ctx.argmax = _pooled(pooling, F.conv2d(inputs, weight, bias, convolution.stride))
         ctx.convolution, ctx.pooling = convolution, pooling
         ctx.save_for_backward(inputs, weight)
         return pooled.permute(0, 3, 1, 2)
@@ -242,11 +255,114 @@ class _ReluPooling(torch.autograd.Function):
         return grad_maps.permute(0, 3, 1, 2).to(ctx.dtype), None
 
 
+def _normalises(normalisation: BatchNorm, maps: Tensor) -> bool:
+    """Whether ``_normalised`` computes this layer: in training, with statistics of the whole batch."""
+    return maps.dtype != torch.uint8 and normalisation.training and normalisation.affine
+
+
+def _normalised(normalisation: BatchNorm, maps: Tensor) -> Tensor:
+    return _with_statistics(maps, normalisation, Pooling("max", 1), relu=False)
+
+
+def _normalises_relu(normalisation: BatchNorm, activation: nn.ReLU, maps: Tensor) -> bool:
+    return _normalises(normalisation, maps)
+
+
+def _normalised_relu(normalisation: BatchNorm, activation: nn.ReLU, maps: Tensor) -> Tensor:
+    return _with_statistics(maps, normalisation, Pooling("max", 1), relu=True)
+
+
+def _normalises_pools(normalisation: BatchNorm, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
+    return _normalises(normalisation, maps) and pooling.kind in SIGNS
+
+
+def _normalised_pool(normalisation: BatchNorm, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> Tensor:
+    return _with_statistics(maps, normalisation, pooling, relu=True)
+
+
+def _with_statistics(maps: Tensor, normalisation: BatchNorm, pooling: Pooling, relu: bool) -> Tensor:
+    pooled: Tensor = _NormalisedPool.apply(
+        maps, normalisation.weight, normalisation.bias, normalisation, pooling, relu, current_chunk()
+    )
+    return pooled
+
+
+class _NormalisedPool(torch.autograd.Function):
+    """Batch normalisation, ReLU and pooling of a chunk (N, filters, H, W) of a batch, or of a whole one."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        maps: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        normalisation: BatchNorm,
+        pooling: Pooling,
+        relu: bool,
+        chunk: Chunk | None,
+    ) -> Tensor:
+        by_pixel = _by_pixel(maps)
+        count, height, width, filters = by_pixel.shape
+        values = count * height * width
+        assert normalisation.running_mean is not None
+        shift = normalisation.running_mean.clone()  # another chunk may be the first to change it
+        sums = torch.zeros(2, filters, dtype=torch.float64)
+        cpu_kernels.moments()(by_pixel.numpy(), shift.numpy(), sums.numpy())
+        totals, counts = _total(sums, chunk), _total(torch.tensor(values), chunk)
+        above, squares = totals / counts
+        mean, variance = shift + above, squares - above**2
+        if chunk is None or chunk.number == 0:
+            normalisation.update(mean, variance, int(counts))
+        deviation = (variance + normalisation.eps).sqrt()
+        scale = (weight / deviation).float()
+        offset = (bias - mean * weight / deviation).float()
+        pooled = torch.empty(count, height // pooling.size, width // pooling.size, filters)
+        chosen, argmax = torch.empty(pooled.shape), torch.empty(pooled.shape, dtype=torch.uint8)
+        ctx.loops = cpu_kernels.normalised_pool(pooling.size, SIGNS[pooling.kind], relu)
+        ctx.loops.forward(
+            by_pixel.numpy(), scale.numpy(), offset.numpy(), pooled.numpy(), chosen.numpy(), argmax.numpy()
+        )
+        ctx.argmax, ctx.chunk, ctx.dtype, ctx.values = argmax, chunk, maps.dtype, int(counts)
+        ctx.save_for_backward(by_pixel, chosen, mean.float(), deviation, scale)
+        return pooled.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_pooled: Tensor) -> Gradients:
+        maps, chosen, mean, deviation, scale = ctx.saved_tensors
+        gradients, argmax = _by_pixel(grad_pooled).numpy(), ctx.argmax.numpy()
+        own = torch.zeros(2, len(mean), dtype=torch.float64)
+        ctx.loops.sums(gradients, chosen.numpy(), argmax, mean.numpy(), own.numpy())
+        sums, products = _total(own, ctx.chunk) / ctx.values
+        constant, slope = (scale * sums).float(), (scale * products / deviation**2).float()
+        grad_maps = torch.empty(maps.shape)
+        ctx.loops.backward(
+            gradients,
+            maps.numpy(),
+            argmax,
+            mean.numpy(),
+            scale.numpy(),
+            constant.numpy(),
+            slope.numpy(),
+            grad_maps.numpy(),
+        )
+        grad_weight, grad_bias = (own[1] / deviation).float(), own[0].float()
+        return grad_maps.permute(0, 3, 1, 2).to(ctx.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _total(values: Tensor, chunk: Chunk | None) -> Tensor:
+    """The sum of what the chunks of a batch have; in their order, so that it has the same bits each time."""
+    return values if chunk is None else chunk.gather(values).sum(dim=0)
+
+
 # The first operation that matches is taken.
 FUSED = (
     FusedLayers((nn.Conv2d, nn.ReLU, Pooling), _can_read_bytes, _bytes_block),
     FusedLayers((nn.Conv2d, nn.ReLU, Pooling), _can_follow_argmax, _block),
     FusedLayers((nn.ReLU, Pooling), _has_argmax, _relu_pooling),
+    FusedLayers((BatchNorm, nn.ReLU, Pooling), _normalises_pools, _normalised_pool),
+    FusedLayers((BatchNorm, nn.ReLU), _normalises_relu, _normalised_relu),
+    FusedLayers((BatchNorm,), _normalises, _normalised),
 )
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.model.cpu_threads import current_chunk
+
 Pool = Literal["max", "mean", "min"]
 
 
@@ -32,6 +34,27 @@ class Pooling(nn.Module):
     def extra_repr(self) -> str:
         """For print(cnn)."""
         return f"{self.kind}, size={self.size}"
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation (Ioffe and Szegedy, 2015), also of a batch whose chunks are computed in several threads."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) in, the same shape out."""
+        if self.training and current_chunk():
+            raise RuntimeError("a chunk of a batch has not the mean of the batch: see cpu_ops.FUSED")
+        return super().forward(maps)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics to those of a batch (C,) of ``count`` values a channel."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_((variance * (count / max(1, count - 1))).to(self.running_var), self.momentum)
 
 
 class Flatten(nn.Module):

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from pipeline.model import cpu_threads, metrics
 from pipeline.model.augment import augment
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.cnn import CNN
+from pipeline.model.cnn import CNN, layers
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
@@ -190,6 +190,7 @@ def fit(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     steps = math.ceil(len(labels) / settings.batch_size)
+    values = max(math.prod(layer.output_shape) for layer in layers(cnn.architecture))
     optimizer = OPTIMIZERS[settings.optimizer](
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -238,7 +239,7 @@ def fit(
         batches = zip(*split, losses, seeds, strict=True)
         with cpu_threads.thread_pool(cnn, images.device) as pool:
             for rows, batch_targets, batch_logits, batch_loss, seed in itertools.islice(batches, done, None):
-                chunks = (torch.split(each, pool.chunk(settings.batch_size)) for each in (rows, batch_targets))
+                chunks = (torch.split(each, pool.chunk(settings.batch_size, values)) for each in (rows, batch_targets))
                 results = pool.map(forward_backward, *chunks, itertools.repeat(len(rows)), itertools.count(seed))
                 for total in (batch_loss, *gradients):
                     total.zero_()
