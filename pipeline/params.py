@@ -79,6 +79,12 @@ class Model(Section):
     batch_norm: bool = False
 
 
+class Augmentation(Section):
+    """Random changes to the training images; 0 switches one off."""
+
+    shift: int = Field(0, ge=0, le=16)
+
+
 class Train(Section):
     """How the CNN is trained, and on which device."""
 
@@ -91,7 +97,7 @@ class Train(Section):
     loss: Literal["cross-entropy"] = "cross-entropy"
     label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    max_shift: int = Field(0, ge=0, le=16)
+    augmentation: Augmentation = Augmentation()
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)

@@ -9,7 +9,6 @@ from pipeline.data import mapped_files
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
 from pipeline.model import novelty, training
-from pipeline.model.augment import AUGMENTATIONS
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, Architecture, layers
 from pipeline.model.model_file import TrainedModel
@@ -41,8 +40,7 @@ def settings(params: Params) -> training.Settings:
     """The settings of training.fit in params.yaml."""
     given = params.train.model_dump()
     own = {each.name for each in fields(training.Settings)}
-    augmentations = {name: given[name] for name in AUGMENTATIONS}
-    return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=augmentations)
+    return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=given["augmentation"])
 
 
 def trained(

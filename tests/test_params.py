@@ -50,9 +50,8 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
     assert read(tmp_path, "model: {dropout: 0.25}\n") == Params().changed({"model.dropout": 0.25})
     nested = "evaluate: {promotion: {alpha: 0.05}}\nvisualize: {maximisation: {}}\n"
     assert read(tmp_path, nested) == Params().changed({"evaluate.promotion.alpha": 0.05})
-    assert list(read(tmp_path, "tune: {space: {train.max_shift: {low: 0, high: 2}}}\n").tune.space) == [
-        "train.max_shift"
-    ]
+    found = read(tmp_path, "tune: {space: {train.augmentation.shift: {low: 0, high: 2}}}\n")
+    assert list(found.tune.space) == ["train.augmentation.shift"]
     assert read(tmp_path, "{}") == Params()
 
 
@@ -81,8 +80,8 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ("tain: {}", r"tain is not a parameter; did you mean train\?"),
         ("colour: red", "colour is not a parameter; allowed: seed, data, model, train, evaluate, visualize, tune"),
         (
-            "tune: {space: {train.max_shift: {low: 0, hihg: 2}}}",
-            r"tune.space.train.max_shift.hihg is not a parameter; did you mean high\?",
+            "tune: {space: {train.augmentation.shift: {low: 0, hihg: 2}}}",
+            r"tune.space.train.augmentation.shift.hihg is not a parameter; did you mean high\?",
         ),
         ("tune: {space: {}}", "tune.space is {}: .* at least 1 item"),
         ("tune: {space: {a: {low: 9, high: 8}}}", r"tune.space.a is {.*}: low \(9\) must be below high \(8\)"),
@@ -239,9 +238,9 @@ def test_values_are_written_and_nothing_else_changes() -> None:
 
 def test_a_value_that_the_file_leaves_out_is_added(tmp_path: Path) -> None:
     values = {"model.filters.1": 128, "train.epochs": 3, "evaluate.promotion.alpha": 0.05}
-    written = with_values(b"# mine\ntrain:\n  max_shift: 1  # pixel\n", values).decode()
-    assert written.startswith("# mine\ntrain:\n  max_shift: 1  # pixel\n  epochs: 3\n")
-    assert read(tmp_path, written) == Params().changed(values | {"train.max_shift": 1})
+    written = with_values(b"# mine\ntrain:\n  augmentation:\n    shift: 1  # pixel\n", values).decode()
+    assert written.startswith("# mine\ntrain:\n  augmentation:\n    shift: 1  # pixel\n  epochs: 3\n")
+    assert read(tmp_path, written) == Params().changed(values | {"train.augmentation.shift": 1})
 
 
 def test_parameters_with_other_values_are_checked_like_the_file() -> None:

@@ -21,9 +21,9 @@ def shift(images: Tensor, strength: float, generator: torch.Generator) -> Tensor
     return wide[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-# By the parameter of `train` that is its strength; 0 switches it off. They are applied in this order.
+# By the parameter of `train.augmentation` that is its strength; 0 switches it off. They are applied in this order.
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "max_shift": shift,
+    "shift": shift,
 }
 
 

@@ -36,7 +36,7 @@ Factory = TypeVar("Factory", bound=Callable[..., object])
 _build_lock = threading.Lock()
 
 
-def _cached_build(factory: Factory) -> Factory:
+def cached_build(factory: Factory) -> Factory:
     """Each set of sizes is built once, also when several threads ask for it at the same time."""
     cached = functools.cache(factory)
 
@@ -48,16 +48,21 @@ def _cached_build(factory: Factory) -> Factory:
     return cast(Factory, build)
 
 
-def _compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"})) -> Loop:
-    # Without the interpreter's lock, so that threads can run it at the same time. A multiplication and the addition
-    # after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same bits.
+def compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"}), source: bytes = SOURCE) -> Loop:
+    """The loop as machine code; ``source`` is the text of the file that it and all that it calls are defined in.
+
+    It runs without the interpreter's lock, so that threads can run it at the same time. A multiplication and the
+    addition after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same
+    bits.
+    """
     kernel_cache.target_context()
     loop = njit(nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
-    loop._cache = kernel_cache.KernelCache(function, SOURCE)
+    loop._cache = kernel_cache.KernelCache(function, source)
     return cast(Loop, loop)
 
 
-def _called_in_loops(function: Factory) -> Factory:
+def called_in_loops(function: Factory) -> Factory:
+    """A function that compiled loops may call."""
     kernel_cache.target_context()
     return cast(Factory, njit(function))
 
@@ -69,7 +74,7 @@ class Pair(NamedTuple):
     backward: Loop
 
 
-@_cached_build
+@cached_build
 def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
     """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
 
@@ -129,10 +134,10 @@ def first_block(size: int, stride: int, channels: int, filters: int, window: int
                                         total += pixel * (gradient if best_place == place else zero)
                                     grad_weights[a, b, c, f] = total
 
-    return Pair(_compiled(forward), _compiled(backward))
+    return Pair(compiled(forward), compiled(backward))
 
 
-@_cached_build
+@cached_build
 def pool_relu(window: int, sign: int) -> Pair:
     """Pooling and ReLU of maps (N, H, W, filters); rows and columns that do not fill a window are dropped."""
     zero, lowest = np.float32(0), np.float32(-np.inf)
@@ -163,7 +168,7 @@ def pool_relu(window: int, sign: int) -> Pair:
                                 grad_pooled[n, i, j, f] if argmax[n, i, j, f] == place else zero
                             )
 
-    return Pair(_compiled(forward), _compiled(backward))
+    return Pair(compiled(forward), compiled(backward))
 
 
 @_cached_build
@@ -284,7 +289,7 @@ def _winograd_transforms() -> tuple[Transform, Transform, Transform, Transform]:
     def output_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
         return a + b + c, b - c - d
 
-    inwards, outwards = _called_in_loops(input_transform), _called_in_loops(output_transform)
+    inwards, outwards = called_in_loops(input_transform), called_in_loops(output_transform)
 
     def input_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
         return inwards(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
@@ -294,10 +299,10 @@ def _winograd_transforms() -> tuple[Transform, Transform, Transform, Transform]:
             products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
         )
 
-    return inwards, outwards, _called_in_loops(input_column), _called_in_loops(output_column)
+    return inwards, outwards, called_in_loops(input_column), called_in_loops(output_column)
 
 
-@_cached_build
+@cached_build
 def winograd(channels: int, filters: int, sign: int) -> Loop:
     """Convolution by 3 x 3 filters without padding, pooling by 2 x 2 windows and ReLU, in 16 products instead of 36.
 
@@ -374,10 +379,10 @@ def winograd(channels: int, filters: int, sign: int) -> Loop:
                             pooled[start + n, i, j, f] = zero if best <= 0 else best
                             argmax[start + n, i, j, f] = DEAD if best <= 0 else best_place
 
-    return _compiled(forward)
+    return compiled(forward)
 
 
-@_cached_build
+@cached_build
 def conv_backward(size: int, stride: int, channels: int, window: int, needs_input_grad: bool) -> Loop:
     """The gradients of a convolution from those of the pooled maps, skipping what pooling discarded.
 
@@ -422,10 +427,10 @@ def conv_backward(size: int, stride: int, channels: int, window: int, needs_inpu
                         for t in range(row):
                             sums[t] += gradient * values[t]
 
-    return _compiled(backward)
+    return compiled(backward)
 
 
-@_cached_build
+@cached_build
 def dropout_dense() -> Pair:
     """Dropout and the dense layer after it: features (N, F), a random number for each, weights (C, F), logits (N, C).
 
@@ -474,4 +479,4 @@ def dropout_dense() -> Pair:
                 grad_features[n, f] = grad_features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
 
     # With "reassoc" a sum over the features is computed as sixteen partial sums.
-    return Pair(_compiled(forward, {"contract", "reassoc"}), _compiled(backward))
+    return Pair(compiled(forward, {"contract", "reassoc"}), compiled(backward))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.model.augment import AUGMENTATIONS, augment, shift
-from pipeline.params import Train
+from pipeline.params import Augmentation
 
 
 def test_shifted_images_are_moved_and_what_comes_into_view_is_black() -> None:
@@ -29,7 +29,7 @@ def test_a_strength_of_zero_leaves_the_images_and_the_generator_alone() -> None:
 
 def some_strength(name: str) -> float:
     """A value that params.yaml may give the augmentation: half the largest, which for a probability is neither end."""
-    parameter = Train.model_fields[name]
+    parameter = Augmentation.model_fields[name]
     bounds = [getattr(each, end) for each in parameter.metadata for end in ("le", "lt") if hasattr(each, end)]
     half = min(bounds, default=2) / 2
     return max(1, int(half)) if parameter.annotation is int else half

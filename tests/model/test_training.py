@@ -159,7 +159,7 @@ def test_its_steps_match_a_reference_implementation(digits: dict[str, LabelledIm
         torch.testing.assert_close(fast.get_parameter(name).double(), weights, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("augmentations", [{}, {"max_shift": 1}])
+@pytest.mark.parametrize("augmentations", [{}, {"shift": 1}])
 def test_one_thread_and_two_give_the_same_bytes(
     digits: dict[str, LabelledImages], augmentations: dict[str, float]
 ) -> None:
@@ -183,7 +183,7 @@ def test_one_thread_and_two_give_the_same_bytes(
                 {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 0.001},
                 {"schedule": "one-cycle", "learning_rate": 0.01},
                 {"label_smoothing": 0.1},
-                {"augmentations": {"max_shift": 2}},
+                {"augmentations": {"shift": 2}},
             )
         ),
     ],
@@ -277,7 +277,7 @@ def test_a_gpu_learns_without_synchronisation_within_an_epoch(
     splits = (train.images, train.labels), (validation.images, validation.labels)
     generator = torch.Generator(device).manual_seed(0)
     try:
-        settings = replace(SETTINGS, augmentations={"max_shift": 1}, class_weights="balanced")
+        settings = replace(SETTINGS, augmentations={"shift": 1}, class_weights="balanced")
         history = list(training.fit(cnn, *splits, settings, generator=generator, on_step=forbid_waiting))
     finally:
         torch.cuda.set_sync_debug_mode("default")
