@@ -2,8 +2,7 @@
 
 A small CNN is limited by memory bandwidth: as separate operations, the first convolution, its ReLU and its
 pooling move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; the
-convolution's own output is never stored. Other convolutions are computed pooling window by pooling window where that
-takes less than half the multiplications. The backward pass follows only the argmax of each pooling window.
+convolution's own output is never stored. The backward pass follows only the argmax of each pooling window.
 
 The loops are compiled once for each set of sizes: the innermost loop over a known size becomes vector instructions. The
 machine code is cached by kernel_cache.py. All arrays are contiguous; results are written into the last arguments.
@@ -22,12 +21,16 @@ from numpy.typing import NDArray
 from pipeline.model import kernel_cache
 
 Loop = Callable[..., None]
-Transform = Callable[..., tuple[np.float32, ...]]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
+ADDED = 64  # pixels whose values are added up in float32; the sums of these in float64
+# Numba counts a negative index from the end, and the test for it in the innermost loop keeps that from becoming vector
+# instructions. Unsigned indices cannot be negative. Distances that are known when a loop is compiled help as well: the
+# compiler must see that what is written is not read again.
+Index = np.uint64
 DEAD = 255  # instead of the argmax if ReLU set the output to zero
 SOURCE = Path(__file__).read_bytes()  # of what runs here: the file may change before a loop is compiled
 
@@ -171,28 +174,30 @@ def pool_relu(window: int, sign: int) -> Pair:
     return Pair(compiled(forward), compiled(backward))
 
 
-@_cached_build
-def moments() -> Loop:
-    """For each filter of maps (N, H, W, filters): the sums of what they are above ``shift``, and of its squares.
+@cached_build
+def moments(filters: int) -> Loop:
+    """For each filter of maps (P, filters): the sums of what they are above ``shift``, and of its squares.
 
     ``shift`` (filters,) should be near the means, so that the variance is not a small difference of large numbers.
     """
+    step = Index(filters)
 
     def forward(maps: Floats, shift: Floats, sums: Doubles) -> None:  # adds to (2, filters)
-        filters = maps.shape[3]
-        for n in range(maps.shape[0]):
-            for i in range(maps.shape[1]):
-                of_row = np.zeros((2, filters), np.float32)
-                for j in range(maps.shape[2]):
-                    for f in range(filters):
-                        above = maps[n, i, j, f] - shift[f]
-                        of_row[0, f] += above
-                        of_row[1, f] += above * above
-                for f in range(filters):
-                    sums[0, f] += of_row[0, f]
-                    sums[1, f] += of_row[1, f]
+        pixels = len(maps) // filters
+        above, squares = np.empty(filters, np.float32), np.empty(filters, np.float32)
+        for first in range(0, pixels, ADDED):
+            above[:], squares[:] = 0, 0
+            for pixel in range(first, min(first + ADDED, pixels)):
+                start = Index(pixel * filters)
+                for f in range(step):
+                    value = maps[start + f] - shift[f]
+                    above[f] += value
+                    squares[f] += value * value
+            for f in range(step):
+                sums[0, f] += above[f]
+                sums[1, f] += squares[f]
 
-    return _compiled(forward)
+    return compiled(forward)
 
 
 class Normalised(NamedTuple):
@@ -203,183 +208,79 @@ class Normalised(NamedTuple):
     backward: Loop
 
 
-@_cached_build
-def normalised_pool(window: int, sign: int, relu: bool) -> Normalised:
-    """Batch normalisation of maps (N, H, W, filters), ReLU if ``relu``, and pooling.
+@cached_build
+def normalised_pool(height: int, width: int, filters: int, window: int, sign: int, relu: bool) -> Normalised:
+    """Batch normalisation of maps (N, height, width, filters), ReLU if ``relu``, and pooling.
 
     The normalised maps are ``scale`` (filters,) times the maps plus ``offset``. ``chosen`` has what the maps were at
-    the argmax of each window. The gradient of a map is ``scale`` times that of the normalised one, minus ``constant``
-    and minus ``slope`` times what the map is above the mean: changing one value changes the mean and the deviation.
+    the argmax of each window. The gradient of a map is ``scale`` times that of the normalised one, less ``constant``
+    and ``slope`` times the map: changing one value changes the mean and the deviation of all.
     """
-    zero, lowest = np.float32(0), np.float32(-np.inf)
+    zero, lowest, step = np.float32(0), np.float32(-np.inf), Index(filters)
+    down, across = height // window, width // window
 
     def forward(maps: Floats, scale: Floats, offset: Floats, pooled: Floats, chosen: Floats, argmax: Bytes) -> None:
-        for n in range(pooled.shape[0]):
-            for i in range(pooled.shape[1]):
-                for j in range(pooled.shape[2]):
-                    for f in range(pooled.shape[3]):
+        for n in range(len(maps) // (height * width * filters)):
+            for i in range(down):
+                for j in range(across):
+                    start = Index(((n * height + i * window) * width + j * window) * filters)
+                    to = Index(((n * down + i) * across + j) * filters)
+                    for f in range(step):
                         best, raw = lowest, zero
                         best_place = 0
                         for place in range(window * window):
-                            given = maps[n, i * window + place // window, j * window + place % window, f]
+                            given = maps[start + Index(place // window * width + place % window) * step + f]
                             value = sign * (given * scale[f] + offset[f])
                             if value > best or value != value:
                                 best, raw = value, given
                                 best_place = place
                         best *= sign
                         dead = relu and best <= 0
-                        pooled[n, i, j, f] = zero if dead else best
-                        chosen[n, i, j, f] = raw
-                        argmax[n, i, j, f] = DEAD if dead else best_place
+                        pooled[to + f] = zero if dead else best
+                        chosen[to + f] = raw
+                        argmax[to + f] = DEAD if dead else best_place
 
     def sums(grad_pooled: Floats, chosen: Floats, argmax: Bytes, mean: Floats, sums: Doubles) -> None:  # adds
-        filters = chosen.shape[3]
-        for n in range(chosen.shape[0]):
-            for i in range(chosen.shape[1]):
-                of_row = np.zeros((2, filters), np.float32)
-                for j in range(chosen.shape[2]):
-                    for f in range(filters):
-                        gradient = grad_pooled[n, i, j, f] if argmax[n, i, j, f] != DEAD else zero
-                        of_row[0, f] += gradient
-                        of_row[1, f] += gradient * (chosen[n, i, j, f] - mean[f])
-                for f in range(filters):
-                    sums[0, f] += of_row[0, f]
-                    sums[1, f] += of_row[1, f]
+        pixels = len(chosen) // filters
+        gradients, products = np.empty(filters, np.float32), np.empty(filters, np.float32)
+        for first in range(0, pixels, ADDED):
+            gradients[:], products[:] = 0, 0
+            for pixel in range(first, min(first + ADDED, pixels)):
+                start = Index(pixel * filters)
+                for f in range(step):
+                    gradient = grad_pooled[start + f] if argmax[start + f] != DEAD else zero
+                    gradients[f] += gradient
+                    products[f] += gradient * (chosen[start + f] - mean[f])
+            for f in range(step):
+                sums[0, f] += gradients[f]
+                sums[1, f] += products[f]
 
     def backward(
         grad_pooled: Floats,
         maps: Floats,
         argmax: Bytes,
-        mean: Floats,
         scale: Floats,
         constant: Floats,
         slope: Floats,
         grad_maps: Floats,
     ) -> None:
-        count, height, width, filters = maps.shape
-        rows, columns = argmax.shape[1] * window, argmax.shape[2] * window
-        for n in range(count):
-            for i in range(height):
-                for j in range(width):
-                    if i < rows and j < columns:
-                        here = i % window * window + j % window
-                        for f in range(filters):
-                            is_argmax = argmax[n, i // window, j // window, f] == here
-                            gradient = grad_pooled[n, i // window, j // window, f] if is_argmax else zero
-                            rest = constant[f] + slope[f] * (maps[n, i, j, f] - mean[f])
-                            grad_maps[n, i, j, f] = scale[f] * gradient - rest
-                    else:  # in no window
-                        for f in range(filters):
-                            grad_maps[n, i, j, f] = -(constant[f] + slope[f] * (maps[n, i, j, f] - mean[f]))
+        for n in range(len(maps) // (height * width * filters)):
+            for i in range(down):
+                for j in range(across):
+                    to = Index(((n * height + i * window) * width + j * window) * filters)
+                    start = Index(((n * down + i) * across + j) * filters)
+                    for f in range(step):
+                        for place in range(window * window):
+                            at = to + Index(place // window * width + place % window) * step + f
+                            gradient = grad_pooled[start + f] if argmax[start + f] == place else zero
+                            grad_maps[at] = scale[f] * gradient - constant[f] - slope[f] * maps[at]
+            for i in range(height):  # what is in no window
+                for j in range(across * window if i < down * window else 0, width):
+                    to = Index(((n * height + i) * width + j) * filters)
+                    for f in range(step):
+                        grad_maps[to + f] = -constant[f] - slope[f] * maps[to + f]
 
-    return Normalised(_compiled(forward), _compiled(sums), _compiled(backward))
-
-
-DEPTH = 8  # products that are summed up at once; more would not fit into the registers
-IMAGES = 2  # images at a time, so that the data stays in the core's cache
-
-
-@functools.cache
-def _winograd_transforms() -> tuple[Transform, Transform, Transform, Transform]:
-    """Winograd's transforms along one dimension, of four inputs and of four products; and both of columns."""
-
-    def input_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
-        return a - c, b + c, c - b, b - d
-
-    def output_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
-        return a + b + c, b - c - d
-
-    inwards, outwards = called_in_loops(input_transform), called_in_loops(output_transform)
-
-    def input_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
-        return inwards(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
-
-    def output_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
-        return outwards(
-            products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
-        )
-
-    return inwards, outwards, called_in_loops(input_column), called_in_loops(output_column)
-
-
-@cached_build
-def winograd(channels: int, filters: int, sign: int) -> Loop:
-    """Convolution by 3 x 3 filters without padding, pooling by 2 x 2 windows and ReLU, in 16 products instead of 36.
-
-    Two neighbouring outputs of a filter of three weights take four multiplications instead of six: those of sums of
-    inputs with sums of weights (Winograd, "Arithmetic complexity of computations", 1980). Along both sides, four
-    outputs take 16 instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016); here they
-    are the four that a pooling window chooses from. Inputs are (N, H, W, channels), the weights' sums (16, depth,
-    filters), with zeros from ``channels`` up to a multiple of DEPTH; pooled maps and the argmax of each window are
-    (N, H', W', filters).
-    """
-    zero, lowest = np.float32(0), np.float32(-np.inf)
-    depth = -(-channels // DEPTH) * DEPTH
-    input_transform, output_transform, input_column, output_column = _winograd_transforms()
-
-    def forward(inputs: Floats, factors: Floats, biases: Floats, pooled: Floats, argmax: Bytes) -> None:
-        count, height, width, _ = pooled.shape
-        most = IMAGES * height * width
-        sums = np.zeros((16, most + 1, depth), np.float32)  # windows are computed in pairs, so there may be one extra
-        products = np.empty((16, most + 1, filters), np.float32)
-        for start in range(0, count, IMAGES):
-            images = min(IMAGES, count - start)
-            for n in range(images):
-                for i in range(height):
-                    for j in range(width):
-                        y, x, window = 2 * i, 2 * j, (n * height + i) * width + j
-                        for c in range(channels):
-                            p = input_column(inputs, start + n, y, x, c)
-                            q = input_column(inputs, start + n, y, x + 1, c)
-                            r = input_column(inputs, start + n, y, x + 2, c)
-                            s = input_column(inputs, start + n, y, x + 3, c)
-                            for a in range(4):
-                                values = input_transform(p[a], q[a], r[a], s[a])
-                                for b in range(4):
-                                    sums[4 * a + b, window, c] = values[b]
-            for g in range(16):
-                for i in range(0, images * height * width, 2):
-                    for f in range(filters):
-                        products[g, i, f] = zero
-                        products[g, i + 1, f] = zero
-                    for k in range(0, depth, DEPTH):
-                        a0, a1, a2, a3 = sums[g, i, k], sums[g, i, k + 1], sums[g, i, k + 2], sums[g, i, k + 3]
-                        a4, a5, a6, a7 = sums[g, i, k + 4], sums[g, i, k + 5], sums[g, i, k + 6], sums[g, i, k + 7]
-                        j = i + 1
-                        b0, b1, b2, b3 = sums[g, j, k], sums[g, j, k + 1], sums[g, j, k + 2], sums[g, j, k + 3]
-                        b4, b5, b6, b7 = sums[g, j, k + 4], sums[g, j, k + 5], sums[g, j, k + 6], sums[g, j, k + 7]
-                        for f in range(filters):
-                            w0, w1, w2 = factors[g, k, f], factors[g, k + 1, f], factors[g, k + 2, f]
-                            w3, w4, w5 = factors[g, k + 3, f], factors[g, k + 4, f], factors[g, k + 5, f]
-                            w6, w7 = factors[g, k + 6, f], factors[g, k + 7, f]
-                            products[g, i, f] += (
-                                a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3 + a4 * w4 + a5 * w5 + a6 * w6 + a7 * w7
-                            )
-                            products[g, j, f] += (
-                                b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3 + b4 * w4 + b5 * w5 + b6 * w6 + b7 * w7
-                            )
-            for n in range(images):
-                for i in range(height):
-                    for j in range(width):
-                        window = (n * height + i) * width + j
-                        for f in range(filters):
-                            p = output_column(products, 0, window, f)
-                            q = output_column(products, 1, window, f)
-                            r = output_column(products, 2, window, f)
-                            s = output_column(products, 3, window, f)
-                            best = lowest
-                            best_place = 0
-                            for place in range(4):
-                                a = place // 2
-                                value = sign * (output_transform(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
-                                if value > best or value != value:
-                                    best = value
-                                    best_place = place
-                            best *= sign
-                            pooled[start + n, i, j, f] = zero if best <= 0 else best
-                            argmax[start + n, i, j, f] = DEAD if best <= 0 else best_place
-
-    return compiled(forward)
+    return Normalised(compiled(forward), compiled(sums), compiled(backward))
 
 
 @cached_build

@@ -5,15 +5,16 @@ layers in float64.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from pipeline.model import cpu_kernels
+from pipeline.model import cpu_kernels, winograd, winograd_kernels
 from pipeline.model.cpu_kernels import Loop, Normalised, Pair
 from pipeline.model.cpu_threads import Chunk, current_chunk
 from pipeline.model.layers import BatchNorm, Dropout, Pooling, as_float
@@ -21,9 +22,6 @@ from pipeline.model.layers import BatchNorm, Dropout, Pooling, as_float
 SIGNS = {"max": 1, "min": -1}
 MAX_UNROLLED = 36  # multiply-adds for one filter and one pooling window; above it, the compiler keeps slow loops
 MIN_FILTERS = 16  # a vector's length
-MIN_WINOGRAD_CHANNELS = 32  # channels and filters; with fewer, the transforms cost more than they save
-WINOGRAD_1D = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
-WINOGRAD_2D = torch.kron(WINOGRAD_1D, WINOGRAD_1D)  # of a filter's weights, for ``cpu_kernels.winograd``
 
 
 class FusedLayers(NamedTuple):
@@ -72,12 +70,12 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _is_plain(convolution: nn.Conv2d, pooling: Pooling) -> bool:
-    """Whether this is a convolution with square filters, zeros as padding and a bias, before max or min pooling."""
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    """Whether this is a convolution with square filters, the same number of zeros on each side, and a bias."""
     (height, width), (down, right) = convolution.kernel_size, convolution.stride
     pads_alike = convolution.padding_mode == "zeros" and convolution.padding in [(side, side) for side in range(height)]
     is_plain = pads_alike and convolution.dilation == (1, 1) and convolution.groups == 1
-    return height == width and down == right and is_plain and convolution.bias is not None and pooling.kind in SIGNS
+    return height == width and down == right and is_plain and convolution.bias is not None
 
 
 def _padded(maps: Tensor, convolution: nn.Conv2d) -> Tensor:
@@ -109,7 +107,7 @@ Gradients = tuple[Tensor | None, ...]
 
 def _can_read_bytes(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
     """Whether ``_bytes_block`` computes these layers, and is faster."""
-    if maps.dtype != torch.uint8 or not _is_plain(convolution, pooling):
+    if maps.dtype != torch.uint8 or not _is_plain(convolution) or pooling.kind not in SIGNS:
         return False
     filters = convolution.out_channels
     return filters >= MIN_FILTERS and convolution.weight.numel() // filters * pooling.size**2 <= MAX_UNROLLED
@@ -151,7 +149,7 @@ class _BytesBlock(torch.autograd.Function):
 
 def _can_follow_argmax(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, maps: Tensor) -> bool:
     """Whether ``_block`` computes these layers, and is faster."""
-    return maps.dtype != torch.uint8 and pooling.size > 1 and _is_plain(convolution, pooling)
+    return maps.dtype != torch.uint8 and pooling.size > 1 and pooling.kind in SIGNS and _is_plain(convolution)
 
 
 def _block(convolution: nn.Conv2d, activation: nn.ReLU, pooling: Pooling, inputs: Tensor) -> Tensor:
@@ -167,8 +165,8 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: _Context, inputs: Tensor, weight: Tensor, bias: Tensor, convolution: nn.Conv2d, pooling: Pooling
     ) -> Tensor:
-        if _suits_winograd(convolution, pooling) and not torch.is_autocast_enabled("cpu"):
-            pooled, ctx.argmax = _by_winograd(inputs, weight, bias, SIGNS[pooling.kind])
+        if pooling.size == 2 and _suits_winograd(convolution, inputs):
+            pooled, ctx.argmax = _pooled_by_winograd(_by_pixel(inputs), weight, bias, SIGNS[pooling.kind])
         else:
             pooled, ctx.argmax = _pooled(pooling, F.conv2d(inputs, weight, bias, convolution.stride))
         ctx.convolution, ctx.pooling = convolution, pooling
@@ -198,21 +196,17 @@ class _Block(torch.autograd.Function):
         return returned, grad_weight.permute(0, 3, 1, 2), grad_bias, None, None
 
 
-def _suits_winograd(convolution: nn.Conv2d, pooling: Pooling) -> bool:
-    """Whether ``_by_winograd`` can compute this convolution and pooling, and is faster."""
-    sizes = convolution.kernel_size[0], convolution.stride[0], pooling.size
-    return sizes == (3, 1, 2) and min(convolution.in_channels, convolution.out_channels) >= MIN_WINOGRAD_CHANNELS
-
-
-def _by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """What ``_pooled`` makes of the convolution of inputs (N, C, H, W)."""
-    filters, channels, *_ = weight.shape
-    factors = (WINOGRAD_2D @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(16, channels, filters)
-    factors = F.pad(factors, (0, 0, 0, -channels % cpu_kernels.DEPTH))
-    pooled = torch.empty(len(inputs), inputs.shape[2] // 2 - 1, inputs.shape[3] // 2 - 1, filters)
+def _pooled_by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """What ``_pooled`` makes of the convolution of inputs (N, H, W, C)."""
+    pooled = torch.empty(len(inputs), inputs.shape[1] // 2 - 1, inputs.shape[2] // 2 - 1, len(weight))
     argmax = torch.empty(pooled.shape, dtype=torch.uint8)
-    loop = cpu_kernels.winograd(channels, filters, sign)
-    loop(_by_pixel(inputs).numpy(), factors.numpy(), bias.numpy(), pooled.numpy(), argmax.numpy())
+    room = winograd.room(inputs.shape[1] - 2, inputs.shape[2] - 2)
+    loop = winograd_kernels.pooled_tiles(len(weight), room, sign).forward
+
+    def use(products: Tensor, images: slice) -> None:
+        loop(_flat(products), bias.numpy(), _flat(pooled[images]), argmax[images].view(-1).numpy())
+
+    winograd.products(inputs, weight, use)
     return pooled, argmax
 
 
@@ -307,7 +301,7 @@ class _NormalisedPool(torch.autograd.Function):
         assert normalisation.running_mean is not None
         shift = normalisation.running_mean.clone()  # another chunk may be the first to change it
         sums = torch.zeros(2, filters, dtype=torch.float64)
-        cpu_kernels.moments()(by_pixel.numpy(), shift.numpy(), sums.numpy())
+        cpu_kernels.moments(filters)(_flat(by_pixel), shift.numpy(), sums.numpy())
         totals, counts = _total(sums, chunk), _total(torch.tensor(values), chunk)
         above, squares = totals / counts
         mean, variance = shift + above, squares - above**2
@@ -318,34 +312,25 @@ class _NormalisedPool(torch.autograd.Function):
         offset = (bias - mean * weight / deviation).float()
         pooled = torch.empty(count, height // pooling.size, width // pooling.size, filters)
         chosen, argmax = torch.empty(pooled.shape), torch.empty(pooled.shape, dtype=torch.uint8)
-        ctx.loops = cpu_kernels.normalised_pool(pooling.size, SIGNS[pooling.kind], relu)
-        ctx.loops.forward(
-            by_pixel.numpy(), scale.numpy(), offset.numpy(), pooled.numpy(), chosen.numpy(), argmax.numpy()
-        )
+        ctx.loops = cpu_kernels.normalised_pool(height, width, filters, pooling.size, SIGNS[pooling.kind], relu)
+        constants = scale.numpy(), offset.numpy()
+        ctx.loops.forward(_flat(by_pixel), *constants, _flat(pooled), _flat(chosen), _flat(argmax))
         ctx.argmax, ctx.chunk, ctx.dtype, ctx.values = argmax, chunk, maps.dtype, int(counts)
-        ctx.save_for_backward(by_pixel, chosen, mean.float(), deviation, scale)
+        ctx.save_for_backward(by_pixel, chosen, mean, deviation, scale)
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad_pooled: Tensor) -> Gradients:
         maps, chosen, mean, deviation, scale = ctx.saved_tensors
-        gradients, argmax = _by_pixel(grad_pooled).numpy(), ctx.argmax.numpy()
+        gradients, argmax = _flat(_by_pixel(grad_pooled)), _flat(ctx.argmax)
         own = torch.zeros(2, len(mean), dtype=torch.float64)
-        ctx.loops.sums(gradients, chosen.numpy(), argmax, mean.numpy(), own.numpy())
+        ctx.loops.sums(gradients, _flat(chosen), argmax, mean.float().numpy(), own.numpy())
         sums, products = _total(own, ctx.chunk) / ctx.values
-        constant, slope = (scale * sums).float(), (scale * products / deviation**2).float()
+        slope = scale * products / deviation**2
+        constants = ((scale * sums - slope * mean).float().numpy(), slope.float().numpy())
         grad_maps = torch.empty(maps.shape)
-        ctx.loops.backward(
-            gradients,
-            maps.numpy(),
-            argmax,
-            mean.numpy(),
-            scale.numpy(),
-            constant.numpy(),
-            slope.numpy(),
-            grad_maps.numpy(),
-        )
+        ctx.loops.backward(gradients, _flat(maps), argmax, scale.numpy(), *constants, _flat(grad_maps))
         grad_weight, grad_bias = (own[1] / deviation).float(), own[0].float()
         return grad_maps.permute(0, 3, 1, 2).to(ctx.dtype), grad_weight, grad_bias, None, None, None, None
 
@@ -353,6 +338,58 @@ class _NormalisedPool(torch.autograd.Function):
 def _total(values: Tensor, chunk: Chunk | None) -> Tensor:
     """The sum of what the chunks of a batch have; in their order, so that it has the same bits each time."""
     return values if chunk is None else chunk.gather(values).sum(dim=0)
+
+
+def _suits_winograd(convolution: nn.Conv2d, maps: Tensor) -> bool:
+    """Whether ``_winograd`` computes this layer, and is faster."""
+    is_float32 = maps.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_float32 and _is_plain(convolution) and winograd.suits(convolution)
+
+
+def _winograd(convolution: nn.Conv2d, inputs: Tensor) -> Tensor:
+    padded = _padded(inputs, convolution)
+    height, width = (side - 2 for side in padded.shape[2:])
+    maps: Tensor = _Winograd.apply(_padded_to_even(padded), convolution.weight, convolution.bias)
+    return maps[:, :, :height, :width]
+
+
+def _padded_to_even(maps: Tensor) -> Tensor:
+    """Maps (N, C, H, W) with a row and a column of zeros more where their number is odd: tiles have two of both."""
+    rows, columns = (side % 2 for side in maps.shape[2:])
+    return F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, columns, 0, rows)).permute(0, 3, 1, 2) if rows or columns else maps
+
+
+class _Winograd(torch.autograd.Function):
+    """Convolution of inputs (N, C, H, W), which have their padding and even sides."""
+
+    @staticmethod
+    def forward(ctx: _Context, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        by_pixel = _by_pixel(inputs)
+        count, height, width, _ = by_pixel.shape
+        maps = torch.empty(count, height - 2, width - 2, len(weight))
+        sizes = height - 2, width - 2, len(weight), winograd.room(height - 2, width - 2)
+        loop = winograd_kernels.output_tiles(*sizes).forward
+
+        def use(products: Tensor, images: slice) -> None:
+            loop(_flat(products), bias.numpy(), _flat(maps[images]))
+
+        winograd.products(by_pixel, weight, use)
+        ctx.save_for_backward(by_pixel, weight)
+        return maps.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_maps: Tensor) -> Gradients:
+        inputs, weight = ctx.saved_tensors
+        gradients = _by_pixel(grad_maps)
+        _, height, width, filters = gradients.shape
+        loop = winograd_kernels.output_tiles(height, width, filters, winograd.room(height, width)).backward
+
+        def grad_products(products: Tensor, images: slice) -> None:
+            loop(_flat(gradients[images]), _flat(products))
+
+        grad_inputs, *rest = winograd.gradients(inputs, weight, grad_products, ctx.needs_input_grad[0])
+        return grad_inputs.permute(0, 3, 1, 2) if grad_inputs is not None else None, *rest
 
 
 # The first operation that matches is taken.
@@ -363,12 +400,19 @@ FUSED = (
     FusedLayers((BatchNorm, nn.ReLU, Pooling), _normalises_pools, _normalised_pool),
     FusedLayers((BatchNorm, nn.ReLU), _normalises_relu, _normalised_relu),
     FusedLayers((BatchNorm,), _normalises, _normalised),
+    FusedLayers((nn.Conv2d,), _suits_winograd, _winograd),
 )
 
 
 def _by_pixel(maps: Tensor) -> Tensor:
     """(N, filters, H, W) as (N, H, W, filters) float32 contiguous in memory; free if it already is."""
     return maps.permute(0, 2, 3, 1).float().contiguous()
+
+
+def _flat(values: Tensor) -> NDArray[Any]:
+    """Contiguous values as an array with one axis."""
+    flat: NDArray[Any] = values.view(-1).numpy()
+    return flat
 
 
 def computes_dropout_dense(dropout: nn.Module, dense: nn.Module, features: Tensor) -> bool:
