@@ -189,7 +189,7 @@ def test_pooled_maps_change_less_when_the_image_moves(learned: CNN, digits: dict
 def test_features_are_what_the_dense_layer_sees(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     images = digits["test"].images[:600]
     features = attribution.penultimate_features(learned, images)
-    torch.testing.assert_close(features, learned.flatten(learned.blocks(as_input(images))).detach())
+    torch.testing.assert_close(features, learned.features(learned.blocks(as_input(images))).detach())
 
 
 def test_principal_components_match_the_full_svd() -> None:
