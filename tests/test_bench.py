@@ -65,8 +65,8 @@ def test_the_operations_of_a_residual_network_are_those_counted_by_hand() -> Non
     live = arithmetic.live_gradients(cnn, some, torch.Generator().manual_seed(0))
     assert len(live) == 3
     assert live[1] == live[2]  # a sum passes its gradient to both
-    back = live[0] * 27 + 2 * live[1] * 36 + live[2] * 3 + 2 * dense
-    assert arithmetic.needed_operations(a, 1, 0, live) == round(2 * (forward + back))
+    back_of_live = live[0] * 27 + 2 * live[1] * 36 + live[2] * 3 + 2 * dense
+    assert arithmetic.needed_operations(a, 1, 0, live) == round(2 * (forward + back_of_live))
 
 
 def test_pooling_dropout_and_relu_leave_few_gradients(digits: dict[str, LabelledImages]) -> None:

@@ -451,7 +451,8 @@ def test_a_study_chooses_how_many_blocks_there_are(
     """In SQLite, whose trials come back as JSON."""
     monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///study.db")
     write_params(study_folder, SHALLOW | DEPTHS[kind])
-    study, tried = small_study(), dict[int, dict[str, object]]()
+    opened = open_storage(), "convtrack", read_params(), read_dataset()
+    study, tried = open_study(*opened, total=8), dict[int, dict[str, object]]()
     present = {path: study.params.value(path) for path in DEPTHS[kind]["tune.space"]}
     depths = dict[int, int]()
     with warnings.catch_warnings():

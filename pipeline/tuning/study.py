@@ -317,7 +317,9 @@ def _read(space: Range, value: object) -> object:
     """The value of a range that a study has stored."""
     if isinstance(value, float):
         return float(f"{value:.12g}")
-    composite = {_stored(choice): choice for choice in space.choices or () if isinstance(choice, list | dict)}
+    composite: dict[object, object] = {
+        _stored(choice): choice for choice in space.choices or () if isinstance(choice, list | dict)
+    }
     return composite.get(value, value)
 
 

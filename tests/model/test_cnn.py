@@ -414,9 +414,8 @@ def test_a_channel_that_is_the_same_in_all_training_images_is_not_divided_by_zer
 def test_normalised_training_pixels_have_mean_0_and_deviation_1() -> None:
     images = torch.randint(256, (50, 9, 9, 3), dtype=torch.uint8, generator=seeded()) // torch.tensor([1, 2, 5]).byte()
     pixels = as_input(images).double()
-    facts = {"mean": pixels.mean((0, 2, 3)), "std": pixels.std((0, 2, 3), correction=0)}
-    constants = {name: tuple(values.tolist()) for name, values in facts.items()}
-    cnn = CNN(replace(COLOUR, image_shape=(9, 9, 3), filters=(4,), normalize=True, **constants), seeded())
+    mean, std = (tuple(each.tolist()) for each in (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)))
+    cnn = CNN(Architecture((9, 9, 3), DIGITS, (4,), normalize=True, mean=mean, std=std), seeded())
     seen = cnn.block_list()[0].before("convolution", as_input(images)).double()
     torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(seen.std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=0, atol=1e-5)
