@@ -94,7 +94,7 @@ def receptive_field(cnn: CNN) -> ReceptiveField:
 
 
 class Patches(NamedTuple):
-    """The parts of images that excite each filter most: (filters, count, side, side, C) uint8, the strongest first.
+    """The parts of images that excite each filter most: (filters, count, h, w, C) uint8, the strongest first.
 
     And the ``strongest`` response of each filter, before ReLU: (filters,).
     """
@@ -107,7 +107,8 @@ class Patches(NamedTuple):
 def strongest_patches(cnn: CNN, images: Tensor, count: int) -> Patches:
     """The parts of images (N, H, W, C) that excite each filter of the last convolution most.
 
-    At most one of each image; black where a part lies over the edge.
+    At most one of each image; black where a part lies over the edge. A side of the receptive field that is longer than
+    the images' is cut to theirs: the part is then all of it.
     """
     cnn.eval()
     before, last = cnn.blocks[:-1], cnn.block_list()[-1]
@@ -125,8 +126,10 @@ def strongest_patches(cnn: CNN, images: Tensor, count: int) -> Patches:
     edge = max(0, -field.first, field.side)
 
     def patch(image: int, at: int) -> Tensor:
-        top, left = (edge + field.first + field.step * number for number in divmod(at, width))
-        return F.pad(images[image], (0, 0, *(edge,) * 4))[top : top + field.side, left : left + field.side]
+        starts = (edge + field.first + field.step * number for number in divmod(at, width))
+        across = zip(starts, images.shape[1:3], strict=True)
+        seen = [slice(edge, edge + side) if field.side > side else slice(at, at + field.side) for at, side in across]
+        return F.pad(images[image], (0, 0, *(edge,) * 4))[seen[0], seen[1]]
 
     rows = zip(which.T.tolist(), place.T.tolist(), strict=True)
     found = [torch.stack([patch(*pair) for pair in zip(*row, strict=True)]) for row in rows]

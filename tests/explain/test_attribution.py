@@ -203,6 +203,21 @@ def test_the_strongest_patches_give_the_strongest_answers(architecture: Architec
         assert torch.equal(found, inside)
 
 
+def test_what_sees_more_than_the_image_is_excited_by_the_whole_image() -> None:
+    architecture = Architecture((12, 40, 1), tuple("ab"), (2, 3, 3), padding="same", convolutions=2)
+    cnn, images = network(architecture), torch.randint(256, (9, 12, 40, 1), dtype=torch.uint8, generator=seed(2))
+    side = attribution.receptive_field(cnn).side
+    assert 12 < side <= 40
+    patches = attribution.strongest_patches(cnn, images, 4).patches
+    assert patches.shape == (3, 4, 12, side, 1)
+    last = cnn.block_list()[-1].before("activation", cnn.blocks[:-1](as_input(images))).flatten(2)
+    for filter, found in enumerate(patches):
+        strongest = images[int(last[:, filter].amax(dim=1).argmax())]
+        windows = strongest.squeeze(2).unfold(1, 8, 1).permute(1, 0, 2)  # all parts of 12 x 8 pixels
+        middle = found[0, :, side // 2 - 4 : side // 2 + 4, 0]
+        assert (windows == middle).all(dim=(1, 2)).any() or not middle.all(dim=0).all()
+
+
 def test_pooled_maps_change_less_when_the_image_moves(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     alike = attribution.shift_similarity(learned, digits["test"].images[:200], shifts=3)
     assert list(alike) == ["conv2d", "max_pooling2d", "conv2d_1", "max_pooling2d_1"]
