@@ -24,8 +24,14 @@ def device_for(params: Params) -> torch.device:
 
 
 def architecture(params: Params, dataset: Dataset) -> Architecture:
-    """The architecture that ``model`` in params.yaml describes, for the images of ``dataset``."""
-    return Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
+    """The architecture that ``model`` in params.yaml describes, for the images of ``dataset``.
+
+    Raises ValueError where the filters grow too far.
+    """
+    values = params.model.model_dump() | {"filters": params.model.filter_counts()}
+    if params.model.normalize:
+        values |= {"mean": dataset.mean, "std": dataset.std}
+    return Architecture(dataset.image_shape, dataset.class_names, **values)
 
 
 def build(params: Params, dataset: Dataset) -> CNN:

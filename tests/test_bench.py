@@ -52,6 +52,23 @@ def test_the_operations_of_the_published_network_are_those_counted_by_hand() -> 
     assert arithmetic.needed_operations(PUBLISHED, train=1, validation=0, live=[100, 50]) == 2 * (forward + back)
 
 
+def test_the_operations_of_a_residual_network_are_those_counted_by_hand() -> None:
+    a = Architecture(
+        (9, 12, 3), tuple("ab"), (4,), convolutions=2, padding="same", residual=True, head="average", dense=5
+    )
+    pooled = 8 * 12  # the ninth row is in no window of the pooling
+    first, second, shortcut, dense = 9 * 12 * 4 * 27, pooled * 4 * 36, pooled * 4 * 3, 4 * 5 + 5 * 2
+    forward, back = first + second + shortcut + dense, first + 2 * second + shortcut + 2 * dense
+    assert arithmetic.needed_operations(a, train=1, validation=0) == 2 * (forward + back)
+    cnn = CNN(a, torch.Generator().manual_seed(0))
+    some = LabelledImages(torch.full((5, 9, 12, 3), 99, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    live = arithmetic.live_gradients(cnn, some, torch.Generator().manual_seed(0))
+    assert len(live) == 3
+    assert live[1] == live[2]  # a sum passes its gradient to both
+    back_of_live = live[0] * 27 + 2 * live[1] * 36 + live[2] * 3 + 2 * dense
+    assert arithmetic.needed_operations(a, 1, 0, live) == round(2 * (forward + back_of_live))
+
+
 def test_pooling_dropout_and_relu_leave_few_gradients(digits: dict[str, LabelledImages]) -> None:
     cnn = CNN(PUBLISHED, torch.Generator().manual_seed(0))
     first, second = arithmetic.live_gradients(cnn, digits["train"][:100], torch.Generator().manual_seed(0))

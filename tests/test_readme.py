@@ -84,11 +84,14 @@ def test_parameters_that_are_set_exist(page: Path) -> None:
 
 
 def test_the_ranges_that_tuning_shows_are_accepted() -> None:
-    (block,) = fenced(REPOSITORY / "docs/tuning.md", "yaml")
-    ranges = parse_yaml(block.encode(), Path("docs/tuning.md"))
+    first, *others = fenced(REPOSITORY / "docs/tuning.md", "yaml")
+    ranges = parse_yaml(first.encode(), Path("docs/tuning.md"))
     assert isinstance(ranges, dict)
     content = Params().model_dump(mode="json", exclude_unset=True) | {"tune": {"space": ranges}}
     assert set(Params.model_validate(content).tune.space) == set(ranges)
+    assert len(others) == 2
+    for block in others:
+        Params.model_validate(parse_yaml(block.encode(), Path("docs/tuning.md"))).check_space()
 
 
 def test_the_parameters_that_the_page_of_own_pictures_shows_are_accepted() -> None:

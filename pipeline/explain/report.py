@@ -69,7 +69,7 @@ def _class_images(inputs: ReportInputs) -> Figure:
 
 def _filter_images(inputs: ReportInputs) -> Figure:
     """For each filter of the last convolution an image made to raise the sum of its map."""
-    settings, filters = inputs.params.maximisation, inputs.cnn.architecture.filters[-1]
+    settings, filters = inputs.params.maximisation, inputs.cnn.block_list()[-1].convolutions()[-1].out_channels
     smooth = Regularization(total_variation=settings.total_variation, jitter=settings.jitter)
     images = activation_maximization.maximize(
         inputs.cnn, activation_maximization.filter_sums, filters, smooth, ascent(settings)
@@ -80,7 +80,7 @@ def _filter_images(inputs: ReportInputs) -> Figure:
 
 
 def _last_convolution(cnn: CNN) -> str:
-    return layer_names(cnn)[cnn.block_list()[-1].convolution]
+    return layer_names(cnn)[cnn.block_list()[-1].convolutions()[-1]]
 
 
 def _explanations(inputs: ReportInputs) -> Figure:

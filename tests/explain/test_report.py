@@ -60,6 +60,24 @@ NETWORKS = {
     "nothing but mistakes": lambda: untrained(Architecture((14, 14, 1), ("a", "b"), (3,)), 3, 0.0),
     "one feature": lambda: untrained(Architecture((8, 8, 1), ("a", "b"), (1,), pool_size=6), 40, 0.5),
     "four blocks": lambda: untrained(Architecture((16, 16, 3), LONG, (4, 20, 4, 4), padding=1), 40, 0.5),
+    "residual": lambda: untrained(
+        Architecture(
+            (16, 16, 3),
+            LONG,
+            (4, 6, 8),
+            convolutions=4,
+            padding="same",
+            batch_norm=True,
+            residual=True,
+            head="average",
+            dense=5,
+            normalize=True,
+            mean=(0.5,) * 3,
+            std=(0.3,) * 3,
+        ),
+        40,
+        0.5,
+    ),
     "no pooling": lambda: untrained(Architecture((12, 12, 1), ("a", "b"), (3, 3), pool_size=1), 40, 0.5),
 }
 
