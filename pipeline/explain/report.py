@@ -15,7 +15,7 @@ from pipeline.explain import activation_maximization, attribution, corruptions
 from pipeline.explain.activation_maximization import Regularization
 from pipeline.explain.class_images import ascent
 from pipeline.explain.report_inputs import MAX_COLUMNS, MAX_ROWS, ReportInputs
-from pipeline.figures import canvas, curves, network, samples, scores
+from pipeline.figures import canvas, curves, network, samples, scores, tiles
 from pipeline.figures.network import Heatmap
 from pipeline.model import metrics
 from pipeline.model.augment import augment, mixup
@@ -223,13 +223,19 @@ def _augmented_images(inputs: ReportInputs) -> Figure:
     rows = [("original", {}), *(alone.items() if len(on) > 1 else ())]
     rows += [("all together" if len(on) > 1 else next(iter(alone)), on)] * DRAWS
     draws = torch.Generator().manual_seed(0)
-    pictures = [(label, _augmented(images, strengths, draws).numpy()) for label, strengths in rows]
+    pictures = [_augmented(label, images, strengths, draws) for label, strengths in rows]
     return samples.rows_of_images(pictures, "Training images before and after augmentation")
 
 
-def _augmented(images: Tensor, strengths: Mapping[str, float], draws: torch.Generator) -> Tensor:
+def _augmented(
+    label: str, images: Tensor, strengths: Mapping[str, float], draws: torch.Generator
+) -> tuple[str, tiles.Array]:
+    """A row of images; where they are mixed, the label says how much of each is its own."""
     images = augment(images, strengths, draws)
-    return mixup(images, strengths["mixup"], draws)[0] if "mixup" in strengths else images
+    if "mixup" in strengths:
+        images, share = mixup(images, strengths["mixup"], draws)
+        label = f"{label} ({share:.0%}\N{NO-BREAK SPACE}own)"
+    return label, images.numpy()
 
 
 # In the order in which they are drawn: what takes long comes last.
