@@ -12,7 +12,7 @@ import pytest
 from bench import benchmarks_page, recipes
 from pipeline import command_line
 from pipeline.explain import report
-from pipeline.params import Params, parse_yaml
+from pipeline.params import Augmentation, Params, parse_yaml
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -89,6 +89,15 @@ def test_the_ranges_that_tuning_shows_are_accepted() -> None:
     assert isinstance(ranges, dict)
     content = Params().model_dump(mode="json", exclude_unset=True) | {"tune": {"space": ranges}}
     assert set(Params.model_validate(content).tune.space) == set(ranges)
+
+
+def test_the_page_of_augmentations_has_all_of_them_and_shows_ranges_that_are_accepted() -> None:
+    page = REPOSITORY / "docs/augmentation.md"
+    uses, speed = re.findall(r"(?:^\| .*\n)+", page.read_text(), flags=re.MULTILINE)[::2]
+    for table in (uses, speed):
+        assert set(Augmentation.model_fields) <= set(re.findall(r"^\| `?(\w+)`? \|", table, flags=re.MULTILINE))
+    (block,) = fenced(page, "yaml")
+    Params.model_validate(parse_yaml(block.encode(), page)).check_space()
 
 
 def test_the_parameters_that_the_page_of_own_pictures_shows_are_accepted() -> None:

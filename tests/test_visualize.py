@@ -15,7 +15,7 @@ from pipeline.model import model_file
 def trained_with(**strengths: float) -> None:
     """Put into the model file's recipe that the model was trained with these augmentations."""
     model = model_file.from_bytes(files.MODEL.read_bytes())
-    recipe = model.recipe | {f"train.augmentation.{name}": strength for name, strength in strengths.items()}
+    recipe = dict(model.recipe) | {f"train.augmentation.{name}": strength for name, strength in strengths.items()}
     files.write(files.MODEL, model_file.to_bytes(replace(model, recipe=recipe)))
 
 

@@ -14,7 +14,6 @@ from pipeline.model import metrics, model_file, training
 from pipeline.model.augment import mixup
 from pipeline.model.cnn import CNN, Architecture, as_input
 from pipeline.model.model_file import TrainedModel
-from pipeline.params import Augmentation
 from tests.conftest import needs_a_gpu, needs_bfloat16
 from tests.rare_class import NAMES, imbalanced
 
@@ -37,10 +36,6 @@ ALL_AUGMENTATIONS: dict[str, float] = {
     **{"rotation": 10, "scale": 0.1, "shear": 5, "elastic": 2, "shift": 1, "crop_padding": 1, "cutout": 4},
     **{"horizontal_flip": 0.1, "brightness": 0.1, "contrast": 0.1, "mixup": 0.2},
 }
-
-
-def test_all_augmentations_are_tried_here() -> None:
-    assert set(ALL_AUGMENTATIONS) == set(Augmentation.model_fields)
 
 
 def fit(
