@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Microseconds an image of each augmentation.")
     parser.add_argument("--times", type=int, default=300, help="how often each is measured; the lowest is printed")
     times = parser.parse_args().times
-    rows = {name: {name: strength} for name, strength in STRENGTHS.items()}
+    rows = {name: {name: strength} for name, strength in STRENGTHS.items() if strength}
     rows |= {" + ".join(GEOMETRY): {name: STRENGTHS[name] for name in GEOMETRY}, "all": STRENGTHS}
     found = dict.fromkeys(itertools.product(rows, SHAPES), math.inf)
     with single_thread():

@@ -208,7 +208,7 @@ def test_every_range_that_does_not_fit_is_named() -> None:
         "model.pool is 'median': input should be 'max', 'mean' or 'min'",
         "train.epochs cannot be tuned",
         "data.split_seed cannot be tuned",
-        "train.augmentation.rotation is 181: input should be less than or equal to 180",
+        "train.augmentation.rotation is 181.0: input should be less than or equal to 180",
     ):
         assert part in found, part
     assert "model.padding" not in str(error.value)
