@@ -86,7 +86,7 @@ class Augmentation(Section):
     crop_padding: int = Field(0, ge=0, le=64)
     horizontal_flip: float = Field(0.0, ge=0, le=1)
     rotation: float = Field(0.0, ge=0, le=180)
-    scale: Share = 0.0
+    scale: float = Field(0.0, ge=0, le=0.9)
     shear: float = Field(0.0, ge=0, le=60)
     elastic: float = Field(0.0, ge=0, le=64)
     brightness: Score = 0.0

@@ -96,7 +96,8 @@ def warp(channels: int, is_elastic: bool) -> Loop:
     KNOTS, KNOTS), to the right and down: a sum over the knots, weighted by ``down_weights`` (KNOTS, H) and
     ``right_weights`` (KNOTS, W).
 
-    All channels of a pixel are in one integer, a lane each, so that one multiplication weights them all.
+    All channels of a pixel are in one integer, a lane each, so that one multiplication weights them all. In functions
+    of their own, the loops over a row are four times slower.
     """
     zero, one, half, whole = np.float32(0), np.float32(1), np.float32(0.5), np.float32(WHOLE)
     unit = np.uint64(1)
@@ -149,17 +150,14 @@ def warp(channels: int, is_elastic: bool) -> Loop:
                     u0, u1, u2, u3, u4, u5, u6 = u[0], u[1], u[2], u[3], u[4], u[5], u[6]
                     v0, v1, v2, v3, v4, v5, v6 = v[0], v[1], v[2], v[3], v[4], v[5], v[6]
                     for j in range(width):
-                        w0, w1, w2, w3 = (
-                            right_weights[0, j],
-                            right_weights[1, j],
-                            right_weights[2, j],
-                            right_weights[3, j],
-                        )
-                        w4, w5, w6 = right_weights[4, j], right_weights[5, j], right_weights[6, j]
+                        w0, w1, w2 = right_weights[0, j], right_weights[1, j], right_weights[2, j]
+                        w3, w4, w5 = right_weights[3, j], right_weights[4, j], right_weights[5, j]
+                        w6 = right_weights[6, j]
                         x[j] += u0 * w0 + u1 * w1 + u2 * w2 + u3 * w3 + u4 * w4 + u5 * w5 + u6 * w6
                         y[j] += v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3 + v4 * w4 + v5 * w5 + v6 * w6
                 for j in range(width):
-                    inside_x, inside_y = min(max(x[j], zero), rightmost), min(max(y[j], zero), lowest)
+                    inside_x = min(x[j] if x[j] > zero else zero, rightmost)  # also if it is not a number
+                    inside_y = min(y[j] if y[j] > zero else zero, lowest)
                     column, row = min(np.int32(inside_x), last_column), min(np.int32(inside_y), last_row)
                     starts[j] = row * np.int32(width) + column
                     right, down = inside_x - np.float32(column), inside_y - np.float32(row)
