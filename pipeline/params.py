@@ -128,6 +128,16 @@ class Augmentation(Section):
     """Random changes to the training images; 0 switches one off."""
 
     shift: int = Field(0, ge=0, le=16)
+    crop_padding: int = Field(0, ge=0, le=64)
+    horizontal_flip: float = Field(0.0, ge=0, le=1)
+    rotation: float = Field(0.0, ge=0, le=180)
+    scale: float = Field(0.0, ge=0, le=0.9)
+    shear: float = Field(0.0, ge=0, le=60)
+    elastic: float = Field(0.0, ge=0, le=64)
+    brightness: Score = 0.0
+    contrast: Score = 0.0
+    cutout: int = Field(0, ge=0, le=256)
+    mixup: float = Field(0.0, ge=0, le=10)
 
 
 class Train(Section):

@@ -15,6 +15,7 @@ import torch
 
 from bench import (
     arithmetic,
+    augmentation,
     benchmarks_page,
     choose,
     measurement,
@@ -34,6 +35,7 @@ from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError
 from pipeline.model import metrics
 from pipeline.model.cnn import CNN, Architecture
+from pipeline.params import Augmentation
 from tests import rare_class
 from tests.conftest import REPOSITORY
 
@@ -283,6 +285,19 @@ def test_seeds_give_every_score_and_those_of_other_images_do_not_replace_the_pub
     assert found["summary"]["test_balanced_accuracy"]["mean"] == 0.5  # it always says 3
     assert found["summary"]["test_accuracy"]["mean"] == found["test_baseline_accuracy"]
     assert printed.count("always answering the most common class: test_accuracy 0.96552\n") == 2
+
+
+def test_every_augmentation_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(augmentation, "SHAPES", ((8, 9, 1), (9, 8, 3)))
+    monkeypatch.setattr(sys, "argv", ["augmentation", "--times", "3"])
+    augmentation.main()
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    figures = {name: list(map(float, numbers)) for name, *numbers in (row.strip("| ").split(" | ") for row in rows)}
+    *alone, geometry, together = figures
+    assert (geometry, together) == ("rotation + scale + shear + elastic", "all")
+    assert set(alone) <= set(Augmentation.model_fields)
+    assert len(alone) >= 11
+    assert all(len(row) == 2 and min(row) > 0 for row in figures.values())
 
 
 def test_the_page_of_mnist_takes_no_figures_of_other_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

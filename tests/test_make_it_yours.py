@@ -40,9 +40,9 @@ class Example:
 
 EXAMPLES = {
     "augmentation": Example(
-        "A rotation augmentation",
+        "A noise augmentation",
         ("pipeline/model/augment.py", *PARAMETERS),
-        {"train.max_rotation": 30.0},
+        {"train.augmentation.noise": 0.1},
         until="evaluate",
     ),
     "block": Example(
@@ -115,7 +115,7 @@ def test_the_lines_that_the_readme_adds_are_those_of_the_page() -> None:
 
 def test_all_apply_one_after_the_other(tmp_path: Path) -> None:
     folder = copy_with(tmp_path / "copy", *EXAMPLES)
-    assert "max_rotation" in (folder / "params.yaml").read_text()
+    assert "Gaussian noise" in (folder / "params.yaml").read_text()
 
 
 @pytest.mark.slow

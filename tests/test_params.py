@@ -246,7 +246,9 @@ def test_a_range_that_does_not_fit_is_refused_by_tune(workspace: Path) -> None:
 
 def test_every_range_that_does_not_fit_is_named() -> None:
     Params().check_space()
+    with_space(train__augmentation__rotation={"low": 0, "high": 30, "step": 5}).check_space()
     params = with_space(
+        train__augmentation__rotation={"low": 0, "high": 181},
         model__dropuot={"low": 0.0, "high": 0.5},
         model__filters__0={"low": 0, "high": 96, "step": 8},
         model__filters__1={"low": 8, "high": 96, "step": 0.5},
@@ -269,6 +271,7 @@ def test_every_range_that_does_not_fit_is_named() -> None:
         "model.pool is 'median': input should be 'max', 'mean' or 'min'",
         "train.epochs cannot be tuned",
         "data.split_seed cannot be tuned",
+        "train.augmentation.rotation is 181.0: input should be less than or equal to 180",
     ):
         assert part in found, part
     assert "model.padding" not in str(error.value)

@@ -8,7 +8,7 @@ import pytest
 from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import UserError
-from pipeline.model.augment import AUGMENTATIONS
+from pipeline.model.augment import AUGMENTATIONS, GEOMETRY
 from pipeline.model.training import CLASS_WEIGHTS, LOSSES, OPTIMIZERS, SCHEDULES
 from pipeline.params import Augmentation, Train, read_params
 
@@ -22,7 +22,7 @@ def test_what_params_yaml_may_name_is_there(name: str, table: dict[str, object])
 
 
 def test_each_augmentation_has_a_parameter_that_switches_it_off() -> None:
-    assert Augmentation().model_dump() == dict.fromkeys(AUGMENTATIONS, 0)
+    assert Augmentation().model_dump() == dict.fromkeys((*GEOMETRY, *AUGMENTATIONS, "mixup"), 0)
 
 
 @pytest.mark.parametrize(

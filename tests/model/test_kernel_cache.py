@@ -214,6 +214,22 @@ def test_a_loop_that_calls_others_has_the_same_file_wherever_these_are_in_memory
     assert one == other
 
 
+def test_a_loop_that_calls_others_has_another_file_for_each_of_their_constants() -> None:
+    def name(constant: int) -> str:
+        def called() -> int:
+            return constant
+
+        calls = cpu_kernels.called_in_loops(called)
+
+        def loop() -> int:
+            return calls()
+
+        return kernel_cache.KernelCache(loop, b"")._name(())
+
+    assert name(1) == name(1)
+    assert name(1) != name(2)
+
+
 def test_another_processor_is_another_target() -> None:
     def target(**settings: str) -> str:
         code = "from pipeline.model import kernel_cache; print(kernel_cache.target())"
