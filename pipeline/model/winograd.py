@@ -99,7 +99,8 @@ def _groups(count: int, together: int) -> Iterator[slice]:
 
 
 def _loops(inputs: Tensor, tiles: Tensor) -> Pair:
-    return winograd_kernels.input_tiles(*inputs.shape[1:], tiles.shape[1])
+    _, height, width, channels = inputs.shape
+    return winograd_kernels.input_tiles(height, width, channels, tiles.shape[1])
 
 
 def _flat(values: Tensor) -> Floats:

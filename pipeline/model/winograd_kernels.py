@@ -67,7 +67,15 @@ def _steps() -> _Steps:
     def grad_products(a: np.float32, b: np.float32) -> Four:
         return a, a + b, a - b, -b
 
-    return _Steps(*map(called_in_loops, (read, write, add, sums, outputs, grad_inputs, grad_products)))
+    return _Steps(
+        called_in_loops(read),
+        called_in_loops(write),
+        called_in_loops(add),
+        called_in_loops(sums),
+        called_in_loops(outputs),
+        called_in_loops(grad_inputs),
+        called_in_loops(grad_products),
+    )
 
 
 @cached_build
@@ -159,9 +167,9 @@ def output_tiles(height: int, width: int, filters: int, room: int) -> Pair:
 
 @cached_build
 def pooled_tiles(filters: int, room: int, sign: int) -> Pair:
-    """ReLU and pooling by 2 x 2 windows, which are the tiles: pooled maps (N, H', W', filters) from the products, and backward.
+    """ReLU and pooling by 2 x 2 windows, which are the tiles: pooled maps from the products of tiles, and backward.
 
-    ``sign`` is 1 for max and -1 for min pooling. The argmax of each window is (N, H', W', filters).
+    ``sign`` is 1 for max and -1 for min pooling. Pooled maps and the argmax of each window are (N, H', W', filters).
     """
     steps = _steps()
     read, write, outputs, grad_products = steps.read, steps.write, steps.outputs, steps.grad_products

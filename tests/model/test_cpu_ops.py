@@ -79,6 +79,22 @@ def logits(cnn: CNN, images: Tensor, generator: torch.Generator | None, precisio
     return found.float()
 
 
+def in_chunks(cnn: CNN, some: LabelledImages, size: int) -> dict[str, Tensor]:
+    """What `logits_and_gradients` gives, from chunks of ``size`` images that threads compute."""
+    names, parameters = zip(*cnn.named_parameters(), strict=True)
+
+    def forward_backward(images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        scores = cnn(images)
+        loss = F.cross_entropy(scores, labels, reduction="sum") / len(some)
+        return scores.detach(), torch.autograd.grad(loss, parameters)
+
+    with cpu_threads.thread_pool(cnn, torch.device("cpu")) as pool:
+        chunks = list(pool.map(forward_backward, torch.split(some.images, size), torch.split(some.labels, size)))
+    scores, gradients = zip(*chunks, strict=True)
+    sums = [torch.stack(shares).sum(dim=0) for shares in zip(*gradients, strict=True)]
+    return {"logits": torch.cat(scores), **dict(zip(names, sums, strict=True))}
+
+
 def by_its_layers(cnn: CNN) -> CNN:
     """A copy that calls every layer: no operation stands in for one with a hook."""
     plain = copy.deepcopy(cnn)
@@ -172,19 +188,7 @@ def test_batch_normalisation_matches_the_plain_network(
     plain = by_its_layers(cnn).double()
     for train in (True, False):
         exact = logits_and_gradients(plain, plain.train(train)(as_input(some.images).double()), some.labels)
-        parameters = list(cnn.train(train).parameters())
-
-        def forward_backward(images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            scores = cnn(images)
-            loss = F.cross_entropy(scores, labels, reduction="sum") / len(some)
-            return scores.detach(), torch.autograd.grad(loss, parameters)
-
-        with cpu_threads.thread_pool(cnn, torch.device("cpu")) as pool:
-            chunks = list(pool.map(forward_backward, some.images.split(33), some.labels.split(33)))
-        sums = [torch.stack(shares).sum(dim=0) for shares in zip(*(shares for _, shares in chunks), strict=True)]
-        found = dict(
-            zip(["logits", *dict(cnn.named_parameters())], [torch.cat([c[0] for c in chunks]), *sums], strict=True)
-        )
+        found = in_chunks(cnn.train(train), some, 33)
         for name, values in exact.items():
             # A convolution's bias is taken off again by the mean: in training its gradient is nothing but rounding.
             if not (train and name.endswith("convolution.bias")):
