@@ -1,15 +1,15 @@
 """Lower bound: how many operations an epoch needs, and how many this machine can do per second."""
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.splits import LabelledImages
-from pipeline.model.cnn import CNN, Architecture, as_input, layers
+from pipeline.model.cnn import CNN, Architecture, Block, as_input, layers
 
 SUSTAINED = 0.5  # seconds; a burst of milliseconds says nothing about an epoch
 
@@ -45,34 +45,56 @@ def needed_operations(
 ) -> int:
     """Floating-point operations of an epoch: two for each multiply-add that reaches a logit, and for its gradients.
 
-    The gradients of the weights take as many as the forward pass, and so do those of the inputs, except in the first
-    block. All of a convolution's gradients are counted, including those that pooling makes zero, or only the nonzero
-    ones: ``live`` per image in each block.
+    The gradients of the weights take as many as the forward pass, and so do those of the inputs, except where these are
+    the pixels. All of a convolution's gradients are counted, including those that pooling makes zero, or only the
+    nonzero ones: ``live`` per image in each convolution.
     """
-    channels = [architecture.image_shape[2], *architecture.filters]
     forward, back = 0, 0.0
-    for index, ((before, after), (height, width)) in enumerate(
-        zip(itertools.pairwise(channels), _sides(architecture), strict=True)
-    ):
-        values = height * width * architecture.pool_size**2 * after
-        of_one = before * architecture.kernel_size**2
-        forward += values * of_one
-        back += (values if live is None else live[index]) * of_one * (2 if index else 1)
-    features = next(layer.output_shape[0] for layer in layers(architecture) if layer.name == "flatten")
-    dense = features * len(architecture.class_names)
+    for index, each in enumerate(_convolutions(architecture)):
+        forward += each.values * each.multiply_adds
+        gradients = each.values if live is None else live[index]
+        back += gradients * each.multiply_adds * (1 if each.reads_pixels else 2)
+    dense = sum(layer.multiply_adds for layer in layers(architecture) if layer.name.startswith("dense"))
     return round(2 * (train * (forward + back + 3 * dense) + validation * (forward + dense)))
 
 
-def _sides(architecture: Architecture) -> list[tuple[int, int]]:
-    """Height and width of each block's maps, without what reaches no logit."""
+class _Convolution(NamedTuple):
+    """How many of its values reach a logit, the multiply-adds of each, and whether it reads the pixels."""
+
+    values: int
+    multiply_adds: int
+    reads_pixels: bool
+
+
+def _convolutions(architecture: Architecture) -> list[_Convolution]:
+    """Those of a network, in the order in which they run."""
     height, width, channels = architecture.image_shape
-    sides = list[tuple[int, int]]()
+    shapes = dict[nn.Module, torch.Size]()
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], maps: Tensor) -> None:
+        shapes[module] = maps.shape
+
     with torch.device("meta"):
         cnn = CNN(architecture, None).eval()
-        for block in cnn.block_list():
-            block.register_forward_hook(lambda _, inputs, maps: sides.append((maps.shape[2], maps.shape[3])))
+        for layer in (*cnn.block_list(), *_convolutions_of(cnn.blocks)):
+            layer.register_forward_hook(keep)
         cnn(torch.empty(1, channels, height, width))
-    return sides
+    return [each for number, block in enumerate(cnn.block_list()) for each in _counted(block, shapes, number == 0)]
+
+
+def _counted(block: Block, shapes: Mapping[nn.Module, torch.Size], has_pixels: bool) -> Iterator[_Convolution]:
+    """Of what is pooled, pooling leaves out the last rows and columns if the sizes do not divide evenly."""
+    path, size = block.convolutions(), block.pooling.size
+    shortcut = [layer for layer in _convolutions_of(block) if layer not in path]
+    for layer in (*path, *shortcut):
+        is_pooled, is_first = layer in (path[-1], *shortcut), layer in (path[0], *shortcut)
+        height, width = (side * size for side in shapes[block][2:]) if is_pooled else shapes[layer][2:]
+        values = height * width * layer.out_channels
+        yield _Convolution(values, layer.weight[0].numel(), reads_pixels=has_pixels and is_first)
+
+
+def _convolutions_of(module: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
 
 
 def live_gradients(cnn: CNN, some: LabelledImages, generator: torch.Generator) -> list[float]:
@@ -86,7 +108,7 @@ def live_gradients(cnn: CNN, some: LabelledImages, generator: torch.Generator) -
         maps.retain_grad()
         made.append(maps)
 
-    hooks = [block.convolution.register_forward_hook(keep) for block in cnn.block_list()]
+    hooks = [layer.register_forward_hook(keep) for layer in _convolutions_of(cnn.blocks)]
     logits = cnn.train()(as_input(some.images), generator)
     torch.autograd.backward(F.cross_entropy(logits, some.labels))
     for hook in hooks:

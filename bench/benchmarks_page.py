@@ -308,7 +308,7 @@ def _network(name: str) -> Row:
     model = recipes.published().changed(recipes.from_words(measured["overrides"])).model
     parameters = parameter_count(Architecture((28, 28, 1), tuple("0123456789"), **model.model_dump()))
     accuracy = _mean(measured["summary"]["test_accuracy"])
-    filters = ", ".join(map(str, model.filters))
+    filters = ", ".join(map(str, model.filter_counts()))
     return filters, str(model.dropout), f"{parameters:,}", accuracy, str(len(measured["rows"]))
 
 

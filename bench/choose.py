@@ -36,7 +36,7 @@ class Score:
 
 def candidates(epochs: int) -> list[dict[str, object]]:
     """The candidates for a recipe of ``epochs`` epochs, as changes to the published one."""
-    common = {"train.epochs": epochs, "train.schedule": "one-cycle", "train.max_shift": 1}
+    common = {"train.epochs": epochs, "train.schedule": "one-cycle", "train.augmentation.shift": 1}
     rates, dropouts, smoothings, sizes = (0.01, 0.015, 0.02), (0.1, 0.2), (0.0, 0.1), (64, 128)
     grid: list[dict[str, object]] = [
         {
@@ -54,8 +54,8 @@ def candidates(epochs: int) -> list[dict[str, object]]:
         middle | {"model.dropout": 0.0},
         middle | {"train.label_smoothing": 0.05},
         middle | {"train.label_smoothing": 0.2},
-        middle | {"train.max_shift": 0},
-        middle | {"train.max_shift": 2},
+        middle | {"train.augmentation.shift": 0},
+        middle | {"train.augmentation.shift": 2},
         middle | {"train.optimizer": "adamw", "train.weight_decay": 0.02},
         middle | {"train.optimizer": "sgd", "train.learning_rate": 0.1},
         middle | {"model.batch_norm": True},

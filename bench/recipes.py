@@ -20,7 +20,7 @@ SHORT: dict[str, object] = {
     "train.schedule": "one-cycle",
     "train.learning_rate": 0.015,
     "train.label_smoothing": 0.05,
-    "train.max_shift": 1,
+    "train.augmentation.shift": 1,
 }
 SHORTEST: dict[str, object] = SHORT | {"train.epochs": 2, "train.batch_size": 64, "train.label_smoothing": 0.1}
 SHORT_EPOCHS = (4, 2)

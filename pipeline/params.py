@@ -12,13 +12,14 @@ import hashlib
 import io
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
@@ -42,7 +43,8 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
 Side = Annotated[int, Field(ge=1, le=4096)]
 Level = Annotated[int, Field(ge=0, le=255)]
-FilterCount = Annotated[int, Field(ge=1, le=1024)]
+MAX_FILTERS = 1024  # of a block
+FilterCount = Annotated[int, Field(ge=1, le=MAX_FILTERS)]
 
 
 class Data(Section):
@@ -66,17 +68,76 @@ class Data(Section):
     memory_limit: float = Field(4.0, gt=0)
 
 
+class FilterGrowth(Section):
+    """Filter counts by a rule: ``width`` in the first block, and in each further one ``growth`` times as many."""
+
+    blocks: int = Field(4, ge=1, le=8)
+    width: FilterCount = 32
+    growth: float = Field(2.0, ge=0.5, le=4.0)
+
+
+def _either(kinds: type | tuple[type, ...], one: TypeAdapter[Any], other: TypeAdapter[Any]) -> WrapValidator:
+    """Validates a value of these ``kinds`` as ``one``, and others as ``other``.
+
+    A union would try both, and name what it tried in the path of its errors.
+    """
+    return WrapValidator(lambda value, _: (one if isinstance(value, kinds) else other).validate_python(value))
+
+
+STRICT = ConfigDict(strict=True)
+COUNTS: TypeAdapter[Any] = TypeAdapter(  # YAML has only lists
+    Annotated[tuple[FilterCount, ...], Field(min_length=1, max_length=8, strict=False)], config=STRICT
+)
+PIXELS: TypeAdapter[Any] = TypeAdapter(Annotated[int, Field(ge=0, le=15)], config=STRICT)
+BY_NAME: TypeAdapter[Any] = TypeAdapter(Literal["same"])
+GROWTH: TypeAdapter[Any] = TypeAdapter(FilterGrowth)
+Filters = Annotated[tuple[int, ...] | FilterGrowth, _either((dict, FilterGrowth), GROWTH, COUNTS)]
+Padding = Annotated[int | Literal["same"], _either(str, BY_NAME, PIXELS)]
+
+
 class Model(Section):
     """The layers of the CNN."""
 
-    filters: tuple[FilterCount, ...] = Field((32, 64), min_length=1, max_length=8, strict=False)  # YAML has only lists
+    filters: Filters = (32, 64)
+    convolutions: int = Field(1, ge=1, le=4)
     kernel_size: int = Field(3, ge=1, le=15)
     stride: int = Field(1, ge=1, le=8)
-    padding: int = Field(0, ge=0, le=15)
+    padding: Padding = 0
+    batch_norm: bool = False
+    residual: bool = False
     pool: Literal["max", "mean", "min"] = "max"
     pool_size: int = Field(2, ge=1, le=8)
+    head: Literal["flatten", "average"] = "flatten"
+    dense: int | None = Field(None, ge=1, le=4096)
     dropout: Share = 0.5
-    batch_norm: bool = False
+    normalize: bool = False
+
+    def filter_counts(self) -> tuple[int, ...]:
+        """The filters of each block. Raises ValueError where they grow beyond what a block may have."""
+        if not isinstance(self.filters, FilterGrowth):
+            return self.filters
+        rule = self.filters
+        counts = tuple(round(rule.width * rule.growth**block) for block in range(rule.blocks))
+        for number, count in enumerate(counts, 1):
+            if not 1 <= count <= MAX_FILTERS:
+                raise ValueError(f"filters gives block {number} {count:,} of them; allowed: 1 to {MAX_FILTERS:,}")
+        return counts
+
+
+class Augmentation(Section):
+    """Random changes to the training images; 0 switches one off."""
+
+    shift: int = Field(0, ge=0, le=16)
+    crop_padding: int = Field(0, ge=0, le=64)
+    horizontal_flip: float = Field(0.0, ge=0, le=1)
+    rotation: float = Field(0.0, ge=0, le=180)
+    scale: float = Field(0.0, ge=0, le=0.9)
+    shear: float = Field(0.0, ge=0, le=60)
+    elastic: float = Field(0.0, ge=0, le=64)
+    brightness: Score = 0.0
+    contrast: Score = 0.0
+    cutout: int = Field(0, ge=0, le=256)
+    mixup: float = Field(0.0, ge=0, le=10)
 
 
 class Train(Section):
@@ -91,7 +152,7 @@ class Train(Section):
     loss: Literal["cross-entropy"] = "cross-entropy"
     label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    max_shift: int = Field(0, ge=0, le=16)
+    augmentation: Augmentation = Augmentation()
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)
@@ -219,6 +280,16 @@ class Params(Section):
         """All values but those of ``tune``, by their dotted paths; each item of a list has one, as model.filters.0."""
         return flat(self.model_dump(exclude={"tune"}))
 
+    def value(self, path: str) -> object:
+        """What is at a dotted path, but for ``tune``: a value, or a list or mapping of them. Raises KeyError."""
+        found: Any = self.model_dump(mode="json", exclude={"tune"})
+        try:
+            for key in _keys(path):
+                found = found[key]
+        except (IndexError, TypeError):
+            raise KeyError(path) from None
+        return found
+
     def changed(self, values: Mapping[str, object]) -> "Params":
         """The same parameters with other values at some dotted paths. Raises ValueError for a bad path or value."""
         content = self.model_dump(mode="json")
@@ -235,14 +306,18 @@ class Params(Section):
 
 def _problem(params: Params, path: str, space: Range) -> str | None:
     """Why a trial cannot choose this parameter from this range, if it cannot."""
-    if path not in (present := params.by_path()):
+    try:
+        present = params.value(path)
+    except KeyError:
         return f"{path} is not one of the current parameters"
+    if whole := [other for other in params.tune.space if is_under(path, [other]) and path != other]:
+        return f"{path} is a part of {whole[0]}, which is chosen as a whole: remove one of the two"
     if not path.startswith(("model.", "train.")) or path in NOT_TUNED:
         return f"{path} cannot be tuned; allowed: parameters of model and train, except {', '.join(NOT_TUNED)}"
-    if space.choices is None and type(present[path]) not in (int, float):
-        return f"{path} is {present[path]!r}, which is not a number: it needs choices instead of low and high"
+    if space.choices is None and type(present) not in (int, float):
+        return f"{path} is {present!r}, which is not a number: it needs choices instead of low and high"
     try:
-        for value in space.choices or _ends_and_first_step(space, whole=isinstance(present[path], int)):
+        for value in space.choices or _ends_and_first_step(space, whole=isinstance(present, int)):
             params.changed({path: value})
     except ValidationError as error:
         return _explained(error)
@@ -255,6 +330,11 @@ def _ends_and_first_step(space: Range, whole: bool) -> list[float]:
     assert space.high is not None
     values = (space.low, space.high, space.low + (space.step or 0))
     return [int(value) if whole and value.is_integer() else value for value in values]
+
+
+def is_under(path: str, others: Collection[str]) -> bool:
+    """Whether a dotted path is one of ``others``, or a part of what is there."""
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
 
 
 def digest(recipe: Mapping[str, object]) -> str:
@@ -280,16 +360,21 @@ def flat(section: Mapping[Any, object], prefix: str = "") -> dict[str, object]:
     return found
 
 
+def _keys(path: str) -> list[str | int]:
+    """Those of the mappings and lists on the way to a dotted path."""
+    return [int(key) if key.isdecimal() else key for key in path.split(".")]
+
+
 def _put(content: dict[str, Any], path: str, value: object) -> None:
     """Set the value at a dotted path, adding missing sections to ``content``. Raises ValueError."""
     inside: Any = content
     default: Any = Params().model_dump(mode="json")
-    *above, last = (int(key) if key.isdecimal() else key for key in path.split("."))
+    *above, last = _keys(path)
     try:
         for key in above:
             default = default[key]
             inside = inside.setdefault(key, {} if isinstance(default, dict) else default)
-        known: Any = inside if isinstance(inside, list) else default
+        known: Any = default if isinstance(default, dict) else inside  # a list may be longer, or a mapping instead
         known[last]  # must exist
     except (AttributeError, KeyError, IndexError, TypeError):
         raise ValueError(f"{path} is not a parameter") from None
@@ -310,9 +395,13 @@ def read_params(path: Path = PARAMS) -> Params:
     if len(content) > MAX_FILE_SIZE:
         raise UserError(f"{path} has {len(content):,} bytes; allowed: {MAX_FILE_SIZE:,}")
     try:
-        return Params.model_validate(parse_yaml(content, path))
+        params = Params.model_validate(parse_yaml(content, path))
+        params.model.filter_counts()  # must not grow too far
     except ValidationError as error:
         raise UserError(f"{path}: {printable(_explained(error))}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: model: {error}") from None
+    return params
 
 
 def check_model(values: Mapping[str, object]) -> None:
@@ -334,12 +423,21 @@ def with_values(content: bytes, values: Mapping[str, object]) -> bytes:
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     tree = yaml.load(content.decode("utf-8-sig").replace("\r\n", "\n")) or {}
     for path, value in values.items():
-        _put(tree, path, value)
+        _put(tree, path, _on_one_line(value))
     text = io.StringIO()
     yaml.dump(tree, text)
     line_end = b"\r\n" if b"\r\n" in content else b"\n"
     mark = codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b""
     return mark + text.getvalue().encode().replace(b"\n", line_end)
+
+
+def _on_one_line(value: object) -> object:
+    """A list of numbers as [1, 2] in YAML, whose comment then stays beside it."""
+    if not isinstance(value, list):
+        return value
+    written = CommentedSeq(value)
+    written.fa.set_flow_style()
+    return written
 
 
 def parse_yaml(content: bytes, path: Path) -> object:
@@ -391,6 +489,7 @@ def _suggestion(keys: Sequence[int | str]) -> str:
     section = Params().model_dump()
     for key in above:
         section = section.get(key) or next(iter(section.values()))  # all ranges of tune.space have the same keys
+        section = section if isinstance(section, dict) else FilterGrowth().model_dump()  # instead of a list
     close = difflib.get_close_matches(unknown, section, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(section)}"
 

@@ -9,7 +9,6 @@ from pipeline.data import mapped_files
 from pipeline.data.splits import Dataset, LabelledImages
 from pipeline.errors import UserError
 from pipeline.model import novelty, training
-from pipeline.model.augment import AUGMENTATIONS
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.cnn import CNN, Architecture, layers
 from pipeline.model.model_file import TrainedModel
@@ -25,8 +24,14 @@ def device_for(params: Params) -> torch.device:
 
 
 def architecture(params: Params, dataset: Dataset) -> Architecture:
-    """The architecture that ``model`` in params.yaml describes, for the images of ``dataset``."""
-    return Architecture(dataset.image_shape, dataset.class_names, **params.model.model_dump())
+    """The architecture that ``model`` in params.yaml describes, for the images of ``dataset``.
+
+    Raises ValueError where the filters grow too far.
+    """
+    values = params.model.model_dump() | {"filters": params.model.filter_counts()}
+    if params.model.normalize:
+        values |= {"mean": dataset.mean, "std": dataset.std}
+    return Architecture(dataset.image_shape, dataset.class_names, **values)
 
 
 def build(params: Params, dataset: Dataset) -> CNN:
@@ -41,8 +46,7 @@ def settings(params: Params) -> training.Settings:
     """The settings of training.fit in params.yaml."""
     given = params.train.model_dump()
     own = {each.name for each in fields(training.Settings)}
-    augmentations = {name: given[name] for name in AUGMENTATIONS}
-    return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=augmentations)
+    return training.Settings(**{name: given[name] for name in own & set(given)}, augmentations=given["augmentation"])
 
 
 def trained(

@@ -33,13 +33,14 @@ def main() -> None:
         files.read_table(files.PREDICTIONS, made_by="evaluate"),
         params.visualize,
         params.evaluate.calibration_bins,
+        saved.recipe,
     )
     pictures = _draw(inputs)
     for name, rows in report.TABLES.items():
         files.write_table(files.PLOTS / f"{name}.csv", rows(inputs))
     for figure in files.own_figures():
-        if figure.stem not in report.FIGURES:
-            figure.unlink()  # an earlier version of this stage drew it
+        if figure not in pictures:
+            figure.unlink()  # an earlier version of this stage drew it, or it showed another model
 
     runs.close_stale_runs()
     run_id = runs.find_or_restore(files.sha256(model), saved, dataset, inputs.history)
@@ -51,8 +52,9 @@ def main() -> None:
 def _draw(inputs: ReportInputs) -> list[Path]:
     """Write the figures, one at a time since they are large, and show the progress on a terminal."""
     pictures = []
-    print(f"drawing {len(report.FIGURES)} figures, the slow ones last", flush=True)
-    with tqdm(report.FIGURES.items(), unit=" figures", disable=None) as bar:
+    figures = report.figures_of(inputs)
+    print(f"drawing {len(figures)} figures, the slow ones last", flush=True)
+    with tqdm(figures.items(), unit=" figures", disable=None) as bar:
         for name, draw in bar:
             bar.set_description(name)
             pictures.append(files.FIGURES / f"{name}.png")

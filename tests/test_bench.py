@@ -15,6 +15,7 @@ import torch
 
 from bench import (
     arithmetic,
+    augmentation,
     benchmarks_page,
     choose,
     measurement,
@@ -34,6 +35,7 @@ from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError
 from pipeline.model import metrics
 from pipeline.model.cnn import CNN, Architecture
+from pipeline.params import Augmentation
 from tests import rare_class
 from tests.conftest import REPOSITORY
 
@@ -50,6 +52,23 @@ def test_the_operations_of_the_published_network_are_those_counted_by_hand() -> 
     # With the gradients alone of 100 and 50 values an image that are not zero.
     back = 100 * 9 + 2 * 50 * 32 * 9 + 2 * dense
     assert arithmetic.needed_operations(PUBLISHED, train=1, validation=0, live=[100, 50]) == 2 * (forward + back)
+
+
+def test_the_operations_of_a_residual_network_are_those_counted_by_hand() -> None:
+    a = Architecture(
+        (9, 12, 3), tuple("ab"), (4,), convolutions=2, padding="same", residual=True, head="average", dense=5
+    )
+    pooled = 8 * 12  # the ninth row is in no window of the pooling
+    first, second, shortcut, dense = 9 * 12 * 4 * 27, pooled * 4 * 36, pooled * 4 * 3, 4 * 5 + 5 * 2
+    forward, back = first + second + shortcut + dense, first + 2 * second + shortcut + 2 * dense
+    assert arithmetic.needed_operations(a, train=1, validation=0) == 2 * (forward + back)
+    cnn = CNN(a, torch.Generator().manual_seed(0))
+    some = LabelledImages(torch.full((5, 9, 12, 3), 99, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    live = arithmetic.live_gradients(cnn, some, torch.Generator().manual_seed(0))
+    assert len(live) == 3
+    assert live[1] == live[2]  # a sum passes its gradient to both
+    back_of_live = live[0] * 27 + 2 * live[1] * 36 + live[2] * 3 + 2 * dense
+    assert arithmetic.needed_operations(a, 1, 0, live) == round(2 * (forward + back_of_live))
 
 
 def test_pooling_dropout_and_relu_leave_few_gradients(digits: dict[str, LabelledImages]) -> None:
@@ -266,6 +285,19 @@ def test_seeds_give_every_score_and_those_of_other_images_do_not_replace_the_pub
     assert found["summary"]["test_balanced_accuracy"]["mean"] == 0.5  # it always says 3
     assert found["summary"]["test_accuracy"]["mean"] == found["test_baseline_accuracy"]
     assert printed.count("always answering the most common class: test_accuracy 0.96552\n") == 2
+
+
+def test_every_augmentation_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(augmentation, "SHAPES", ((8, 9, 1), (9, 8, 3)))
+    monkeypatch.setattr(sys, "argv", ["augmentation", "--times", "3"])
+    augmentation.main()
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    figures = {name: list(map(float, numbers)) for name, *numbers in (row.strip("| ").split(" | ") for row in rows)}
+    *alone, geometry, together = figures
+    assert (geometry, together) == ("rotation + scale + shear + elastic", "all")
+    assert set(alone) <= set(Augmentation.model_fields)
+    assert len(alone) >= 11
+    assert all(len(row) == 2 and min(row) > 0 for row in figures.values())
 
 
 def test_the_page_of_mnist_takes_no_figures_of_other_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

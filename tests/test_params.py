@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from pipeline.errors import UserError
@@ -50,9 +51,8 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
     assert read(tmp_path, "model: {dropout: 0.25}\n") == Params().changed({"model.dropout": 0.25})
     nested = "evaluate: {promotion: {alpha: 0.05}}\nvisualize: {maximisation: {}}\n"
     assert read(tmp_path, nested) == Params().changed({"evaluate.promotion.alpha": 0.05})
-    assert list(read(tmp_path, "tune: {space: {train.max_shift: {low: 0, high: 2}}}\n").tune.space) == [
-        "train.max_shift"
-    ]
+    found = read(tmp_path, "tune: {space: {train.augmentation.shift: {low: 0, high: 2}}}\n")
+    assert list(found.tune.space) == ["train.augmentation.shift"]
     assert read(tmp_path, "{}") == Params()
 
 
@@ -68,6 +68,23 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ("model: {filters: [32, 3.5]}", "model.filters.1 is 3.5: input should be a valid integer"),
         ("model: {filters: []}", r"model.filters is \[\]: .* at least 1 item"),
         ("model: {filters: [1, 1, 1, 1, 1, 1, 1, 1, 1]}", r"model.filters is \[1, 1, .*\]: .* at most 8 items"),
+        ("model: {filters: 32}", "model.filters is 32: input should be a valid tuple"),
+        ("model: {filters: {blocks: 9}}", "model.filters.blocks is 9: input should be less than or equal to 8"),
+        ("model: {filters: {widht: 9}}", r"model.filters.widht is not a parameter; did you mean width\?"),
+        ("model: {filters: {growth: .inf}}", "model.filters.growth is inf: input should be a finite number"),
+        (
+            "model: {filters: {blocks: 7, width: 32, growth: 2}}",
+            "model: filters gives block 7 2,048 of them; allowed: 1 to 1,024",
+        ),
+        (
+            "model: {filters: {blocks: 2, width: 1, growth: 0.5}}",
+            "model: filters gives block 2 0 of them; allowed: 1 to 1,024",
+        ),
+        ("model: {padding: all}", "model.padding is 'all': input should be 'same'"),
+        ("model: {padding: 16}", "model.padding is 16: input should be less than or equal to 15"),
+        ("model: {convolutions: 5}", "model.convolutions is 5: input should be less than or equal to 4"),
+        ("model: {dense: 5000}", "model.dense is 5000: input should be less than or equal to 4096"),
+        ("model: {head: sum}", "model.head is 'sum': input should be 'flatten' or 'average'"),
         ("model: {pool: median}", "model.pool is 'median': input should be 'max', 'mean' or 'min'"),
         ("model: {batch_norm: 'no'}", "model.batch_norm is 'no': input should be a valid boolean"),
         ("model:", "model is None: input should be a valid dictionary"),
@@ -81,8 +98,8 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ("tain: {}", r"tain is not a parameter; did you mean train\?"),
         ("colour: red", "colour is not a parameter; allowed: seed, data, model, train, evaluate, visualize, tune"),
         (
-            "tune: {space: {train.max_shift: {low: 0, hihg: 2}}}",
-            r"tune.space.train.max_shift.hihg is not a parameter; did you mean high\?",
+            "tune: {space: {train.augmentation.shift: {low: 0, hihg: 2}}}",
+            r"tune.space.train.augmentation.shift.hihg is not a parameter; did you mean high\?",
         ),
         ("tune: {space: {}}", "tune.space is {}: .* at least 1 item"),
         ("tune: {space: {a: {low: 9, high: 8}}}", r"tune.space.a is {.*}: low \(9\) must be below high \(8\)"),
@@ -160,6 +177,51 @@ def test_the_digest_follows_the_parameters_that_decide_the_model_and_no_others()
     assert Params().recipe["train.loss"] == "cross-entropy"
 
 
+@pytest.mark.parametrize(
+    ("rule", "counts"),
+    [
+        ("{}", (32, 64, 128, 256)),
+        ("{blocks: 3, width: 16, growth: 2}", (16, 32, 64)),
+        ("{blocks: 4, width: 10, growth: 1.5}", (10, 15, 22, 34)),  # 22.5 and 33.75
+        ("{blocks: 3, width: 8, growth: 1.0}", (8, 8, 8)),
+        ("{blocks: 6, width: 32, growth: 2.0}", (32, 64, 128, 256, 512, 1024)),
+    ],
+)
+def test_filters_may_grow_by_a_rule(tmp_path: Path, rule: str, counts: tuple[int, ...]) -> None:
+    params = read(tmp_path, f"model: {{filters: {rule}}}\n")
+    assert params.model.filter_counts() == counts
+    assert params == params.changed({"train.epochs": params.train.epochs})
+    assert set(params.by_path()) >= {"model.filters.blocks", "model.filters.width", "model.filters.growth"}
+    assert params.changed({"model.filters.blocks": 1}).model.filter_counts() == counts[:1]
+
+
+def test_what_is_at_a_path_may_be_a_whole_list() -> None:
+    params = Params()
+    assert [params.value(path) for path in ("model.filters", "model.filters.1", "seed")] == [[32, 64], 64, 0]
+    for path in ("model.filters.2", "model.filters.-1", "model.filters.width", "model.filter", "seed.x", "tune.trials"):
+        with pytest.raises(KeyError):
+            params.value(path)
+
+
+def test_a_network_that_is_trained_may_have_the_parameters_of_a_space(tmp_path: Path) -> None:
+    grows = "model: {filters: {blocks: 3}}\ntune: {space: {model.filters.blocks: {low: 2, high: 4}, "
+    read(tmp_path, f"{grows} model.filters.growth: {{low: 1.0, high: 2.0}}}}}}").check_space()
+    whole = "tune: {space: {model.filters: {choices: [[32, 64], [16, 32, 64]]}, "
+    read(
+        tmp_path, f"{whole} model.padding: {{choices: [0, same]}}, model.dense: {{choices: [null, 64]}}}}}}"
+    ).check_space()
+    for text, problem in (
+        (f"{whole} model.filters.1: {{low: 8, high: 9}}}}}}", "model.filters.1 is a part of model.filters, which is"),
+        ("tune: {space: {model.filters: {low: 8, high: 9}}}", r"model.filters is \[32, 64\], which is not a number"),
+        ("tune: {space: {model.filters: {choices: [[32, 0]]}}}", "model.filters.1 is 0: input should be greater"),
+        ("tune: {space: {model.filters.width: {low: 8, high: 9}}}", "model.filters.width is not one of the current"),
+        (f"{grows} model.filters.0: {{low: 8, high: 9}}}}}}", "model.filters.0 is not one of the current parameters"),
+        ("tune: {space: {model: {choices: [1]}}}", "model cannot be tuned; allowed: "),
+    ):
+        with pytest.raises(UserError, match=f"tune.space: {problem}"):
+            read(tmp_path, text).check_space()
+
+
 def with_space(**ranges: object) -> Params:
     return Params().changed({"tune.space": {path.replace("__", "."): each for path, each in ranges.items()}})
 
@@ -184,7 +246,9 @@ def test_a_range_that_does_not_fit_is_refused_by_tune(workspace: Path) -> None:
 
 def test_every_range_that_does_not_fit_is_named() -> None:
     Params().check_space()
+    with_space(train__augmentation__rotation={"low": 0, "high": 30, "step": 5}).check_space()
     params = with_space(
+        train__augmentation__rotation={"low": 0, "high": 181},
         model__dropuot={"low": 0.0, "high": 0.5},
         model__filters__0={"low": 0, "high": 96, "step": 8},
         model__filters__1={"low": 8, "high": 96, "step": 0.5},
@@ -207,6 +271,7 @@ def test_every_range_that_does_not_fit_is_named() -> None:
         "model.pool is 'median': input should be 'max', 'mean' or 'min'",
         "train.epochs cannot be tuned",
         "data.split_seed cannot be tuned",
+        "train.augmentation.rotation is 181.0: input should be less than or equal to 180",
     ):
         assert part in found, part
     assert "model.padding" not in str(error.value)
@@ -237,11 +302,36 @@ def test_values_are_written_and_nothing_else_changes() -> None:
         with_values(COMMITTED.encode(), {"model.filters.2": 1})
 
 
+def test_a_list_and_a_rule_are_written_on_their_line(tmp_path: Path) -> None:
+    written = with_values(COMMITTED.encode(), {"model.filters": [16, 32, 64]}).decode()
+    changed = [line for line in written.splitlines() if line not in COMMITTED.splitlines()]
+    assert [re.sub(" +#.*", "", line) for line in changed] == ["  filters: [16, 32, 64]"]
+    assert changed[0].split("#")[1] in COMMITTED
+    rule = COMMITTED.replace("filters: [32, 64]", "filters: {blocks: 3, width: 8, growth: 1.5}")
+    values = {"model.filters.width": 16, "model.filters.growth": 2.0, "model.filters.blocks": 4}
+    (line,) = set(with_values(rule.encode(), values).decode().splitlines()) - set(rule.splitlines())
+    assert line.startswith("  filters: {blocks: 4, width: 16, growth: 2.0}  ")
+    with pytest.raises(ValueError, match=r"^model\.filters\.0 is not a parameter"):
+        with_values(rule.encode(), {"model.filters.0": 8})
+
+
+def test_dvc_sets_a_count_of_a_list_and_a_part_of_a_rule(tmp_path: Path) -> None:
+    """As `dvc exp run -S` does."""
+    path = tmp_path / "params.yaml"
+    path.write_text(COMMITTED)
+    apply_overrides(str(path), ["model.filters.0=16", "model.padding=same", "model.dense=64"])
+    assert read_params(path).model.filters == (16, 64)
+    assert (read_params(path).model.padding, read_params(path).model.dense) == ("same", 64)
+    path.write_text(COMMITTED.replace("filters: [32, 64]", "filters: {blocks: 3, width: 8, growth: 1.5}"))
+    apply_overrides(str(path), ["model.filters.width=16", "model.filters.blocks=2"])
+    assert read_params(path).model.filter_counts() == (16, 24)
+
+
 def test_a_value_that_the_file_leaves_out_is_added(tmp_path: Path) -> None:
     values = {"model.filters.1": 128, "train.epochs": 3, "evaluate.promotion.alpha": 0.05}
-    written = with_values(b"# mine\ntrain:\n  max_shift: 1  # pixel\n", values).decode()
-    assert written.startswith("# mine\ntrain:\n  max_shift: 1  # pixel\n  epochs: 3\n")
-    assert read(tmp_path, written) == Params().changed(values | {"train.max_shift": 1})
+    written = with_values(b"# mine\ntrain:\n  augmentation:\n    shift: 1  # pixel\n", values).decode()
+    assert written.startswith("# mine\ntrain:\n  augmentation:\n    shift: 1  # pixel\n  epochs: 3\n")
+    assert read(tmp_path, written) == Params().changed(values | {"train.augmentation.shift": 1})
 
 
 def test_parameters_with_other_values_are_checked_like_the_file() -> None:

@@ -12,7 +12,7 @@ import pytest
 from bench import benchmarks_page, recipes
 from pipeline import command_line
 from pipeline.explain import report
-from pipeline.params import Params, parse_yaml
+from pipeline.params import Augmentation, Params, parse_yaml
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -84,11 +84,25 @@ def test_parameters_that_are_set_exist(page: Path) -> None:
 
 
 def test_the_ranges_that_tuning_shows_are_accepted() -> None:
-    (block,) = fenced(REPOSITORY / "docs/tuning.md", "yaml")
-    ranges = parse_yaml(block.encode(), Path("docs/tuning.md"))
+    first, *others = fenced(REPOSITORY / "docs/tuning.md", "yaml")
+    ranges = parse_yaml(first.encode(), Path("docs/tuning.md"))
     assert isinstance(ranges, dict)
     content = Params().model_dump(mode="json", exclude_unset=True) | {"tune": {"space": ranges}}
     assert set(Params.model_validate(content).tune.space) == set(ranges)
+    assert len(others) == 2
+    for block in others:
+        Params.model_validate(parse_yaml(block.encode(), Path("docs/tuning.md"))).check_space()
+
+
+def test_the_page_of_augmentations_shows_parameters_and_ranges_that_are_accepted() -> None:
+    page = REPOSITORY / "docs/augmentation.md"
+    uses, speed = re.findall(r"(?:^\| .*\n)+", page.read_text(), flags=re.MULTILINE)[1::2]
+    for table in (uses, speed):
+        named = set(re.findall(r"^\| `?(\w+)`? \|", table, flags=re.MULTILINE)) - {"all"}
+        assert named <= set(Augmentation.model_fields)
+        assert len(named) >= 11
+    (block,) = fenced(page, "yaml")
+    Params.model_validate(parse_yaml(block.encode(), page)).check_space()
 
 
 def test_the_parameters_that_the_page_of_own_pictures_shows_are_accepted() -> None:

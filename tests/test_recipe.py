@@ -8,9 +8,9 @@ import pytest
 from pipeline import recipe
 from pipeline.data.splits import TRAIN, VALIDATION, read_dataset, read_split
 from pipeline.errors import UserError
-from pipeline.model.augment import AUGMENTATIONS
+from pipeline.model.augment import AUGMENTATIONS, GEOMETRY
 from pipeline.model.training import CLASS_WEIGHTS, LOSSES, OPTIMIZERS, SCHEDULES
-from pipeline.params import Train, read_params
+from pipeline.params import Augmentation, Train, read_params
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,32 @@ def test_what_params_yaml_may_name_is_there(name: str, table: dict[str, object])
 
 
 def test_each_augmentation_has_a_parameter_that_switches_it_off() -> None:
-    assert {name: getattr(Train(), name) for name in AUGMENTATIONS} == dict.fromkeys(AUGMENTATIONS, 0)
+    assert Augmentation().model_dump() == dict.fromkeys((*GEOMETRY, *AUGMENTATIONS, "mixup"), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model.residual": True}, "residual: maps of 26 x 26 and 28 x 28 pixels cannot be added: set padding to same"),
+        ({"model.padding": "same", "model.kernel_size": 4}, "padding: same needs an odd kernel_size, and it is 4"),
+        ({"model.filters": {"width": 512}}, "filters gives block 3 2,048 of them; allowed: 1 to 1,024"),
+    ],
+)
+def test_parameters_that_do_not_fit_together_are_refused_in_one_line(
+    workspace: Path, changes: dict[str, object], line: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        recipe.build(read_params().changed(changes), read_dataset())
+    assert str(refusal.value) == f"params.yaml: model: {line}"
+
+
+def test_the_constants_that_normalise_are_those_of_the_training_pixels(workspace: Path) -> None:
+    dataset = read_dataset()
+    found = recipe.architecture(read_params().changed({"model.normalize": True}), dataset)
+    assert (found.mean, found.std) == (dataset.mean, dataset.std)
+    pixels = read_split(dataset, TRAIN).images.double() / 255
+    assert found.mean == pytest.approx((pixels.mean().item(),), abs=1e-6)
+    assert found.std == pytest.approx((pixels.std(correction=0).item(),), abs=1e-6)
 
 
 @pytest.mark.parametrize(("batch_size", "images"), [(256, 257), (1, 20)])

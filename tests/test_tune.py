@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ from pipeline import tune
 from pipeline.data.splits import LabelledImages, read_dataset
 from pipeline.errors import Fault, UserError
 from pipeline.model.training import Epoch
-from pipeline.params import read_params
+from pipeline.params import read_params, with_values
 from pipeline.tracking import store, studies
 from pipeline.tuning.finalists import Finalist, Outcome, Verdict, judge, open_finalists
 from pipeline.tuning.progress import Progress
@@ -418,6 +419,94 @@ def interrupt_at(step: int) -> Iterator[None]:
         yield
     finally:
         sys.settrace(None)
+
+
+RULE = {"blocks": 2, "width": 4, "growth": 2.0}
+DEPTHS: dict[str, dict[str, Any]] = {
+    "rule": {
+        "model.filters": RULE,
+        "tune.space": {
+            "model.filters.blocks": {"low": 1, "high": 3},
+            "model.filters.width": {"low": 4, "high": 8, "log": True},
+            "model.filters.growth": {"low": 1.0, "high": 2.0, "step": 0.5},
+        },
+    },
+    "lists": {
+        "model.filters": [4, 8],
+        "tune.space": {
+            "model.filters": {"choices": [[4], [4, 8], [8, 4, 4]]},
+            "model.padding": {"choices": [0, "same"]},
+            "model.dense": {"choices": [None, 8]},
+        },
+    },
+}
+each_depth = pytest.mark.parametrize("kind", DEPTHS)
+SHALLOW = {key: value for key, value in SMALL.items() if not key.startswith("model.filters")}
+
+
+@each_depth
+def test_a_study_chooses_how_many_blocks_there_are(
+    kind: str, study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SQLite, whose trials come back as JSON."""
+    monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///study.db")
+    write_params(study_folder, SHALLOW | DEPTHS[kind])
+    opened = open_storage(), "convtrack", read_params(), read_dataset()
+    study, tried = open_study(*opened, total=8), dict[int, dict[str, object]]()
+    present = {path: study.params.value(path) for path in DEPTHS[kind]["tune.space"]}
+    depths = dict[int, int]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # Optuna's of a choice that a database cannot keep
+        while study.needs_another_trial():
+            if (trial := study.next()) is not None:  # None: these values have been tried
+                tried[trial.number], params = study.values_of(trial), study.params_of(trial)
+                assert {path: params.value(path) for path in present} == tried[trial.number]
+                depths[trial.number] = len(params.model.filter_counts())
+                accuracy = depths[trial.number] / 10
+                study.finish(trial, [Epoch(1, 1.0, 0.1, 1.0, accuracy, 0.0, 0.0, accuracy)], pruned=False)
+    assert tried[0] == present
+    assert len(set(depths.values())) > 1
+    again = small_study()
+    ended = {trial.number: trial.values for trial in again.ended()}
+    assert {number: ended[number] for number in tried} == tried
+    best = max(tried, key=lambda number: depths[number])
+    assert again.best(1)[0].values == tried[best]
+    assert again.best(1)[0].sizes == again.sizes(tried[best])
+    with (study_folder / "params.yaml").open("rb") as file:
+        written = with_values(file.read(), tried[best])
+    (study_folder / "params.yaml").write_bytes(written)
+    assert {path: read_params().value(path) for path in present} == tried[best]
+    small_study()  # goes on, though params.yaml has other values now
+
+
+@pytest.mark.slow
+@each_depth
+def test_a_study_of_depths_from_its_first_trial_to_params_yaml(kind: str, study_folder: Path) -> None:
+    write_params(study_folder, SHALLOW | DEPTHS[kind])
+    printed = run("--trials", "6", "--workers", "1", "--apply", "--force")
+    assert "6/6 trials" in printed
+    summary = json.loads((study_folder / "tuning/summary.json").read_text())
+    best = max(summary["finalists"], key=lambda each: float(each["validation_accuracy"]["mean"]))
+    assert {path: read_params().value(path) for path in best["values"]} == best["values"]
+    assert {len(read_params().changed(each["values"]).model.filter_counts()) for each in summary["finalists"]} <= {
+        1,
+        2,
+        3,
+    }
+    assert {path.stem for path in (study_folder / "tuning/figures").glob("*.png")} >= {"slice", "parallel_coordinates"}
+    run("--trials", "7", "--workers", "1")  # it is resumed with the values that it has written
+    assert len(trials()) == 7
+
+
+@pytest.mark.slow
+def test_a_trial_whose_filters_grow_too_far_fails_and_the_study_goes_on(study_folder: Path) -> None:
+    space = {"model.filters.width": {"choices": [4, 1024]}}
+    write_params(study_folder, SHALLOW | {"model.filters": RULE, "tune.space": space, "tune.trials": 6})
+    run("--workers", "1")
+    failed = [trial for trial in trials() if trial.state == TrialState.FAIL]
+    assert failed
+    reasons = {trial.user_attrs["failure"] for trial in failed}
+    assert reasons == {"UserError: params.yaml: model: filters gives block 2 2,048 of them; allowed: 1 to 1,024"}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.explain.corruptions import moved
+from pipeline.model import cpu_ops
 from pipeline.model.cnn import CNN, Architecture, Block, as_input, layer_names, layers
 from pipeline.model.layers import Pooling
 
@@ -29,18 +30,21 @@ class FeatureMaps(NamedTuple):
 
 def first_filters(cnn: CNN) -> Tensor:
     """The weights of the first convolution, (filters, C, H, W)."""
-    return cnn.block_list()[0].convolution.weight.detach().clone()
+    return cnn.block_list()[0].convolutions()[0].weight.detach().clone()
 
 
 @torch.no_grad()
 def use_of_first_filters(cnn: CNN, images: Tensor) -> Tensor:
     """How far each first filter's maps of images (N, H, W, C) are from its map of a black one: means, (filters,).
 
-    A filter with a large bias responds to black as well, which is of no use.
+    The maps are those that reach the next convolution, of the same block or the next. A filter with a large bias
+    responds to black as well, which is of no use.
     """
     block = cnn.eval().block_list()[0]
-    to_black = block(as_input(torch.zeros_like(images[:1])))
-    found = ((block(as_input(chunk)) - to_black).abs().double() for chunk in torch.split(images, CHUNK))
+    further = block.convolutions()[1:2]
+    layers = list(itertools.takewhile(lambda layer: layer not in further, block.path()))
+    to_black = cpu_ops.run(layers, as_input(torch.zeros_like(images[:1])))
+    found = ((cpu_ops.run(layers, as_input(chunk)) - to_black).abs().double() for chunk in torch.split(images, CHUNK))
     return torch.stack([each.mean(dim=(2, 3)).sum(dim=0) for each in found]).sum(dim=0) / len(images)
 
 
@@ -57,7 +61,7 @@ def feature_maps(cnn: CNN, images: Tensor) -> list[FeatureMaps]:
 
 
 def _last_before_pooling(block: Block, names: Mapping[nn.Module, str]) -> str:
-    """The last layer of ``block`` before its pooling that has a name: the convolution, or one added after it."""
+    """The last layer of ``block`` before its pooling that has a name: the convolution, or one after it."""
     before = itertools.takewhile(lambda layer: layer is not block.pooling, block.modules())
     return [names[layer] for layer in before if layer in names][-1]
 
@@ -73,8 +77,8 @@ class ReceptiveField(NamedTuple):
 def receptive_field(cnn: CNN) -> ReceptiveField:
     """What one position of the last convolution's maps sees; ``first`` is below 0 if it sees padding."""
     first, step, side = 0, 1, 1
-    last = cnn.block_list()[-1].convolution
-    for layer in cnn.blocks.modules():
+    last = cnn.block_list()[-1].convolutions()[-1]
+    for layer in itertools.chain.from_iterable(block.path() for block in cnn.block_list()):
         if isinstance(layer, nn.Conv2d):
             (kernel, _), (stride, _) = layer.kernel_size, layer.stride
             padding = layer.padding[0] if isinstance(layer.padding, tuple) else (kernel - 1) // 2  # "same"
@@ -90,7 +94,7 @@ def receptive_field(cnn: CNN) -> ReceptiveField:
 
 
 class Patches(NamedTuple):
-    """The parts of images that excite each filter most: (filters, count, side, side, C) uint8, the strongest first.
+    """The parts of images that excite each filter most: (filters, count, h, w, C) uint8, the strongest first.
 
     And the ``strongest`` response of each filter, before ReLU: (filters,).
     """
@@ -103,7 +107,8 @@ class Patches(NamedTuple):
 def strongest_patches(cnn: CNN, images: Tensor, count: int) -> Patches:
     """The parts of images (N, H, W, C) that excite each filter of the last convolution most.
 
-    At most one of each image; black where a part lies over the edge.
+    At most one of each image; black where a part lies over the edge. A side of the receptive field that is longer than
+    the images' is cut to theirs: the part is then all of it.
     """
     cnn.eval()
     before, last = cnn.blocks[:-1], cnn.block_list()[-1]
@@ -121,8 +126,10 @@ def strongest_patches(cnn: CNN, images: Tensor, count: int) -> Patches:
     edge = max(0, -field.first, field.side)
 
     def patch(image: int, at: int) -> Tensor:
-        top, left = (edge + field.first + field.step * number for number in divmod(at, width))
-        return F.pad(images[image], (0, 0, *(edge,) * 4))[top : top + field.side, left : left + field.side]
+        starts = (edge + field.first + field.step * number for number in divmod(at, width))
+        across = zip(starts, images.shape[1:3], strict=True)
+        seen = [slice(edge, edge + side) if field.side > side else slice(at, at + field.side) for at, side in across]
+        return F.pad(images[image], (0, 0, *(edge,) * 4))[seen[0], seen[1]]
 
     rows = zip(which.T.tolist(), place.T.tolist(), strict=True)
     found = [torch.stack([patch(*pair) for pair in zip(*row, strict=True)]) for row in rows]
@@ -189,13 +196,11 @@ def with_random_weights(cnn: CNN) -> CNN:
 
 def parameters_of_convolutions(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """For each convolution its parameters, and those of a dense layer from all its inputs to all its outputs."""
-    found, inputs = {}, math.prod(architecture.image_shape)
-    for layer in layers(architecture):
-        if layer.name.startswith("conv2d"):
-            outputs = math.prod(layer.output_shape)
-            found[layer.name] = (layer.parameters, (inputs + 1) * outputs)
-        inputs = math.prod(layer.output_shape)
-    return found
+    return {
+        layer.name: (layer.parameters, (math.prod(layer.input_shape) + 1) * math.prod(layer.output_shape))
+        for layer in layers(architecture)
+        if layer.name.startswith("conv2d")
+    }
 
 
 def _chosen(logits: Tensor, classes: Tensor) -> Tensor:
@@ -221,9 +226,9 @@ def shift_similarity(cnn: CNN, images: Tensor, shifts: int) -> dict[str, list[fl
 
 @torch.no_grad()
 def penultimate_features(cnn: CNN, images: Tensor) -> Tensor:
-    """The input of the dense layer for images (N, H, W, C): (N, features) float32."""
+    """The input of the last dense layer for images (N, H, W, C): (N, features) float32."""
     cnn.eval()
-    return torch.cat([cnn.flatten(cnn.maps(chunk)) for chunk in torch.split(images, CHUNK)])
+    return torch.cat([cnn.features(cnn.maps(chunk)) for chunk in torch.split(images, CHUNK)])
 
 
 def principal_components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.explain import activation_maximization
 from pipeline.explain.activation_maximization import Ascent, Regularization
+from pipeline.explain.attribution import first_filters
 from pipeline.figures.tiles import Array, filter_tiles, mosaic
 from pipeline.model.cnn import CNN
 from pipeline.params import Maximisation
@@ -48,7 +49,7 @@ class LiveImages:
 
     def now(self) -> dict[str, Picture]:
         """Both images by name, as they are."""
-        weights = self._cnn.block_list()[0].convolution.weight.detach().cpu().numpy()
+        weights = first_filters(self._cnn).cpu().numpy()
         pixels = (self.image[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
         return {
             "filters": _enlarged(_framed(red_and_blue(filter_tiles(weights)))),

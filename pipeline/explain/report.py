@@ -3,7 +3,7 @@
 A new figure is a function that draws arrays in pipeline/figures, and a function and a line of FIGURES here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -15,12 +15,14 @@ from pipeline.explain import activation_maximization, attribution, corruptions
 from pipeline.explain.activation_maximization import Regularization
 from pipeline.explain.class_images import ascent
 from pipeline.explain.report_inputs import MAX_COLUMNS, MAX_ROWS, ReportInputs
-from pipeline.figures import canvas, curves, network, scores
+from pipeline.figures import canvas, curves, network, samples, scores, tiles
 from pipeline.figures.network import Heatmap
 from pipeline.model import metrics
+from pipeline.model.augment import augment, mixup
 from pipeline.model.cnn import CNN, as_input, layer_names
 
 Rows = list[dict[str, object]]
+DRAWS = 3  # how often all augmentations together are shown
 MAX_POINTS = 1000  # images drawn as points, and as many mistakes; more would hide each other
 
 
@@ -69,7 +71,7 @@ def _class_images(inputs: ReportInputs) -> Figure:
 
 def _filter_images(inputs: ReportInputs) -> Figure:
     """For each filter of the last convolution an image made to raise the sum of its map."""
-    settings, filters = inputs.params.maximisation, inputs.cnn.architecture.filters[-1]
+    settings, filters = inputs.params.maximisation, inputs.cnn.block_list()[-1].convolutions()[-1].out_channels
     smooth = Regularization(total_variation=settings.total_variation, jitter=settings.jitter)
     images = activation_maximization.maximize(
         inputs.cnn, activation_maximization.filter_sums, filters, smooth, ascent(settings)
@@ -80,7 +82,7 @@ def _filter_images(inputs: ReportInputs) -> Figure:
 
 
 def _last_convolution(cnn: CNN) -> str:
-    return layer_names(cnn)[cnn.block_list()[-1].convolution]
+    return layer_names(cnn)[cnn.block_list()[-1].convolutions()[-1]]
 
 
 def _explanations(inputs: ReportInputs) -> Figure:
@@ -214,6 +216,28 @@ def _principal_components(inputs: ReportInputs) -> Figure:
     )
 
 
+def _augmented_images(inputs: ReportInputs) -> Figure:
+    """Training images unchanged, after each augmentation alone, and after all of them."""
+    on, images = inputs.augmentations, inputs.train.images[inputs.samples]
+    alone = {f"{name.replace('_', ' ')} {strength:g}": {name: strength} for name, strength in on.items()}
+    rows = [("original", {}), *(alone.items() if len(on) > 1 else ())]
+    rows += [("all together" if len(on) > 1 else next(iter(alone)), on)] * DRAWS
+    draws = torch.Generator().manual_seed(0)
+    pictures = [_augmented(label, images, strengths, draws) for label, strengths in rows]
+    return samples.rows_of_images(pictures, "Training images before and after augmentation")
+
+
+def _augmented(
+    label: str, images: Tensor, strengths: Mapping[str, float], draws: torch.Generator
+) -> tuple[str, tiles.Array]:
+    """A row of images; where they are mixed, the label says how much of each is its own."""
+    images = augment(images, strengths, draws)
+    if "mixup" in strengths:
+        images, share = mixup(images, strengths["mixup"], draws)
+        label = f"{label} ({share:.0%}\N{NO-BREAK SPACE}own)"
+    return label, images.numpy()
+
+
 # In the order in which they are drawn: what takes long comes last.
 FIGURES: dict[str, Callable[[ReportInputs], Figure]] = {
     "learning_curves": _learning_curves,
@@ -235,6 +259,12 @@ FIGURES: dict[str, Callable[[ReportInputs], Figure]] = {
     "filter_images": _filter_images,
     "class_images": _class_images,
 }
+
+
+def figures_of(inputs: ReportInputs) -> dict[str, Callable[[ReportInputs], Figure]]:
+    """The figures that show this model: those of FIGURES, and its augmentations if it was trained with any."""
+    augmentations = {"augmented_images": _augmented_images} if inputs.augmentations else {}
+    return augmentations | FIGURES
 
 
 def _class_images_rows(inputs: ReportInputs) -> Rows:

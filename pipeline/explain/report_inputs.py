@@ -1,7 +1,7 @@
 """What the figures and tables of a report are made from; what several of them need is computed once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,6 +19,8 @@ from pipeline.params import Visualize
 MAX_COLUMNS = 10  # classes shown side by side as images
 MAX_ROWS = 30  # classes shown in a table
 MAX_PAIRS = 20  # of classes
+SAMPLES = 8  # training images shown with their augmentations
+AUGMENTATION = "train.augmentation."  # how the names of its parameters begin
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,26 @@ class ReportInputs:
     predictions: Sequence[Mapping[str, str]]
     params: Visualize
     calibration_bins: int
+    recipe: Mapping[str, object] = field(default_factory=dict)  # of the model, by dotted paths
+
+    @cached_property
+    def augmentations(self) -> dict[str, float]:
+        """The strengths of the augmentations that the model was trained with; empty if there were none."""
+        return {
+            path.removeprefix(AUGMENTATION): float(strength)
+            for path, strength in self.recipe.items()
+            if path.startswith(AUGMENTATION) and isinstance(strength, int | float) and strength
+        }
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """The indices of a few training images, of as many classes as possible."""
+        labels = self.train.labels
+        by_class = labels.argsort(stable=True)
+        counts = labels.bincount()
+        within_class = torch.empty_like(labels)
+        within_class[by_class] = torch.arange(len(labels)) - (counts.cumsum(dim=0) - counts)[labels[by_class]]
+        return (within_class * len(counts) + labels).argsort()[:SAMPLES]
 
     def names(self, classes: Tensor) -> list[str]:
         """The names of classes (N,)."""

@@ -1,7 +1,7 @@
 """What the CNN looks for and where it finds it: filters, maps, patches, images that excite it, explanations."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ def maps_of_classes(
     filters with the strongest response to all these images, or fewer where there are many layers. Of more than eight
     layers eight are shown, evenly spaced from the first to the last.
     """
-    layers = [list(maps)[index] for index in np.linspace(0, len(maps) - 1, min(8, len(maps))).round().astype(int)]
+    layers = _spread(maps, 8)
     chosen = min(chosen, 16 // len(layers))
     count, tile = len(images), canvas.WIDTH * 0.86 / (1 + chosen * len(layers))
     figure = canvas.of_height(1.1 + count * (min(tile, 1.0) + 0.12))
@@ -98,6 +98,12 @@ def maps_of_classes(
         grid[0][column].set_title(label, fontsize=8 if chosen > 2 else 6.5)
     figure.suptitle(f"One image of {which}, and the strongest maps of each layer", fontsize=11)
     return figure
+
+
+def _spread(names: Iterable[str], most: int) -> list[str]:
+    """All of these, or ``most`` of them, evenly spaced from the first to the last."""
+    known = list(names)
+    return [known[index] for index in np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int)]
 
 
 def strongest_patches(patches: Array, strongest: Array, layer: str) -> Figure:
@@ -240,10 +246,13 @@ def shift_similarity(similarity: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def parameter_sharing(parameters: Mapping[str, tuple[int, int]]) -> Figure:
-    """For each convolution: its parameters, and those of a dense layer with the same inputs and outputs, as bars."""
-    figure = canvas.of_height(1.2 + 0.75 * len(parameters))
+    """For each convolution: its parameters, and those of a dense layer with the same inputs and outputs, as bars.
+
+    Of more than twelve convolutions twelve are shown, evenly spaced from the first to the last.
+    """
+    names = _spread(parameters, 12)
+    figure = canvas.of_height(1.2 + 0.75 * len(names))
     axes = figure.subplots()
-    names = list(parameters)
     for position, name in enumerate(names):
         pairs = zip(parameters[name], (canvas.BLUE, canvas.ORANGE), ("convolution", "dense layer"), strict=True)
         for offset, (count, colour, kind) in zip((-0.2, 0.2), pairs, strict=True):
@@ -253,5 +262,6 @@ def parameter_sharing(parameters: Mapping[str, tuple[int, int]]) -> Figure:
     axes.set_xlim(right=max(max(pair) for pair in parameters.values()) * 30)
     axes.invert_yaxis()
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    axes.set_title("Parameters of each convolution, and of a dense layer that could do the same", fontsize=11)
+    which = "each convolution" if len(names) == len(parameters) else f"{len(names)} of {len(parameters)} convolutions"
+    axes.set_title(f"Parameters of {which}, and of a dense layer that could do the same", fontsize=11)
     return figure

@@ -2,8 +2,7 @@
 
 A small CNN is limited by memory bandwidth: as separate operations, the first convolution, its ReLU and its
 pooling move 80 MB for a batch of 128 digits. Here they are one loop that reads bytes and writes pooled maps; the
-convolution's own output is never stored. Other convolutions are computed pooling window by pooling window where that
-takes less than half the multiplications. The backward pass follows only the argmax of each pooling window.
+convolution's own output is never stored. The backward pass follows only the argmax of each pooling window.
 
 The loops are compiled once for each set of sizes: the innermost loop over a known size becomes vector instructions. The
 machine code is cached by kernel_cache.py. All arrays are contiguous; results are written into the last arguments.
@@ -22,11 +21,16 @@ from numpy.typing import NDArray
 from pipeline.model import kernel_cache
 
 Loop = Callable[..., None]
-Transform = Callable[..., tuple[np.float32, ...]]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 Drawn = NDArray[np.int8] | NDArray[np.int16]
 
+ADDED = 64  # pixels whose values are added up in float32; the sums of these in float64
+# Numba counts a negative index from the end, and the test for it in the innermost loop keeps that from becoming vector
+# instructions. Unsigned indices cannot be negative. Distances that are known when a loop is compiled help as well: the
+# compiler must see that what is written is not read again.
+Index = np.uint64
 DEAD = 255  # instead of the argmax if ReLU set the output to zero
 SOURCE = Path(__file__).read_bytes()  # of what runs here: the file may change before a loop is compiled
 
@@ -35,7 +39,7 @@ Factory = TypeVar("Factory", bound=Callable[..., object])
 _build_lock = threading.Lock()
 
 
-def _cached_build(factory: Factory) -> Factory:
+def cached_build(factory: Factory) -> Factory:
     """Each set of sizes is built once, also when several threads ask for it at the same time."""
     cached = functools.cache(factory)
 
@@ -47,16 +51,21 @@ def _cached_build(factory: Factory) -> Factory:
     return cast(Factory, build)
 
 
-def _compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"})) -> Loop:
-    # Without the interpreter's lock, so that threads can run it at the same time. A multiplication and the addition
-    # after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same bits.
+def compiled(function: Loop, fastmath: Set[str] = frozenset({"contract"}), source: bytes = SOURCE) -> Loop:
+    """The loop as machine code; ``source`` is the text of the file that it and all that it calls are defined in.
+
+    It runs without the interpreter's lock, so that threads can run it at the same time. A multiplication and the
+    addition after it may become one instruction; other reorderings need ``fastmath``. The same inputs give the same
+    bits.
+    """
     kernel_cache.target_context()
     loop = njit(nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
-    loop._cache = kernel_cache.KernelCache(function, SOURCE)
+    loop._cache = kernel_cache.KernelCache(function, source)
     return cast(Loop, loop)
 
 
-def _called_in_loops(function: Factory) -> Factory:
+def called_in_loops(function: Factory) -> Factory:
+    """A function that compiled loops may call."""
     kernel_cache.target_context()
     return cast(Factory, njit(function))
 
@@ -68,7 +77,7 @@ class Pair(NamedTuple):
     backward: Loop
 
 
-@_cached_build
+@cached_build
 def first_block(size: int, stride: int, channels: int, filters: int, window: int, sign: int) -> Pair:
     """Convolution without padding, pooling and ReLU of images (N, H, W, channels) of bytes.
 
@@ -128,10 +137,10 @@ def first_block(size: int, stride: int, channels: int, filters: int, window: int
                                         total += pixel * (gradient if best_place == place else zero)
                                     grad_weights[a, b, c, f] = total
 
-    return Pair(_compiled(forward), _compiled(backward))
+    return Pair(compiled(forward), compiled(backward))
 
 
-@_cached_build
+@cached_build
 def pool_relu(window: int, sign: int) -> Pair:
     """Pooling and ReLU of maps (N, H, W, filters); rows and columns that do not fill a window are dropped."""
     zero, lowest = np.float32(0), np.float32(-np.inf)
@@ -162,117 +171,119 @@ def pool_relu(window: int, sign: int) -> Pair:
                                 grad_pooled[n, i, j, f] if argmax[n, i, j, f] == place else zero
                             )
 
-    return Pair(_compiled(forward), _compiled(backward))
+    return Pair(compiled(forward), compiled(backward))
 
 
-DEPTH = 8  # products that are summed up at once; more would not fit into the registers
-IMAGES = 2  # images at a time, so that the data stays in the core's cache
+@cached_build
+def moments(filters: int) -> Loop:
+    """For each filter of maps (P, filters): the sums of what they are above ``shift``, and of its squares.
 
-
-@functools.cache
-def _winograd_transforms() -> tuple[Transform, Transform, Transform, Transform]:
-    """Winograd's transforms along one dimension, of four inputs and of four products; and both of columns."""
-
-    def input_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
-        return a - c, b + c, c - b, b - d
-
-    def output_transform(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> tuple[np.float32, ...]:
-        return a + b + c, b - c - d
-
-    inwards, outwards = _called_in_loops(input_transform), _called_in_loops(output_transform)
-
-    def input_column(inputs: Floats, n: int, y: int, x: int, c: int) -> tuple[np.float32, ...]:
-        return inwards(inputs[n, y, x, c], inputs[n, y + 1, x, c], inputs[n, y + 2, x, c], inputs[n, y + 3, x, c])
-
-    def output_column(products: Floats, b: int, window: int, f: int) -> tuple[np.float32, ...]:
-        return outwards(
-            products[b, window, f], products[b + 4, window, f], products[b + 8, window, f], products[b + 12, window, f]
-        )
-
-    return inwards, outwards, _called_in_loops(input_column), _called_in_loops(output_column)
-
-
-@_cached_build
-def winograd(channels: int, filters: int, sign: int) -> Loop:
-    """Convolution by 3 x 3 filters without padding, pooling by 2 x 2 windows and ReLU, in 16 products instead of 36.
-
-    Two neighbouring outputs of a filter of three weights take four multiplications instead of six: those of sums of
-    inputs with sums of weights (Winograd, "Arithmetic complexity of computations", 1980). Along both sides, four
-    outputs take 16 instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016); here they
-    are the four that a pooling window chooses from. Inputs are (N, H, W, channels), the weights' sums (16, depth,
-    filters), with zeros from ``channels`` up to a multiple of DEPTH; pooled maps and the argmax of each window are
-    (N, H', W', filters).
+    ``shift`` (filters,) should be near the means, so that the variance is not a small difference of large numbers.
     """
-    zero, lowest = np.float32(0), np.float32(-np.inf)
-    depth = -(-channels // DEPTH) * DEPTH
-    input_transform, output_transform, input_column, output_column = _winograd_transforms()
+    step = Index(filters)
 
-    def forward(inputs: Floats, factors: Floats, biases: Floats, pooled: Floats, argmax: Bytes) -> None:
-        count, height, width, _ = pooled.shape
-        most = IMAGES * height * width
-        sums = np.zeros((16, most + 1, depth), np.float32)  # windows are computed in pairs, so there may be one extra
-        products = np.empty((16, most + 1, filters), np.float32)
-        for start in range(0, count, IMAGES):
-            images = min(IMAGES, count - start)
-            for n in range(images):
-                for i in range(height):
-                    for j in range(width):
-                        y, x, window = 2 * i, 2 * j, (n * height + i) * width + j
-                        for c in range(channels):
-                            p = input_column(inputs, start + n, y, x, c)
-                            q = input_column(inputs, start + n, y, x + 1, c)
-                            r = input_column(inputs, start + n, y, x + 2, c)
-                            s = input_column(inputs, start + n, y, x + 3, c)
-                            for a in range(4):
-                                values = input_transform(p[a], q[a], r[a], s[a])
-                                for b in range(4):
-                                    sums[4 * a + b, window, c] = values[b]
-            for g in range(16):
-                for i in range(0, images * height * width, 2):
-                    for f in range(filters):
-                        products[g, i, f] = zero
-                        products[g, i + 1, f] = zero
-                    for k in range(0, depth, DEPTH):
-                        a0, a1, a2, a3 = sums[g, i, k], sums[g, i, k + 1], sums[g, i, k + 2], sums[g, i, k + 3]
-                        a4, a5, a6, a7 = sums[g, i, k + 4], sums[g, i, k + 5], sums[g, i, k + 6], sums[g, i, k + 7]
-                        j = i + 1
-                        b0, b1, b2, b3 = sums[g, j, k], sums[g, j, k + 1], sums[g, j, k + 2], sums[g, j, k + 3]
-                        b4, b5, b6, b7 = sums[g, j, k + 4], sums[g, j, k + 5], sums[g, j, k + 6], sums[g, j, k + 7]
-                        for f in range(filters):
-                            w0, w1, w2 = factors[g, k, f], factors[g, k + 1, f], factors[g, k + 2, f]
-                            w3, w4, w5 = factors[g, k + 3, f], factors[g, k + 4, f], factors[g, k + 5, f]
-                            w6, w7 = factors[g, k + 6, f], factors[g, k + 7, f]
-                            products[g, i, f] += (
-                                a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3 + a4 * w4 + a5 * w5 + a6 * w6 + a7 * w7
-                            )
-                            products[g, j, f] += (
-                                b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3 + b4 * w4 + b5 * w5 + b6 * w6 + b7 * w7
-                            )
-            for n in range(images):
-                for i in range(height):
-                    for j in range(width):
-                        window = (n * height + i) * width + j
-                        for f in range(filters):
-                            p = output_column(products, 0, window, f)
-                            q = output_column(products, 1, window, f)
-                            r = output_column(products, 2, window, f)
-                            s = output_column(products, 3, window, f)
-                            best = lowest
-                            best_place = 0
-                            for place in range(4):
-                                a = place // 2
-                                value = sign * (output_transform(p[a], q[a], r[a], s[a])[place % 2] + biases[f])
-                                if value > best or value != value:
-                                    best = value
-                                    best_place = place
-                            best *= sign
-                            pooled[start + n, i, j, f] = zero if best <= 0 else best
-                            argmax[start + n, i, j, f] = DEAD if best <= 0 else best_place
+    def forward(maps: Floats, shift: Floats, sums: Doubles) -> None:  # adds to (2, filters)
+        pixels = len(maps) // filters
+        above, squares = np.empty(filters, np.float32), np.empty(filters, np.float32)
+        for first in range(0, pixels, ADDED):
+            above[:], squares[:] = 0, 0
+            for pixel in range(first, min(first + ADDED, pixels)):
+                start = Index(pixel * filters)
+                for f in range(step):
+                    value = maps[start + f] - shift[f]
+                    above[f] += value
+                    squares[f] += value * value
+            for f in range(step):
+                sums[0, f] += above[f]
+                sums[1, f] += squares[f]
 
-    return _compiled(forward)
+    return compiled(forward)
 
 
-@_cached_build
+class Normalised(NamedTuple):
+    """The loops of a normalisation: forward, then the sums that its gradients need, then its gradients."""
+
+    forward: Loop
+    sums: Loop
+    backward: Loop
+
+
+@cached_build
+def normalised_pool(height: int, width: int, filters: int, window: int, sign: int, relu: bool) -> Normalised:
+    """Batch normalisation of maps (N, height, width, filters), ReLU if ``relu``, and pooling.
+
+    The normalised maps are ``scale`` (filters,) times the maps plus ``offset``. ``chosen`` has what the maps were at
+    the argmax of each window. The gradient of a map is ``scale`` times that of the normalised one, less ``constant``
+    and ``slope`` times the map: changing one value changes the mean and the deviation of all.
+    """
+    zero, lowest, step = np.float32(0), np.float32(-np.inf), Index(filters)
+    down, across = height // window, width // window
+
+    def forward(maps: Floats, scale: Floats, offset: Floats, pooled: Floats, chosen: Floats, argmax: Bytes) -> None:
+        for n in range(len(maps) // (height * width * filters)):
+            for i in range(down):
+                for j in range(across):
+                    start = Index(((n * height + i * window) * width + j * window) * filters)
+                    to = Index(((n * down + i) * across + j) * filters)
+                    for f in range(step):
+                        best, raw = lowest, zero
+                        best_place = 0
+                        for place in range(window * window):
+                            given = maps[start + Index(place // window * width + place % window) * step + f]
+                            value = sign * (given * scale[f] + offset[f])
+                            if value > best or value != value:
+                                best, raw = value, given
+                                best_place = place
+                        best *= sign
+                        dead = relu and best <= 0
+                        pooled[to + f] = zero if dead else best
+                        chosen[to + f] = raw
+                        argmax[to + f] = DEAD if dead else best_place
+
+    def sums(grad_pooled: Floats, chosen: Floats, argmax: Bytes, mean: Floats, sums: Doubles) -> None:  # adds
+        pixels = len(chosen) // filters
+        gradients, products = np.empty(filters, np.float32), np.empty(filters, np.float32)
+        for first in range(0, pixels, ADDED):
+            gradients[:], products[:] = 0, 0
+            for pixel in range(first, min(first + ADDED, pixels)):
+                start = Index(pixel * filters)
+                for f in range(step):
+                    gradient = grad_pooled[start + f] if argmax[start + f] != DEAD else zero
+                    gradients[f] += gradient
+                    products[f] += gradient * (chosen[start + f] - mean[f])
+            for f in range(step):
+                sums[0, f] += gradients[f]
+                sums[1, f] += products[f]
+
+    def backward(
+        grad_pooled: Floats,
+        maps: Floats,
+        argmax: Bytes,
+        scale: Floats,
+        constant: Floats,
+        slope: Floats,
+        grad_maps: Floats,
+    ) -> None:
+        for n in range(len(maps) // (height * width * filters)):
+            for i in range(down):
+                for j in range(across):
+                    to = Index(((n * height + i * window) * width + j * window) * filters)
+                    start = Index(((n * down + i) * across + j) * filters)
+                    for f in range(step):
+                        for place in range(window * window):
+                            at = to + Index(place // window * width + place % window) * step + f
+                            gradient = grad_pooled[start + f] if argmax[start + f] == place else zero
+                            grad_maps[at] = scale[f] * gradient - constant[f] - slope[f] * maps[at]
+            for i in range(height):  # what is in no window
+                for j in range(across * window if i < down * window else 0, width):
+                    to = Index(((n * height + i) * width + j) * filters)
+                    for f in range(step):
+                        grad_maps[to + f] = -constant[f] - slope[f] * maps[to + f]
+
+    return Normalised(compiled(forward), compiled(sums), compiled(backward))
+
+
+@cached_build
 def conv_backward(size: int, stride: int, channels: int, window: int, needs_input_grad: bool) -> Loop:
     """The gradients of a convolution from those of the pooled maps, skipping what pooling discarded.
 
@@ -317,10 +328,10 @@ def conv_backward(size: int, stride: int, channels: int, window: int, needs_inpu
                         for t in range(row):
                             sums[t] += gradient * values[t]
 
-    return _compiled(backward)
+    return compiled(backward)
 
 
-@_cached_build
+@cached_build
 def dropout_dense() -> Pair:
     """Dropout and the dense layer after it: features (N, F), a random number for each, weights (C, F), logits (N, C).
 
@@ -369,4 +380,4 @@ def dropout_dense() -> Pair:
                 grad_features[n, f] = grad_features[n, f] * scale if drawn[n, f] >= lowest_kept else np.float32(0)
 
     # With "reassoc" a sum over the features is computed as sixteen partial sums.
-    return Pair(_compiled(forward, {"contract", "reassoc"}), _compiled(backward))
+    return Pair(compiled(forward, {"contract", "reassoc"}), compiled(backward))

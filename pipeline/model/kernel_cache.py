@@ -103,10 +103,8 @@ class KernelCache:
     cache_path = None
 
     def __init__(self, loop: Callable[..., object], source: bytes) -> None:
-        constants = [cell.cell_contents for cell in loop.__closure__ or ()]
-        constants = [getattr(each, "__qualname__", each) for each in constants]  # a function's text has its address
         digest = hashlib.sha256(source).hexdigest()
-        self._key = numba.__version__, sys.version, loop.__module__, loop.__qualname__, digest, constants
+        self._key = numba.__version__, sys.version, loop.__module__, digest, _identity(loop)
 
     def load_overload(self, types: tuple[object, ...], context: CPUContext) -> CompileResult | None:
         """The machine code for arguments of these types; None if it is not cached, or damaged."""
@@ -125,6 +123,16 @@ class KernelCache:
     def _name(self, types: tuple[object, ...]) -> str:
         key = repr((self._key, types, _target(), _settings()))
         return hashlib.sha256(key.encode()).hexdigest() + SUFFIX
+
+
+def _identity(value: object) -> object:
+    """A constant; of a function its name and, as they are in its machine code, the constants from around it."""
+    function = getattr(value, "py_func", value)  # Numba's functions have it
+    if not hasattr(function, "__qualname__"):
+        return value
+    return function.__qualname__, [
+        _identity(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()
+    ]
 
 
 def _digest(name: str, content: bytes) -> bytes:

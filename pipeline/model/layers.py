@@ -1,13 +1,18 @@
 """The layers that PyTorch does not have, or has with other conventions than the published network."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.model.cpu_threads import current_chunk
+
 Pool = Literal["max", "mean", "min"]
+Head = Literal["flatten", "average"]
+GREY_LEVEL = 1 / 255
 
 
 class Pooling(nn.Module):
@@ -34,12 +39,77 @@ class Pooling(nn.Module):
         return f"{self.kind}, size={self.size}"
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation (Ioffe and Szegedy, 2015), also of a batch whose chunks are computed in several threads."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) in, the same shape out."""
+        if self.training and current_chunk():
+            raise RuntimeError("a chunk of a batch has not the mean of the batch: see cpu_ops.FUSED")
+        return super().forward(maps)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics to those of a batch (C,) of ``count`` values a channel."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_((variance * (count / max(1, count - 1))).to(self.running_var), self.momentum)
+
+
+class Normalization(nn.Module):
+    """Subtracts a mean from each channel and divides by a deviation, both of pixels in [0, 1]: one value per channel.
+
+    A deviation of less than a grey level counts as one: that of a channel which is the same in all training images is
+    0. Raises ValueError where these are not numbers, or a deviation is negative.
+    """
+
+    def __init__(self, mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
+        super().__init__()
+        if not all(map(math.isfinite, (*mean, *deviation))) or min(deviation, default=0) < 0:
+            raise ValueError(f"normalize: the mean {mean} or the deviation {deviation} is not one of pixels")
+        # Not in the state_dict: they are in the Architecture, with which a network is built again.
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        divisors = torch.tensor(deviation).clamp(min=GREY_LEVEL)
+        self.register_buffer("deviation", divisors.view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) floats in [0, 1] in, the same shape out."""
+        return (pixels - self.get_buffer("mean")) / self.get_buffer("deviation")
+
+
+class Add(nn.Module):
+    """The sum of two maps of the same shape."""
+
+    def forward(self, maps: Tensor, others: Tensor) -> Tensor:
+        """Two times (N, C, H, W) in, one out. Raises ValueError where their sizes differ."""
+        if maps.shape[1:] != others.shape[1:]:  # PyTorch would stretch maps of one pixel
+            sizes = " and ".join(f"{height} x {width}" for *_, height, width in (maps.shape, others.shape))
+            raise ValueError(f"residual: maps of {sizes} pixels cannot be added: set padding to same")
+        return maps + others
+
+
 class Flatten(nn.Module):
     """Maps (N, C, H, W) as features (N, H * W * C), pixel by pixel: in memory order, and as in Keras."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """(N, C, H, W) in, (N, features) out."""
         return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+class GlobalAverage(nn.Module):
+    """The mean of each map, which is one feature: global average pooling (Lin et al., 2014)."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) in, (N, C) out."""
+        return maps.mean(dim=(2, 3))
+
+
+# How the last block's maps become features.
+HEADS: dict[Head, Callable[[], nn.Module]] = {"flatten": Flatten, "average": GlobalAverage}
 
 
 class Dropout(nn.Module):

@@ -21,7 +21,7 @@ METADATA, DIGEST = "cnn", "sha256"
 CENTRES = "novelty.centres"  # the tensor that is not one of the CNN
 MAX_HEADER_SIZE = 1_000_000  # bytes; most of them are class names
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # of the tensors in a CNN, as safetensors names them
-OF_THE_DATA = ("image_shape", "class_names")  # in an Architecture; the others are parameters of `model`
+OF_THE_DATA = ("image_shape", "class_names", "mean", "std")  # in an Architecture; the others are parameters of `model`
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from pipeline.model import cpu_threads, metrics
-from pipeline.model.augment import augment
+from pipeline.model.augment import augment, mixup
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.cnn import CNN
+from pipeline.model.cnn import CNN, layers
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
@@ -190,6 +190,7 @@ def fit(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     steps = math.ceil(len(labels) / settings.batch_size)
+    values = max(math.prod(layer.output_shape) for layer in layers(cnn.architecture))
     optimizer = OPTIMIZERS[settings.optimizer](
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -197,6 +198,15 @@ def fit(
 
     class_weights = CLASS_WEIGHTS[settings.class_weights](labels, len(cnn.architecture.class_names))
     in_bfloat16 = settings.precision == "bfloat16"
+    alpha = settings.augmentations.get("mixup", 0)
+
+    def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
+        if class_weights is not None:
+            # A loss is a sum over images, so its gradient at an image's logits is that of this image's loss alone.
+            weighted: Any = scores.view_as(scores)
+            weighted.register_hook(class_weights[targets].unsqueeze(1).mul)
+            scores = weighted
+        return LOSSES[settings.loss](scores, targets, settings)
 
     def forward_backward(
         rows: Tensor, targets: Tensor, batch: int, seed: int
@@ -204,13 +214,13 @@ def fit(
         """For a chunk of a batch: the sum of its losses, its logits, and its share of the batch's gradients."""
         draws = torch.Generator(images.device).manual_seed(seed)
         chunk = augment(images.index_select(0, rows), settings.augmentations, draws)
+        if alpha:
+            chunk, share = mixup(chunk, alpha, draws)
         with torch.autocast(images.device.type, torch.bfloat16) if in_bfloat16 else nullcontext():
             scores = cnn(chunk, draws).float()
-        if class_weights is not None:
-            # A loss is a sum over images, so its gradient at an image's logits is that of this image's loss alone.
-            weights = class_weights[targets].unsqueeze(1)
-            scores.register_hook(weights.mul)
-        loss = LOSSES[settings.loss](scores, targets, settings)
+        loss = loss_of(scores, targets)
+        if alpha:
+            loss = share * loss + (1 - share) * loss_of(scores, targets.roll(1))
         return loss.detach(), scores.detach(), torch.autograd.grad(loss / batch, parameters)
 
     def checkpoint_now(passes: int, seconds: float, drawn_from: Tensor) -> Checkpoint:
@@ -238,7 +248,7 @@ def fit(
         batches = zip(*split, losses, seeds, strict=True)
         with cpu_threads.thread_pool(cnn, images.device) as pool:
             for rows, batch_targets, batch_logits, batch_loss, seed in itertools.islice(batches, done, None):
-                chunks = (torch.split(each, pool.chunk(settings.batch_size)) for each in (rows, batch_targets))
+                chunks = (torch.split(each, pool.chunk(settings.batch_size, values)) for each in (rows, batch_targets))
                 results = pool.map(forward_backward, *chunks, itertools.repeat(len(rows)), itertools.count(seed))
                 for total in (batch_loss, *gradients):
                     total.zero_()

@@ -51,8 +51,7 @@ class Outcome:
 
 def choose(study: Study) -> list[Finalist]:
     """The current values, and the best trials with other values."""
-    parameters = study.params.by_path()
-    present = {path: parameters[path] for path in study.space}
+    present = {path: study.params.value(path) for path in study.space}
     best = study.best(study.params.tune.finalists + 1)
     chosen = [(None, present), *((trial.number, trial.values) for trial in best if trial.values != present)]
     return [

@@ -21,7 +21,7 @@ from pipeline.data.splits import Dataset
 from pipeline.errors import UserError
 from pipeline.model.cnn import multiply_adds, parameter_count
 from pipeline.model.training import Epoch
-from pipeline.params import MACHINE_PARAMETERS, Params, Range
+from pipeline.params import MACHINE_PARAMETERS, Params, Range, is_under
 from pipeline.recipe import architecture
 from pipeline.tracking.studies import ERRORS, Status, TrialRecord
 from pipeline.tuning.storage import HEARTBEAT, database_lock, expected_warnings, open_storage, storage_faults
@@ -139,9 +139,7 @@ class Study:
 
     def values_of(self, trial: Trial | FrozenTrial) -> dict[str, object]:
         """The values that it is trained with: 0.15 where the steps of a range add up to 0.15000000000000002."""
-        return {
-            path: float(f"{value:.12g}") if isinstance(value, float) else value for path, value in trial.params.items()
-        }
+        return {path: _read(self.params.tune.space[path], value) for path, value in trial.params.items()}
 
     def params_of(self, trial: Trial) -> Params:
         """The parameters that it is trained with."""
@@ -260,7 +258,7 @@ def open_study(storage: BaseStorage, name: str, params: Params, dataset: Dataset
     study = Study(load_or_create(storage, name, params, _identity(params, dataset), pruner), params, dataset, total)
     present = current_values(params)
     if present is not None and not study.trials():
-        study.optuna.enqueue_trial(present)
+        study.optuna.enqueue_trial({path: _stored(value) for path, value in present.items()})
     study.requeue_unfinished()
     return study
 
@@ -297,13 +295,12 @@ def load_or_create(
 
 def space_of(params: Params) -> Space:
     """An Optuna distribution for each parameter in ``tune.space``."""
-    present = params.by_path()
-    return {path: _distribution(params.tune.space[path], present[path]) for path in sorted(params.tune.space)}
+    return {path: _distribution(params.tune.space[path], params.value(path)) for path in sorted(params.tune.space)}
 
 
 def _distribution(space: Range, present: object) -> BaseDistribution:
     if space.choices is not None:
-        return CategoricalDistribution(space.choices)
+        return CategoricalDistribution([_stored(choice) for choice in space.choices])
     assert space.low is not None
     assert space.high is not None
     if isinstance(present, int):
@@ -311,11 +308,26 @@ def _distribution(space: Range, present: object) -> BaseDistribution:
     return FloatDistribution(space.low, space.high, log=space.log, step=space.step)
 
 
+def _stored(value: object) -> float | str | None:
+    """As a study stores it: a list or a mapping as JSON, since Optuna's choices are numbers and text."""
+    return value if value is None or isinstance(value, int | float | str) else json.dumps(value)
+
+
+def _read(space: Range, value: object) -> object:
+    """The value of a range that a study has stored."""
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    composite: dict[object, object] = {
+        _stored(choice): choice for choice in space.choices or () if isinstance(choice, list | dict)
+    }
+    return composite.get(value, value)
+
+
 def current_values(params: Params) -> dict[str, object] | None:
     """The tuned parameters as params.yaml has them; None if one of them lies outside its range."""
-    present, space = params.by_path(), space_of(params)
-    values = {path: present[path] for path in space}
-    return values if all(_contains(space[path], value) for path, value in values.items()) else None
+    space = space_of(params)
+    values = {path: params.value(path) for path in space}
+    return values if all(_contains(space[path], _stored(value)) for path, value in values.items()) else None
 
 
 def _contains(distribution: BaseDistribution, value: object) -> bool:
@@ -348,7 +360,7 @@ def counts(trial: FrozenTrial) -> bool:
 def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
     """What must stay the same when a study is resumed, as JSON gives it back."""
     tune = params.tune
-    free = {*tune.space, "train.epochs", *(f"train.{name}" for name in MACHINE_PARAMETERS)}
+    free = [*tune.space, "train.epochs", *(f"train.{name}" for name in MACHINE_PARAMETERS)]
     fixed = {
         path: value for path, value in params.by_path().items() if path.split(".")[0] in ("seed", "model", "train")
     }
@@ -358,5 +370,5 @@ def _identity(params: Params, dataset: Dataset) -> dict[str, object]:
         "tune.second_objective": tune.second_objective,
         "evaluate.metric": params.evaluate.metric,
         **{f"tune.space.{path}": space.model_dump(exclude_defaults=True) for path, space in tune.space.items()},
-        **{path: value for path, value in fixed.items() if path not in free},
+        **{path: value for path, value in fixed.items() if not is_under(path, free)},
     }

@@ -3,7 +3,7 @@
 import captum.attr
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.splits import LabelledImages
 from pipeline.explain import attribution
@@ -11,12 +11,18 @@ from pipeline.explain.attribution import feature_maps, first_filters, most_confi
 from pipeline.model.cnn import CNN, Architecture, as_input
 from pipeline.model.metrics import predict_logits
 
+MEAN, STD = (0.5, 0.4, 0.6), (0.3, 0.2, 0.1)
 SHAPES = [
     Architecture((28, 28, 1), tuple("0123456789"), (8, 16)),
     Architecture((20, 24, 3), tuple("abc"), (6, 7, 8), padding=1, pool="mean"),
     Architecture((28, 28, 1), tuple("ab"), (5,), kernel_size=5, stride=2, pool="min", batch_norm=True),
+    Architecture((24, 20, 3), tuple("abc"), (6, 8), convolutions=2, dense=10, normalize=True, mean=MEAN, std=STD),
+    Architecture(
+        (24, 20, 3), tuple("ab"), (4, 6), convolutions=2, padding="same", residual=True, batch_norm=True, head="average"
+    ),
 ]
-every_shape = pytest.mark.parametrize("architecture", SHAPES, ids=["published", "colour, mean", "min, batch norm"])
+NAMES = ["published", "colour, mean", "min, batch norm", "dense, normalised", "residual"]
+every_shape = pytest.mark.parametrize("architecture", SHAPES, ids=NAMES)
 
 
 def network(architecture: Architecture) -> CNN:
@@ -53,6 +59,26 @@ def test_feature_maps_are_named_after_the_last_layer_before_the_pooling() -> Non
     cnn = network(SHAPES[2])
     images = torch.randint(256, (3, 28, 28, 1), dtype=torch.uint8, generator=seed(1))
     assert [layer for layer, _ in feature_maps(cnn, images)] == ["batch_norm", "min_pooling2d"]
+
+
+def test_feature_maps_of_residual_blocks_are_those_after_the_sum() -> None:
+    cnn, images = network(SHAPES[4]), torch.randint(256, (3, 24, 20, 3), dtype=torch.uint8, generator=seed(1))
+    found = feature_maps(cnn, images)
+    assert [layer for layer, _ in found] == ["add", "max_pooling2d", "add_1", "max_pooling2d_1"]
+    assert torch.equal(found[-1].maps, cnn.maps(images))
+
+
+def test_the_first_filters_are_those_of_the_first_of_several_convolutions() -> None:
+    for architecture in SHAPES[3:]:
+        cnn, images = network(architecture), torch.randint(256, (9, 24, 20, 3), dtype=torch.uint8, generator=seed(1))
+        first = next(layer for layer in cnn.modules() if isinstance(layer, nn.Conv2d))
+        assert torch.equal(first_filters(cnn), first.weight)
+        seen = list[Tensor]()
+        first.register_forward_hook(lambda _, inputs, maps, seen=seen: seen.append(maps))
+        cnn(torch.cat([torch.zeros_like(images[:1]), images]))
+        black, *others = seen[0].relu()
+        use = (torch.stack(others) - black).abs().double().mean(dim=(0, 2, 3))
+        torch.testing.assert_close(attribution.use_of_first_filters(cnn, images).float(), use.float())
 
 
 @torch.no_grad()
@@ -118,7 +144,8 @@ def test_occlusion_of_large_images_covers_every_pixel_with_few_squares(shape: tu
 def test_grad_cam_is_that_of_captum(architecture: Architecture) -> None:
     cnn, images, of = network(architecture), noise(architecture), classes(architecture)
     cnn.seen = architecture.image_shape[:2]  # captum stretches the maps of what the forward pass looks at
-    layer = cnn.block_list()[-1].get_submodule("normalisation" if architecture.batch_norm else "convolution")
+    before_activation = "residual" if architecture.residual else "normalisation"
+    layer = cnn.block_list()[-1].get_submodule(before_activation if architecture.batch_norm else "convolution")
     theirs = captum.attr.LayerGradCam(cnn, layer).attribute(images, target=of, relu_attributions=True)
     stretched = captum.attr.LayerAttribution.interpolate(theirs, images.shape[2:], "bilinear")
     found = attribution.grad_cam(cnn, images, of)
@@ -176,6 +203,21 @@ def test_the_strongest_patches_give_the_strongest_answers(architecture: Architec
         assert torch.equal(found, inside)
 
 
+def test_what_sees_more_than_the_image_is_excited_by_the_whole_image() -> None:
+    architecture = Architecture((12, 40, 1), tuple("ab"), (2, 3, 3), padding="same", convolutions=2)
+    cnn, images = network(architecture), torch.randint(256, (9, 12, 40, 1), dtype=torch.uint8, generator=seed(2))
+    side = attribution.receptive_field(cnn).side
+    assert 12 < side <= 40
+    patches = attribution.strongest_patches(cnn, images, 4).patches
+    assert patches.shape == (3, 4, 12, side, 1)
+    last = cnn.block_list()[-1].before("activation", cnn.blocks[:-1](as_input(images))).flatten(2)
+    for filter, found in enumerate(patches):
+        strongest = images[int(last[:, filter].amax(dim=1).argmax())]
+        windows = strongest.squeeze(2).unfold(1, 8, 1).permute(1, 0, 2)  # all parts of 12 x 8 pixels
+        middle = found[0, :, side // 2 - 4 : side // 2 + 4, 0]
+        assert (windows == middle).all(dim=(1, 2)).any() or not middle.all(dim=0).all()
+
+
 def test_pooled_maps_change_less_when_the_image_moves(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     alike = attribution.shift_similarity(learned, digits["test"].images[:200], shifts=3)
     assert list(alike) == ["conv2d", "max_pooling2d", "conv2d_1", "max_pooling2d_1"]
@@ -189,7 +231,7 @@ def test_pooled_maps_change_less_when_the_image_moves(learned: CNN, digits: dict
 def test_features_are_what_the_dense_layer_sees(learned: CNN, digits: dict[str, LabelledImages]) -> None:
     images = digits["test"].images[:600]
     features = attribution.penultimate_features(learned, images)
-    torch.testing.assert_close(features, learned.flatten(learned.blocks(as_input(images))).detach())
+    torch.testing.assert_close(features, learned.features(learned.blocks(as_input(images))).detach())
 
 
 def test_principal_components_match_the_full_svd() -> None:
@@ -218,6 +260,13 @@ def test_a_convolution_shares_its_weights() -> None:
         "conv2d": (320, (28 * 28 + 1) * 26 * 26 * 32),
         "conv2d_1": (18_496, (13 * 13 * 32 + 1) * 11 * 11 * 64),
     }
+
+
+def test_a_shortcut_is_a_convolution_of_the_block_s_input() -> None:
+    counts = attribution.parameters_of_convolutions(SHAPES[4])
+    assert len(counts) == 6
+    assert counts["conv2d_2"] == (3 * 4 + 4, (24 * 20 * 3 + 1) * 24 * 20 * 4)
+    assert counts["conv2d_5"] == (4 * 6 + 6, (12 * 10 * 4 + 1) * 12 * 10 * 6)
 
 
 def test_the_most_confident_mistakes_come_first() -> None:

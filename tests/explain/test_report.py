@@ -3,10 +3,14 @@
 import csv
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline import files
@@ -60,6 +64,24 @@ NETWORKS = {
     "nothing but mistakes": lambda: untrained(Architecture((14, 14, 1), ("a", "b"), (3,)), 3, 0.0),
     "one feature": lambda: untrained(Architecture((8, 8, 1), ("a", "b"), (1,), pool_size=6), 40, 0.5),
     "four blocks": lambda: untrained(Architecture((16, 16, 3), LONG, (4, 20, 4, 4), padding=1), 40, 0.5),
+    "residual": lambda: untrained(
+        Architecture(
+            (16, 16, 3),
+            LONG,
+            (4, 6, 8),
+            convolutions=4,
+            padding="same",
+            batch_norm=True,
+            residual=True,
+            head="average",
+            dense=5,
+            normalize=True,
+            mean=(0.5,) * 3,
+            std=(0.3,) * 3,
+        ),
+        40,
+        0.5,
+    ),
     "no pooling": lambda: untrained(Architecture((12, 12, 1), ("a", "b"), (3, 3), pool_size=1), 40, 0.5),
 }
 
@@ -74,6 +96,55 @@ def test_every_figure_of_every_network_can_be_read(kind: str) -> None:
         with Image.open(io.BytesIO(canvas.as_png(figure))) as picture:
             assert picture.height < 2000, name
     assert all(rows(inputs) for rows in report.TABLES.values())
+
+
+AUGMENTATIONS: dict[str, float] = {
+    **{"shift": 2, "crop_padding": 2, "horizontal_flip": 0.5, "rotation": 30, "scale": 0.3, "shear": 20, "elastic": 4},
+    **{"brightness": 0.5, "contrast": 0.5, "cutout": 6, "mixup": 1},
+}
+
+
+def augmented_images(kind: str, **strengths: float) -> Figure:
+    recipe = {f"train.augmentation.{name}": strength for name, strength in strengths.items()}
+    inputs = replace(NETWORKS[kind](), recipe=recipe)
+    return report.figures_of(inputs)["augmented_images"](inputs)
+
+
+@pytest.mark.parametrize("strengths", [AUGMENTATIONS, {"rotation": 30}, {"mixup": 1}], ids=len)
+@pytest.mark.parametrize("kind", ["long names, colour", "two hundred classes", "nothing but mistakes"])
+def test_augmented_images_are_beside_the_originals(kind: str, strengths: dict[str, float]) -> None:
+    figure = augmented_images(kind, **strengths)
+    assert_readable(figure)
+    with Image.open(io.BytesIO(canvas.as_png(figure))) as picture:
+        assert picture.height < 2000
+    inputs = NETWORKS[kind]()
+    originals = inputs.train.images[inputs.samples]
+    rows = [axes for axes in figure.axes if axes.get_ylabel()]
+    labels = [" ".join(axes.get_ylabel().split()) for axes in rows]
+    each = [f"{name.replace('_', ' ')} {strength:g}" for name, strength in strengths.items()]
+    expected = ["original", *(each if len(each) > 1 else ()), *["all together" if len(each) > 1 else each[0]] * 3]
+    assert [re.sub(r" \(\d+% own\)", "", label) for label in labels] == expected
+    shown = np.stack([np.atleast_3d(np.asarray(axes.images[0].get_array())) for axes in figure.axes])
+    pictures = shown.reshape(len(rows), len(originals), *originals.shape[1:])
+    assert np.array_equal(pictures[0], originals.numpy())
+    for row in pictures[-3:]:
+        assert not np.array_equal(row, pictures[0])
+
+
+def test_no_augmentation_has_no_figure() -> None:
+    inputs = NETWORKS["no pooling"]()
+    assert report.figures_of(inputs) == report.FIGURES
+    off = {f"train.augmentation.{name}": 0 for name in AUGMENTATIONS}
+    assert report.figures_of(replace(inputs, recipe=off)) == report.FIGURES
+
+
+def test_the_images_are_of_as_many_classes_as_possible() -> None:
+    inputs = NETWORKS["two hundred classes"]()
+    labels = torch.tensor([7, 7, 7, 2, 7, 2, 0, 7, 7, 7, 7, 7, 7])
+    few = replace(inputs, train=LabelledImages(inputs.train.images[: len(labels)], labels))
+    assert few.samples.tolist() == [6, 3, 0, 5, 1, 2, 4, 7]
+    of_many = inputs.train.labels[inputs.samples]
+    assert len(of_many) == len(set(of_many.tolist())) == 8
 
 
 def test_the_captions_of_mistakes_and_doubtful_labels_are_correct() -> None:

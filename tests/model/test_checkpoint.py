@@ -50,7 +50,7 @@ def fit(digits: dict[str, LabelledImages], resumed: bytes | None, architecture: 
     ("architecture", "changed"),
     [
         (ARCHITECTURE, {}),
-        (ARCHITECTURE, {"optimizer": "adamw", "schedule": "one-cycle", "augmentations": {"max_shift": 1}}),
+        (ARCHITECTURE, {"optimizer": "adamw", "schedule": "one-cycle", "augmentations": {"shift": 1}}),
         (ARCHITECTURE, {"optimizer": "sgd", "learning_rate": 0.05, "label_smoothing": 0.1}),
         (replace(ARCHITECTURE, batch_norm=True), {}),
         (replace(ARCHITECTURE, filters=(8, 6, 5), kernel_size=2), {}),

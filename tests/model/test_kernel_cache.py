@@ -15,7 +15,7 @@ import pytest
 from numba.core import config
 
 from pipeline.errors import Fault
-from pipeline.model import cpu_kernels, kernel_cache
+from pipeline.model import cpu_kernels, kernel_cache, winograd_kernels
 from tests.conftest import REPOSITORY
 
 POOLS = """
@@ -208,10 +208,26 @@ def test_other_settings_of_the_compiler_are_another_target_and_another_file(
 def test_a_loop_that_calls_others_has_the_same_file_wherever_these_are_in_memory() -> None:
     loops = []
     for _ in range(2):
-        cpu_kernels._winograd_transforms.cache_clear()
-        loops.append(inspect.unwrap(cpu_kernels.winograd)(32, 64, 1))
+        winograd_kernels._steps.cache_clear()
+        loops.append(inspect.unwrap(winograd_kernels.pooled_tiles)(64, 100, 1).forward)
     one, other = (loop._cache._name(()) for loop in loops)
     assert one == other
+
+
+def test_a_loop_that_calls_others_has_another_file_for_each_of_their_constants() -> None:
+    def name(constant: int) -> str:
+        def called() -> int:
+            return constant
+
+        calls = cpu_kernels.called_in_loops(called)
+
+        def loop() -> int:
+            return calls()
+
+        return kernel_cache.KernelCache(loop, b"")._name(())
+
+    assert name(1) == name(1)
+    assert name(1) != name(2)
 
 
 def test_another_processor_is_another_target() -> None:

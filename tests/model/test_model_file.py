@@ -53,6 +53,39 @@ def test_the_file_holds_all_that_the_network_is() -> None:
     torch.testing.assert_close(read(images), cnn.eval()(images), rtol=0, atol=0)
 
 
+def test_a_network_for_colour_pictures_rebuilds_itself() -> None:
+    architecture = Architecture(
+        (16, 20, 3),
+        ("cat", "dog"),
+        (4, 6),
+        convolutions=2,
+        padding="same",
+        batch_norm=True,
+        residual=True,
+        head="average",
+        dense=5,
+        normalize=True,
+        mean=(0.1, 0.25, 1 / 3),
+        std=(0.3, 0.0, 0.2),
+    )
+    cnn = CNN(architecture, torch.Generator().manual_seed(0)).eval()
+    read = model_file.from_bytes(to_bytes(cnn), check_model=check_model).cnn
+    assert read.architecture == architecture
+    images = torch.randint(256, (3, 16, 20, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    torch.testing.assert_close(read(images), cnn(images), rtol=0, atol=0)
+
+
+def test_a_file_of_an_earlier_release_has_the_layers_of_that_time() -> None:
+    facts, data = header_of(to_bytes(network(0)))
+    cnn = json.loads(facts["__metadata__"]["cnn"])
+    for name in ("convolutions", "residual", "head", "dense", "normalize", "mean", "std"):
+        del cnn["architecture"][name]
+    del cnn[model_file.DIGEST]
+    cnn[model_file.DIGEST] = model_file._digest(cnn, WEIGHTS)
+    facts["__metadata__"]["cnn"] = json.dumps(cnn)
+    assert model_file.from_bytes(with_header(json.dumps(facts), data)).cnn.architecture == ARCHITECTURE
+
+
 def test_a_new_field_of_the_architecture_may_be_a_tuple(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class Wider(Architecture):
@@ -131,7 +164,15 @@ def hostile() -> dict[str, bytes]:
         "dropout 2": made(dropout=2),
         "dropout NaN": made(dropout=float("nan")),
         "another pooling": made(pool="median"),
-        "a parameter more": made(residual=True),
+        "a parameter more": made(dilation=2),
+        "another kind of block": made(residual=True),
+        "a dense layer of 10 GB": made(dense=10**6),
+        "a dense layer that is not there": made(dense=4096),
+        "two means for three channels": made(normalize=True, mean=[0.5, 0.5], std=[0.1, 0.1, 0.1]),
+        "a mean that is no number": made(normalize=True, mean=[0.5, 0.5, float("nan")], std=[0.1, 0.1, 0.1]),
+        "a mean that is text": made(normalize=True, mean=["0.5", "0.5", "0.5"], std=[0.1, 0.1, 0.1]),
+        "a hundred thousand means": made(normalize=True, mean=[0.5] * 10**5, std=[0.1] * 10**5),
+        "a deviation below nothing": made(normalize=True, mean=[0.5] * 3, std=[0.1, 0.1, -0.1]),
         "numbers for class names": made(class_names=[1, 2]),
         "class names that are alike": made(class_names=["cat", "cat"]),
         "class names that are alike after many": made(class_names=[*map(str, range(80_000)), "79999"]),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.data.splits import LabelledImages
 from pipeline.model import metrics, model_file, training
+from pipeline.model.augment import mixup
 from pipeline.model.cnn import CNN, Architecture, as_input
 from pipeline.model.model_file import TrainedModel
 from tests.conftest import needs_a_gpu, needs_bfloat16
@@ -31,6 +32,10 @@ SETTINGS = training.Settings(
 
 
 ARCHITECTURE_WITHOUT_DROPOUT = replace(ARCHITECTURE, dropout=0.0)
+ALL_AUGMENTATIONS: dict[str, float] = {
+    **{"rotation": 10, "scale": 0.1, "shear": 5, "elastic": 2, "shift": 1, "crop_padding": 1, "cutout": 4},
+    **{"horizontal_flip": 0.1, "brightness": 0.1, "contrast": 0.1, "mixup": 0.2},
+}
 
 
 def fit(
@@ -159,7 +164,54 @@ def test_its_steps_match_a_reference_implementation(digits: dict[str, LabelledIm
         torch.testing.assert_close(fast.get_parameter(name).double(), weights, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("augmentations", [{}, {"max_shift": 1}])
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+def test_mixup_mixes_the_losses_of_both_labels(
+    digits: dict[str, LabelledImages], monkeypatch: pytest.MonkeyPatch, class_weights: str
+) -> None:
+    """One step of gradient descent, against the cross-entropy with probabilities for labels, as of torchvision."""
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def spy(images: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        given.append(mixup(images, alpha, generator))
+        return given[-1]
+
+    monkeypatch.setattr(training, "mixup", spy)
+    torch.set_num_threads(1)  # one chunk
+    few = {name: split[:50] for name, split in digits.items()}
+    step: dict[str, Any] = {"epochs": 1, "batch_size": 50, "optimizer": "sgd", "learning_rate": 0.1}
+    mixed, history = fit(
+        few,
+        architecture=ARCHITECTURE_WITHOUT_DROPOUT,
+        **step,
+        class_weights=class_weights,
+        augmentations={"mixup": 10.0},
+        label_smoothing=0.1,
+    )
+    ((images, share),) = given
+    assert 0.5 < share < 0.95
+
+    labels = few["train"].labels[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
+    ones = F.one_hot(labels, 10).double()
+    probabilities = share * ones + (1 - share) * ones.roll(1, dims=0)
+    plain = CNN(ARCHITECTURE_WITHOUT_DROPOUT, torch.Generator().manual_seed(0)).double()
+    logits = plain(as_input(images).double())
+    assert history[0].train_accuracy == metrics.accuracy(logits, labels)
+    unweighted = F.cross_entropy(logits, probabilities, label_smoothing=0.1)
+    assert history[0].train_loss == pytest.approx(unweighted.item(), rel=1e-5)
+
+    weights = training.CLASS_WEIGHTS[class_weights](labels, 10)
+    both = torch.cat([labels, labels.roll(1)])
+    each = F.cross_entropy(logits.repeat(2, 1), both, label_smoothing=0.1, reduction="none")
+    shares = torch.tensor([share, 1 - share]).repeat_interleave(50)
+    of_each = torch.ones(100) if weights is None else weights[both]
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True)
+    torch.autograd.backward((shares * of_each * each).sum() / 50)
+    sgd.step()
+    for parameter, expected in plain.named_parameters():
+        torch.testing.assert_close(mixed.get_parameter(parameter).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("augmentations", [{}, {"shift": 1}, ALL_AUGMENTATIONS])
 def test_one_thread_and_two_give_the_same_bytes(
     digits: dict[str, LabelledImages], augmentations: dict[str, float]
 ) -> None:
@@ -183,7 +235,8 @@ def test_one_thread_and_two_give_the_same_bytes(
                 {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 0.001},
                 {"schedule": "one-cycle", "learning_rate": 0.01},
                 {"label_smoothing": 0.1},
-                {"augmentations": {"max_shift": 2}},
+                *({"augmentations": {name: strength}} for name, strength in ALL_AUGMENTATIONS.items()),
+                {"augmentations": ALL_AUGMENTATIONS},
             )
         ),
     ],
@@ -277,12 +330,12 @@ def test_a_gpu_learns_without_synchronisation_within_an_epoch(
     splits = (train.images, train.labels), (validation.images, validation.labels)
     generator = torch.Generator(device).manual_seed(0)
     try:
-        settings = replace(SETTINGS, augmentations={"max_shift": 1}, class_weights="balanced")
+        settings = replace(SETTINGS, augmentations=ALL_AUGMENTATIONS, class_weights="balanced")
         history = list(training.fit(cnn, *splits, settings, generator=generator, on_step=forbid_waiting))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 2 * 57
-    assert history[-1].validation_accuracy > 0.9
+    assert history[-1].validation_accuracy > 0.85
 
 
 @needs_a_gpu
