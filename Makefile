@@ -10,7 +10,7 @@ LOG_AGAIN := dvc repro --force --single-item evaluate visualize
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test slow many-pictures faults browser kill-test verify doctor audit lint ui tune label-check serve seeds pooling overhead bench bench-training bench-tuning lock
+.PHONY: help setup repro test slow many-pictures faults browser kill-test verify doctor audit lint ui tune label-check serve seeds pooling overhead bench bench-training bench-networks bench-tuning lock
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,10 +105,13 @@ bench/.lightning/.installed: bench/requirements-lightning.txt $(INSTALLED)
 	touch "$@"
 
 # ARGS go to bench.speed; --quick times only the epochs.
-bench: bench-training $(if $(ARGS),,bench-tuning)  ## compare the speed of training and tuning with other tools; an hour with nothing else running
+bench: bench-training $(if $(ARGS),,bench-networks bench-tuning)  ## compare the speed of training and tuning with other tools; an hour with nothing else running
 
 bench-training: repository $(INSTALLED) bench/.keras/.installed bench/.lightning/.installed  ## compare training with Keras, a DataLoader loop and Lightning
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.speed $(ARGS) && $(WRITE_PAGE)
+
+bench-networks: repository $(INSTALLED)  ## compare networks of several kinds with a plain loop in PyTorch
+	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.networks $(ARGS) && $(WRITE_PAGE)
 
 bench-tuning: repository $(INSTALLED)  ## compare tuning with a plain Optuna study
 	$(ACTIVATE) && $(REPRO) --quiet prepare && python -m bench.tuning $(ARGS) && $(WRITE_PAGE)

@@ -19,6 +19,7 @@ from bench import (
     benchmarks_page,
     choose,
     measurement,
+    networks,
     overhead,
     pooling,
     recipes,
@@ -28,13 +29,13 @@ from bench import (
     stages,
     tuning,
 )
-from bench.contenders import dataloader_loop
+from bench.contenders import dataloader_loop, in_memory_loop
 from bench.measurement import Bound, conclude
 from pipeline import files
 from pipeline.data.splits import LabelledImages
 from pipeline.errors import Fault, UserError
 from pipeline.model import metrics
-from pipeline.model.cnn import CNN, Architecture
+from pipeline.model.cnn import CNN, Architecture, parameter_count
 from pipeline.params import Augmentation
 from tests import rare_class
 from tests.conftest import REPOSITORY
@@ -343,3 +344,17 @@ def test_the_winner_of_the_study_is_better_on_the_test_images_by_more_than_chanc
     assert len(default) == len(tuned) == 10
     error = math.sqrt((statistics.variance(default) + statistics.variance(tuned)) / 10)
     assert statistics.fmean(tuned) - statistics.fmean(default) > 2 * error
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_plain_loop_trains_the_same_network(name: str) -> None:
+    given = networks.NETWORKS[name]
+    plain = in_memory_loop.network(given)
+    layers = given.model.model_dump() | {"filters": given.model.filter_counts()}
+    architecture = Architecture(given.image_shape, tuple(map(str, range(given.classes))), **layers)
+    assert sum(parameter.numel() for parameter in plain.parameters()) == parameter_count(architecture)
+    before = [parameter.detach().clone() for parameter in plain.parameters()]
+    height, width, channels = given.image_shape
+    images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    in_memory_loop.epoch(plain, torch.optim.Adam(plain.parameters()), images, torch.tensor([0, 1]))
+    assert any(not torch.equal(*pair) for pair in zip(before, plain.parameters(), strict=True))

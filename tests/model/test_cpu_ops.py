@@ -250,7 +250,7 @@ def test_the_loops_are_compiled_once_and_not_in_each_process(tmp_path: Path) -> 
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         kept.append({path: path.stat().st_ino for path in tmp_path.rglob("*.loop")})
-    assert len(kept[0]) == 10
+    assert len(kept[0]) == 11
     assert kept[0] == kept[1]
 
 
