@@ -201,7 +201,7 @@ def _pooled_by_winograd(inputs: Tensor, weight: Tensor, bias: Tensor, sign: int)
     pooled = torch.empty(len(inputs), inputs.shape[1] // 2 - 1, inputs.shape[2] // 2 - 1, len(weight))
     argmax = torch.empty(pooled.shape, dtype=torch.uint8)
     room = winograd.room(inputs.shape[1] - 2, inputs.shape[2] - 2)
-    loop = winograd_kernels.pooled_tiles(len(weight), room, sign).forward
+    loop = winograd_kernels.pooled_tiles(len(weight), room, sign)
 
     def use(products: Tensor, images: slice) -> None:
         loop(_flat(products), bias.numpy(), _flat(pooled[images]), argmax[images].view(-1).numpy())

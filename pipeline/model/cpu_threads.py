@@ -122,13 +122,16 @@ class ThreadPool:
 
 @contextmanager
 def thread_pool(network: nn.Module, device: torch.device) -> Iterator[ThreadPool]:
-    """As many threads as torch has; a single one on a GPU, where a batch is not split."""
-    if device.type != "cpu":
+    """As many threads as torch has; a single one if a batch cannot be split.
+
+    That is the case on a GPU, and in training with a batch normalisation that does not ask the other chunks: it needs
+    the mean and the variance of the whole batch. One that does has the attribute ``gathers``.
+    """
+    normalisations = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and network.training]
+    if device.type != "cpu" or not all(hasattr(layer, "gathers") for layer in normalisations):
         yield ThreadPool(1, None)
         return
-    threads = torch.get_num_threads()
-    # Batch normalisation needs the mean and the variance of the whole batch.
-    together = network.training and any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    threads, together = torch.get_num_threads(), bool(normalisations)
     with single_thread(), ThreadPoolExecutor(MAX_CHUNKS if together else threads) as others:
         yield ThreadPool(threads, others, together)
 

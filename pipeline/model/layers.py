@@ -42,6 +42,8 @@ class Pooling(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation (Ioffe and Szegedy, 2015), also of a batch whose chunks are computed in several threads."""
 
+    gathers = True  # see cpu_threads.thread_pool
+
     def forward(self, maps: Tensor) -> Tensor:
         """(N, C, H, W) in, the same shape out."""
         if self.training and current_chunk():

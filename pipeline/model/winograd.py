@@ -14,7 +14,8 @@ from pipeline.model.cpu_kernels import Floats, Pair
 
 MIN_CHANNELS = 32  # and filters; with fewer, the transforms cost more than they save
 TOGETHER = 128  # tiles; the products of so many are the fastest
-TRANSFORM = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+OF_SIDE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+TRANSFORM = torch.kron(OF_SIDE, OF_SIDE)  # of the weights of a filter
 BIAS = 5  # the product whose gradient is the sum of those of a tile's outputs
 
 
@@ -68,8 +69,7 @@ def gradients(
         if grad_inputs is not None:
             torch.bmm(made, factors, out=tiles)
             loops.backward(_flat(tiles), _flat(grad_inputs[images]))
-    transform = torch.kron(TRANSFORM, TRANSFORM).T
-    grad_weight = (transform @ grad_factors.view(16, -1)).view(3, 3, channels, filters).permute(3, 2, 0, 1)
+    grad_weight = (TRANSFORM.T @ grad_factors.view(16, -1)).view(3, 3, channels, filters).permute(3, 2, 0, 1)
     return grad_inputs, grad_weight, grad_bias
 
 
@@ -83,7 +83,7 @@ def _factors(weight: Tensor) -> Tensor:
     """The sums of the weights (filters, channels, 3, 3) that the sums of the inputs are multiplied with: (16, C, F)."""
     filters, channels, *_ = weight.shape
     weights = weight.permute(2, 3, 1, 0).reshape(9, -1)
-    return (torch.kron(TRANSFORM, TRANSFORM) @ weights).view(16, channels, filters)
+    return (TRANSFORM @ weights).view(16, channels, filters)
 
 
 def _tiles(inputs: Tensor, filters: int) -> Tiles:

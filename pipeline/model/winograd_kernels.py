@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.model.cpu_kernels import DEAD, Bytes, Floats, Index, Pair, cached_build, called_in_loops, compiled
+from pipeline.model.cpu_kernels import DEAD, Bytes, Floats, Index, Loop, Pair, cached_build, called_in_loops, compiled
 
-ONE, TWO, THREE, FOUR = map(Index, range(1, 5))
+TWO, THREE, FOUR = map(Index, range(2, 5))
 Four = tuple[np.float32, np.float32, np.float32, np.float32]
 SOURCE = Path(__file__).read_bytes()
 
@@ -166,19 +166,19 @@ def output_tiles(height: int, width: int, filters: int, room: int) -> Pair:
 
 
 @cached_build
-def pooled_tiles(filters: int, room: int, sign: int) -> Pair:
-    """ReLU and pooling by 2 x 2 windows, which are the tiles: pooled maps from the products of tiles, and backward.
+def pooled_tiles(filters: int, room: int, sign: int) -> Loop:
+    """ReLU and pooling by 2 x 2 windows, which are the tiles: pooled maps from the products of tiles.
 
     ``sign`` is 1 for max and -1 for min pooling. Pooled maps and the argmax of each window are (N, H', W', filters).
     """
     steps = _steps()
-    read, write, outputs, grad_products = steps.read, steps.write, steps.outputs, steps.grad_products
+    read, outputs = steps.read, steps.outputs
     step, product, zero = Index(filters), Index(room * filters), np.float32(0)
     four = FOUR * product
 
     def forward(products: Floats, biases: Floats, pooled: Floats, argmax: Bytes) -> None:
         for t in range(len(pooled) // filters):
-            start, to = Index(t * filters), Index(t * filters)
+            start = Index(t * filters)
             for f in range(step):
                 p = outputs(*read(products, start + f, four))
                 q = outputs(*read(products, start + product + f, four))
@@ -193,19 +193,7 @@ def pooled_tiles(filters: int, room: int, sign: int) -> Pair:
                 value = sign * lower[1]
                 best, place = (value, 3) if value > best or value != value else (best, place)
                 value = sign * best + biases[f]
-                pooled[to + f] = zero if value <= 0 else value
-                argmax[to + f] = DEAD if value <= 0 else place
+                pooled[start + f] = zero if value <= 0 else value
+                argmax[start + f] = DEAD if value <= 0 else place
 
-    def backward(grad_pooled: Floats, argmax: Bytes, grad_products_of_tiles: Floats) -> None:
-        for t in range(len(grad_pooled) // filters):
-            start, to = Index(t * filters), Index(t * filters)
-            for f in range(step):
-                gradient, place = grad_pooled[start + f], argmax[start + f]
-                p = grad_products(gradient if place == 0 else zero, gradient if place == 2 else zero)
-                q = grad_products(gradient if place == 1 else zero, gradient if place == 3 else zero)
-                write(grad_products_of_tiles, to + f, product, grad_products(p[0], q[0]))
-                write(grad_products_of_tiles, to + four + f, product, grad_products(p[1], q[1]))
-                write(grad_products_of_tiles, to + TWO * four + f, product, grad_products(p[2], q[2]))
-                write(grad_products_of_tiles, to + THREE * four + f, product, grad_products(p[3], q[3]))
-
-    return Pair(compiled(forward, source=SOURCE), compiled(backward, source=SOURCE))
+    return compiled(forward, source=SOURCE)

@@ -123,3 +123,12 @@ def test_chunks_wait_for_each_other_only_while_a_batch_is_normalised() -> None:
             assert pool.chunk(128, 1) == 64
             found = list(pool.map(lambda number: cpu_threads.current_chunk() is not None, range(2)))
         assert found == [waits] * 2
+
+
+def test_a_batch_stays_whole_for_a_normalisation_that_knows_its_chunk_alone() -> None:
+    torch.set_num_threads(2)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
+    for training, chunk in ((True, 128), (False, 64)):
+        with cpu_threads.thread_pool(network.train(training), CPU) as pool:
+            assert pool.chunk(128, 1) == chunk
+            assert list(pool.map(abs, [-1, 2])) == [1, 2]
